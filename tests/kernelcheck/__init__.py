@@ -1,0 +1,11 @@
+"""Verify Triton kernels on a machine without a GPU.
+
+    interpreter.py   the Triton interpreter with bfloat16 as a GPU computes it, and a driver for it
+    races.py         every memory access of an interpreted launch checked: inside its tensor, no cross-program race
+    schedules.py     interpreted launches in shuffled and interleaved program orders
+    simt/            the *compiled* kernel executed on the CPU, one fibre per GPU thread
+    plugin.py        the pytest side: `--kernels=interpret|simt|cuda`, the `kernels` marker, poisoned `torch.empty`
+
+Nothing is imported here: triton reads TRITON_INTERPRET when `@triton.jit` decorates, so `plugin.configure` has to run
+first.
+"""
