@@ -15,15 +15,12 @@ decorates, so `configure` runs in `pytest_configure`, before any test module is 
 """
 
 import contextlib
-import functools
 import os
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
-from .patching import replaced
 
 MODES = ("interpret", "simt", "cuda")
 
@@ -85,32 +82,6 @@ def _decorated_kernels() -> list[str]:
     )
 
 
-@contextlib.contextmanager
-def poisoned_empty() -> Iterator[None]:
-    """Fill what torch.empty, empty_like, empty_strided and Tensor.new_empty return with NaN or the largest integer."""
-    import torch
-
-    def poisoned(function):
-        @functools.wraps(function)
-        def allocate(*args, **kwargs):
-            tensor = function(*args, **kwargs)
-            # Meta and fake tensors have no storage to fill.
-            if type(tensor) is not torch.Tensor or tensor.device.type == "meta" or tensor.dtype == torch.bool:
-                return tensor
-            if tensor.is_floating_point():
-                return tensor.detach().fill_(float("nan")).requires_grad_(tensor.requires_grad)
-            return tensor if tensor.is_complex() else tensor.fill_(torch.iinfo(tensor.dtype).max)
-
-        return allocate
-
-    names = ("empty", "empty_like", "empty_strided")
-    with (
-        replaced(torch, **{name: poisoned(getattr(torch, name)) for name in names}),
-        replaced(torch.Tensor, new_empty=poisoned(torch.Tensor.new_empty)),
-    ):
-        yield
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kernels", choices=MODES, default=None, help="where tests marked `kernels` run")
 
@@ -157,6 +128,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def _poison_kernel_tests(request: pytest.FixtureRequest) -> Iterator[None]:
+    from .memory import poisoned_empty
+
     with poisoned_empty() if request.node.get_closest_marker("kernels") else contextlib.nullcontext():
         yield
 
