@@ -1,0 +1,209 @@
+"""The schedule that keeps logits alive for their gradient: bins of whole pairs, 6 N*V*D FLOPs.
+
+A token's coefficient depends on its whole pair (Eq. 6), so a tile of logits can be turned into gradients at once when
+it holds whole pairs. A pair too large for the budget is cut into runs of rows. All response rows of one answer share
+one unknown factor, so their g^T x is summed without it and scaled when the pair is complete: two more (V, D)
+accumulators instead of a second computation of the logits.
+
+The bins depend on the rows and the budget alone, not on which gradients are wanted, so that the loss under no_grad and
+in training is the same number bit for bit.
+
+Letters: P pairs, S = 2P sequences, N kept rows, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .head import Gradients, Head, Needs, strips
+from .matmul import accumulation_dtype, add_matmul, matmul
+from .rows import Rows
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows [first, last) of one sequence that share their masks."""
+
+    first: int
+    last: int
+    in_response: bool
+    in_nll: bool
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Slices of rows of whole pairs whose logits fit the budget together; or the runs of one oversized pair."""
+
+    slices: tuple[slice, ...] = ()
+    answers: tuple[tuple[Run, ...], ...] = ()
+
+
+def make_bins(rows: Rows, capacity: int) -> list[Bin]:
+    """Bins of at most `capacity` rows. Reads row counts and, for oversized pairs, masks on the host."""
+    p = rows.pairs
+    counts = torch.bincount(rows.sequence_N, minlength=2 * p).tolist()
+    starts = [0]
+    for count in counts:
+        starts.append(starts[-1] + count)
+    bins: list[Bin] = []
+    first = 0
+    while first < p:
+        last, size = first, 0
+        while last < p and size + counts[last] + counts[p + last] <= capacity:
+            size += counts[last] + counts[p + last]
+            last += 1
+        if last > first:
+            bins.append(Bin(slices=(slice(starts[first], starts[last]), slice(starts[p + first], starts[p + last]))))
+            first = last
+        else:
+            answers = (tuple(_runs(rows, starts[s], starts[s + 1], capacity)) for s in (first, p + first))
+            bins.append(Bin(answers=tuple(answers)))
+            first += 1
+    return bins
+
+
+def _runs(rows: Rows, first: int, last: int, capacity: int) -> Iterator[Run]:
+    """Rows [first, last) cut where a mask changes and at `capacity`."""
+    response, nll = rows.in_response_N[first:last].tolist(), rows.in_nll_N[first:last].tolist()
+    start = 0
+    for i in range(1, last - first + 1):
+        if i == last - first or (response[i], nll[i]) != (response[start], nll[start]) or i - start == capacity:
+            yield Run(first + start, first + i, response[start], nll[start])
+            start = i
+
+
+class HeadGradient:
+    """Sum over calls of g^T (coef * x) and g^T coef.
+
+    A single product stays in the matmul's dtype and needs no accumulator; from the second on the sum is kept in
+    float32, since bfloat16 accumulation would be off by 7e-3 after 32 bins.
+    """
+
+    def __init__(self, needs: Needs) -> None:
+        self.needs = needs
+        self.weight_VD: Tensor | None = None
+        self.bias_V: Tensor | None = None
+
+    def add(self, g_NV: Tensor, x_ND: Tensor, coef_N: Tensor) -> None:
+        if self.needs.weight:
+            scaled_ND = (x_ND * coef_N[:, None]).to(g_NV.dtype)
+            if self.weight_VD is None:
+                self.weight_VD = torch.mm(g_NV.T, scaled_ND)
+            else:
+                self.weight_VD = self.weight_VD.to(coef_N.dtype)
+                for first, last in strips(g_NV.shape[1], 8192 if g_NV.dtype != coef_N.dtype else g_NV.shape[1]):
+                    add_matmul(self.weight_VD[first:last], g_NV[:, first:last].T, scaled_ND)
+        if self.needs.bias:
+            product_V = torch.mv(g_NV.T, coef_N.to(g_NV.dtype)).to(coef_N.dtype)
+            self.bias_V = product_V if self.bias_V is None else self.bias_V.add_(product_V)
+
+    def take(self, other: HeadGradient, factor: Tensor) -> None:
+        """Add factor * other and empty `other`."""
+        for name in ("weight_VD", "bias_V"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if theirs is not None:
+                theirs = theirs.to(factor.dtype).mul_(factor)
+                setattr(self, name, theirs if mine is None else theirs.add_(mine))
+                setattr(other, name, None)
+
+
+def forward(
+    backend: ModuleType, x_ND: Tensor, rows: Rows, head: Head, settings: dict, needs: Needs, logits_budget: int
+) -> tuple[Tensor, Gradients]:
+    """(logp_N, gradients of the loss), tiles of logits never above `logits_budget` bytes.
+
+    `settings` are the keyword arguments of the objective, with both denominators given.
+    """
+    v = head.weight_VD.shape[0]
+    dtype = accumulation_dtype(x_ND, head.weight_VD)
+    capacity = logits_budget // (v * backend.element_bytes(x_ND, head.weight_VD))
+    assert capacity >= 1
+    logp_N = x_ND.new_zeros(x_ND.shape[0], dtype=dtype)
+    dx_ND = x_ND.new_zeros(x_ND.shape, dtype=dtype) if needs.hidden else None
+    total = HeadGradient(needs)
+
+    for bin_ in make_bins(rows, capacity):
+        if not needs.any:
+            tiles = [bin_.slices] if bin_.slices else [(slice(r.first, r.last),) for runs in bin_.answers for r in runs]
+            for tile in tiles:
+                logp, _ = backend.token_stats(_take(x_ND, tile), _take(rows.targets_N, tile), head, logits_budget)
+                _put(logp_N, tile, logp)
+        elif bin_.slices:
+            x, part = _take(x_ND, bin_.slices), _take_rows(rows, bin_.slices)
+            logp, _, g_NV = backend.token_stats_and_grad(x, part.targets_N, head)
+            _put(logp_N, bin_.slices, logp)
+            coef = head.scale * backend.objective(logp, part, **settings).coef_N
+            coef = backend.grad_coefficient(coef, logp, g_NV)
+            if dx_ND is not None:
+                _put(dx_ND, bin_.slices, matmul(g_NV, head.weight_VD.to(g_NV.dtype), dtype).mul_(coef[:, None]))
+            if needs.head:
+                total.add(g_NV, x, coef)
+            del g_NV
+        else:
+            _oversized_pair(backend, x_ND, rows, head, settings, bin_, logp_N, dx_ND, total)
+    return logp_N, Gradients(dx_ND, total.weight_VD, total.bias_V)
+
+
+def _oversized_pair(
+    backend: ModuleType,
+    x_ND: Tensor,
+    rows: Rows,
+    head: Head,
+    settings: dict,
+    bin_: Bin,
+    logp_N: Tensor,
+    dx_ND: Tensor | None,
+    total: HeadGradient,
+) -> None:
+    """One pair, run by run: an answer's response rows are summed without their common factor, known at the end."""
+    nll_coef = -head.scale * settings["nll_weight"] / settings["num_nll_tokens"]
+    needs, sums = total.needs, []
+    for runs in bin_.answers:
+        answer = HeadGradient(needs)
+        # The factor that most response rows share; the rest of a row's coefficient is known from its masks alone.
+        main = max((r for r in runs if r.in_response), key=lambda r: r.last - r.first, default=None)
+        sums.append((answer, main))
+        for run in runs:
+            here = slice(run.first, run.last)
+            logp, _, g_NV = backend.token_stats_and_grad(x_ND[here], rows.targets_N[here], head)
+            logp_N[here] = logp
+            one = backend.grad_coefficient(torch.ones_like(logp), logp, g_NV)
+            if dx_ND is not None:
+                dx_ND[here] = matmul(g_NV, head.weight_VD.to(g_NV.dtype), dx_ND.dtype).mul_(one[:, None])
+            if run.in_response:
+                answer.add(g_NV, x_ND[here], one)
+            known = run.in_nll - (main.in_nll if run.in_response else 0)
+            if known:
+                total.add(g_NV, x_ND[here], one * (known * nll_coef))
+            del g_NV
+    tiles = tuple(slice(r.first, r.last) for runs in bin_.answers for r in runs)
+    coef = head.scale * backend.objective(_take(logp_N, tiles), _take_rows(rows, tiles), **settings).coef_N
+    coef_N = torch.zeros_like(logp_N)
+    _put(coef_N, tiles, coef)
+    if dx_ND is not None:
+        for tile in tiles:
+            dx_ND[tile].mul_(coef_N[tile, None])
+    for answer, main in sums:
+        if main is not None:
+            total.take(answer, coef_N[main.first])
+
+
+def _take(t: Tensor, tiles: tuple[slice, ...]) -> Tensor:
+    return t[tiles[0]] if len(tiles) == 1 else torch.cat([t[tile] for tile in tiles])
+
+
+def _take_rows(rows: Rows, tiles: tuple[slice, ...]) -> Rows:
+    arrays = (rows.rows_N, rows.targets_N, rows.sequence_N, rows.in_response_N, rows.in_nll_N)
+    return Rows(*(_take(a, tiles) for a in arrays), pairs=rows.pairs)
+
+
+def _put(t: Tensor, tiles: tuple[slice, ...], values: Tensor) -> None:
+    first = 0
+    for tile in tiles:
+        t[tile] = values[first : first + tile.stop - tile.start]
+        first += tile.stop - tile.start

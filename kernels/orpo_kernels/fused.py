@@ -1,0 +1,250 @@
+"""The fused operator: hidden states and rows in, ORPO loss out, gradients registered with autograd.
+
+    orpo::linear_orpo          hidden_RD, W_VD, rows -> loss and its parts               Eqs. 1-7
+    orpo::linear_orpo_backward upstream gradient     -> dX, dW, db                       Eq. 8
+
+They are custom operators so that torch.compile sees one node with known shapes: how many rows count, and all that
+depends on it, stays inside. E rows are described, N <= E of them count; arrays that are saved for
+backward have E places of which the first N are used, and N itself travels in a CPU tensor.
+
+Letters: R hidden states, E described rows, N kept rows, P pairs, S = 2P sequences, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import schedule
+from .backends import load_backend
+from .head import Head, Needs
+from .matmul import accumulation_dtype
+from .rows import Rows
+
+
+def _saved_dtype(t: Tensor) -> torch.dtype:
+    """Gradients that wait for an upstream gradient: float16 would lose what a GradScaler is about to rescue."""
+    return torch.float32 if t.dtype == torch.float16 else t.dtype
+
+
+def _none(like: Tensor) -> Tensor:
+    return like.new_empty(0)
+
+
+def check_targets(targets: Tensor, vocabulary: int) -> None:
+    """Refuse a target outside the vocabulary; on a GPU without making the host wait."""
+    if targets.numel() == 0:
+        return
+    low, high = targets.aminmax()
+    if targets.device.type == "cpu":
+        for token in (int(low), int(high)):
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"labels holds the token {token}, but lm_head_weight has {vocabulary} rows")
+    else:
+        inside = (low >= 0) & (high < vocabulary)
+        torch._assert_async(inside, f"labels holds a token outside the {vocabulary} rows of lm_head_weight")
+
+
+def _keep(rows: Rows) -> Rows:
+    index = (rows.in_response_N | rows.in_nll_N).nonzero()[:, 0]
+    arrays = (rows.rows_N, rows.targets_N, rows.sequence_N, rows.in_response_N, rows.in_nll_N)
+    return Rows(*(a[index] for a in arrays), pairs=rows.pairs)
+
+
+def _pad(values: Tensor, size: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, size - values.shape[-1]))
+
+
+def _scatter_rows(dx_ND: Tensor, rows_N: Tensor, hidden_RD: Tensor, dtype: torch.dtype) -> Tensor:
+    """dX back at the places of its rows. An index occurs at most twice, and x + y == y + x: no order to depend on."""
+    return torch.zeros_like(hidden_RD, dtype=dtype, memory_format=torch.contiguous_format).index_add_(
+        0, rows_N, dx_ND.to(dtype)
+    )
+
+
+def _count_pairs(rows: Rows) -> Tensor:
+    """Pairs with at least one response token on either side."""
+    scored_S = torch.zeros(2 * rows.pairs, dtype=torch.bool, device=rows.sequence_N.device)
+    scored_S[rows.sequence_N[rows.in_response_N]] = True
+    return (scored_S[: rows.pairs] & scored_S[rows.pairs :]).sum()
+
+
+def _mean_hidden(x_ND: Tensor, rows: Rows) -> Tensor:
+    """Mean hidden state of the chosen and of the rejected rows: all that a mean over logits needs (metrics)."""
+    chosen_N = rows.sequence_N < rows.pairs
+    picks_2N = torch.stack([chosen_N, ~chosen_N]).to(accumulation_dtype(x_ND))
+    picks_2N = picks_2N / picks_2N.sum(1, keepdim=True).clamp(min=1)
+    return (picks_2N.to(x_ND.dtype) @ x_ND).to(picks_2N.dtype)
+
+
+@torch.library.custom_op("orpo::linear_orpo", mutates_args=())
+def linear_orpo(
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    rows_E: Tensor,
+    targets_E: Tensor,
+    sequence_E: Tensor,
+    in_response_E: Tensor,
+    in_nll_E: Tensor,
+    *,
+    num_nll_tokens: float | None,
+    num_pairs: float | None,
+    pairs: int,
+    all_rows_count: bool,
+    beta: float,
+    nll_weight: float,
+    logit_scale: float,
+    logit_softcap: float | None,
+    logits_budget: int,
+    strip_bytes: int,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, nll_loss, odds_ratio_loss, mean_logp_S, log_odds_P, pair_mask_P, mean_hidden_2D; then what backward needs:
+    kept_2E, count (on the host), token_3E where logits are recomputed, else finished dX_RD, dW_VD, db_V."""
+    be, head, wants = load_backend(backend), Head(weight_VD, bias_V, logit_scale, logit_softcap), Needs(*needs)
+    rows = Rows(rows_E, targets_E, sequence_E, in_response_E, in_nll_E, pairs)
+    if not all_rows_count:
+        rows = _keep(rows)
+    check_targets(rows.targets_N, weight_VD.shape[0])
+    x_ND = hidden_RD[rows.rows_N]
+    dtype = accumulation_dtype(hidden_RD, weight_VD)
+    settings = dict(
+        beta=beta,
+        nll_weight=nll_weight,
+        # As floating point: an integer tensor would turn what it divides into torch's default dtype.
+        num_nll_tokens=rows.in_nll_N.sum(dtype=dtype).clamp(min=1) if num_nll_tokens is None else num_nll_tokens,
+        num_pairs=_count_pairs(rows).to(dtype).clamp(min=1) if num_pairs is None else num_pairs,
+    )
+    logp_N, lse_N, result, grads = schedule.forward(be, x_ND, rows, head, settings, wants, logits_budget, strip_bytes)
+
+    size = rows_E.shape[0]
+    kept_2E, count = rows.rows_N.new_empty(0), torch.tensor([0])
+    token_3E, dx_RD, dw_VD, db_V = (logp_N.new_empty(0) for _ in range(4))
+    if schedule.recomputes(wants, logits_budget):
+        kept_2E, count = _pad(torch.stack([rows.rows_N, rows.targets_N]), size), torch.tensor([x_ND.shape[0]])
+        token_3E = _pad(torch.stack([logp_N, lse_N, result.coef_N]), size)
+    elif wants.any:
+        if wants.hidden:
+            dx_RD = _scatter_rows(grads.x_ND, rows.rows_N, hidden_RD, _saved_dtype(hidden_RD))
+        if wants.weight:
+            dw_VD = grads.weight_VD.to(_saved_dtype(weight_VD))
+        if wants.bias:
+            db_V = grads.bias_V.to(_saved_dtype(bias_V))
+    return (
+        result.loss,
+        result.nll_loss,
+        result.odds_ratio_loss,
+        result.mean_logp_S,
+        result.log_odds_P,
+        result.pair_mask_P,
+        _mean_hidden(x_ND, rows),
+        kept_2E,
+        count,
+        token_3E,
+        dx_RD,
+        dw_VD,
+        db_V,
+    )
+
+
+@linear_orpo.register_fake
+def _(hidden_RD, weight_VD, bias_V, rows_E, targets_E, *_, pairs, needs, logits_budget, **__):
+    wants, size = Needs(*needs), rows_E.shape[0]
+    dtype = accumulation_dtype(hidden_RD, weight_VD)
+    recompute = schedule.recomputes(wants, logits_budget)
+
+    def floats(*shape: int) -> Tensor:
+        return hidden_RD.new_empty(shape, dtype=dtype)
+
+    def saved(t: Tensor | None, wanted: bool) -> Tensor:
+        return t.new_empty(t.shape, dtype=_saved_dtype(t)) if wanted and not recompute else floats(0)
+
+    return (
+        floats(),
+        floats(),
+        floats(),
+        floats(2 * pairs),
+        floats(pairs),
+        hidden_RD.new_empty(pairs, dtype=torch.bool),
+        floats(2, hidden_RD.shape[1]),
+        rows_E.new_empty((2, size) if recompute else 0),
+        torch.empty(1, dtype=torch.int64, device="cpu"),
+        floats(3, size) if recompute else floats(0),
+        saved(hidden_RD, wants.hidden),
+        saved(weight_VD, wants.weight),
+        saved(bias_V, wants.bias),
+    )
+
+
+@torch.library.custom_op("orpo::linear_orpo_backward", mutates_args=())
+def linear_orpo_backward(
+    grad_loss: Tensor,
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    kept_2E: Tensor,
+    count: Tensor,
+    token_3E: Tensor,
+    dx_RD: Tensor,
+    dw_VD: Tensor,
+    db_V: Tensor,
+    *,
+    logit_scale: float,
+    logit_softcap: float | None,
+    logits_budget: int,
+    strip_bytes: int,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dX_RD, dW_VD, db_V (empty where not wanted) for an upstream gradient of the loss."""
+    wants = Needs(*needs)
+    if not schedule.recomputes(wants, logits_budget):
+        # Out of place: with retain_graph the same saved gradients are scaled again.
+        saved = ((dx_RD, hidden_RD), (dw_VD, weight_VD), (db_V, bias_V))
+        return tuple(
+            (t * grad_loss).to(like.dtype) if wanted else torch.empty_like(t)
+            for (t, like), wanted in zip(saved, needs, strict=True)
+        )
+    n = int(count)
+    rows_N, targets_N = kept_2E[:, :n]
+    logp_N, lse_N, coef_N = token_3E[:, :n]
+    head = Head(weight_VD, bias_V, logit_scale, logit_softcap)
+    x_ND, coef_N = hidden_RD[rows_N], coef_N * grad_loss
+    grads = schedule.backward_by_strips(
+        load_backend(backend), x_ND, targets_N, logp_N, lse_N, coef_N, head, wants, strip_bytes
+    )
+    return (
+        _scatter_rows(grads.x_ND, rows_N, hidden_RD, hidden_RD.dtype) if wants.hidden else coef_N.new_empty(0),
+        grads.weight_VD if wants.weight else coef_N.new_empty(0),
+        grads.bias_V if wants.bias else coef_N.new_empty(0),
+    )
+
+
+@linear_orpo_backward.register_fake
+def _(grad_loss, hidden_RD, weight_VD, bias_V, kept_2E, count, token_3E, *_, needs, **__):
+    none = token_3E.new_empty(0)
+    return tuple(
+        t.new_empty(t.shape) if wanted else none
+        for t, wanted in zip((hidden_RD, weight_VD, bias_V), needs, strict=True)
+    )
+
+
+_BACKWARD_SETTINGS = ("logit_scale", "logit_softcap", "logits_budget", "strip_bytes", "backend", "needs")
+
+
+def _save_for_backward(ctx, inputs, keyword_only_inputs, output) -> None:
+    hidden_RD, weight_VD, bias_V = inputs[:3]
+    ctx.save_for_backward(hidden_RD, weight_VD, bias_V, *output[7:])
+    ctx.settings = {name: keyword_only_inputs[name] for name in _BACKWARD_SETTINGS}
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, grad_loss, *_):
+    needs = ctx.settings["needs"]
+    grads = torch.ops.orpo.linear_orpo_backward(grad_loss, *ctx.saved_tensors, **ctx.settings)
+    return *(g if wanted else None for g, wanted in zip(grads, needs, strict=True)), *(None,) * 5
+
+
+linear_orpo.register_autograd(_backward, setup_context=_save_for_backward)

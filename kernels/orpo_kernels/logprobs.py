@@ -1,0 +1,109 @@
+"""The differentiable primitive under every preference loss: log-probabilities of given tokens, without full logits.
+
+    logp_n = log softmax(cap(scale * (x_n . W^T + b)))[y_n]          Eqs. 1-2, gradients Eq. 8
+
+Letters: N rows, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import schedule
+from .backends import load_backend
+from .fused import check_targets
+from .head import Head, Needs
+from .matmul import accumulation_dtype
+
+
+@torch.library.custom_op("orpo::linear_logprobs", mutates_args=())
+def linear_logprobs(
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    *,
+    logit_scale: float,
+    logit_softcap: float | None,
+    strip_bytes: int,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logp_N, and for backward lse_N and, where only x needs a gradient, u_ND with dlogp_n/dx_n = scale * u_n."""
+    check_targets(targets_N, weight_VD.shape[0])
+    be, head, wants = load_backend(backend), Head(weight_VD, bias_V, logit_scale, logit_softcap), Needs(*needs)
+    if wants.any and not schedule.recomputes(wants, 0):
+        return be.token_stats_and_input_grad(x_ND, targets_N, head, strip_bytes)
+    logp_N, lse_N = be.token_stats(x_ND, targets_N, head, strip_bytes)
+    return logp_N, lse_N, logp_N.new_empty(0)
+
+
+@linear_logprobs.register_fake
+def _(x_ND, weight_VD, bias_V, targets_N, *, needs, **_):
+    dtype, wants = accumulation_dtype(x_ND, weight_VD), Needs(*needs)
+    keeps_u = wants.any and not schedule.recomputes(wants, 0)
+    rows = x_ND.new_empty(x_ND.shape[0], dtype=dtype)
+    return rows, torch.empty_like(rows), x_ND.new_empty(x_ND.shape if keeps_u else 0, dtype=dtype)
+
+
+@torch.library.custom_op("orpo::linear_logprobs_backward", mutates_args=())
+def linear_logprobs_backward(
+    grad_N: Tensor,
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    logp_N: Tensor,
+    lse_N: Tensor,
+    u_ND: Tensor,
+    *,
+    logit_scale: float,
+    logit_softcap: float | None,
+    strip_bytes: int,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dX_ND, dW_VD, db_V (empty where not wanted) for upstream gradients grad_N of logp_N."""
+    wants = Needs(*needs)
+    if not schedule.recomputes(wants, 0):
+        dx_ND = (u_ND * (logit_scale * grad_N[:, None])).to(x_ND.dtype)
+        return dx_ND, logp_N.new_empty(0), logp_N.new_empty(0)
+    grads = schedule.backward_by_strips(
+        load_backend(backend),
+        x_ND,
+        targets_N,
+        logp_N,
+        lse_N,
+        grad_N,
+        Head(weight_VD, bias_V, logit_scale, logit_softcap),
+        wants,
+        strip_bytes,
+    )
+    return (
+        grads.x_ND.to(x_ND.dtype) if wants.hidden else logp_N.new_empty(0),
+        grads.weight_VD if wants.weight else logp_N.new_empty(0),
+        grads.bias_V if wants.bias else logp_N.new_empty(0),
+    )
+
+
+@linear_logprobs_backward.register_fake
+def _(grad_N, x_ND, weight_VD, bias_V, targets_N, logp_N, *_, needs, **__):
+    inputs = (x_ND, weight_VD, bias_V)
+    return tuple(
+        t.new_empty(t.shape) if wanted else logp_N.new_empty(0) for t, wanted in zip(inputs, needs, strict=True)
+    )
+
+
+def _save_for_backward(ctx, inputs, keyword_only_inputs, output) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.settings = dict(keyword_only_inputs)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, grad_N, *_):
+    grads = torch.ops.orpo.linear_logprobs_backward(grad_N, *ctx.saved_tensors, **ctx.settings)
+    return *(g if wanted else None for g, wanted in zip(grads, ctx.settings["needs"], strict=True)), None
+
+
+linear_logprobs.register_autograd(_backward, setup_context=_save_for_backward)

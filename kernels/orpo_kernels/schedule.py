@@ -1,0 +1,109 @@
+"""Which logits are alive when: the order in which the stages run over rows and vocabulary, for every backend.
+
+Costs in units of N*V*D FLOPs, a plain forward and backward being 6:
+
+    no gradient wanted                                               2     one strip alive
+    strips   forward keeps nothing, backward recomputes              2+6   one strip alive (`strip_bytes`)
+    frozen   weight and bias frozen: the input gradient follows
+             the running maximum through the one forward pass        4     one strip alive
+    bins     gradients are made while their tile is alive            6     at most `logits_budget` alive (bins.py)
+
+Letters: N kept rows, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import bins
+from .head import Gradients, Head, Needs, strip_width, strips
+from .matmul import accumulation_dtype, add_matmul
+from .reference import Objective
+from .rows import Rows
+
+
+def recomputes(needs: Needs, logits_budget: int) -> bool:
+    """Whether backward computes the logits again: the head wants a gradient and no budget keeps tiles alive."""
+    return needs.head and logits_budget == 0
+
+
+def effective_budget(logits_budget: int, element_bytes: int, vocabulary: int) -> int:
+    """0 for a budget that cannot hold the logits of a single row."""
+    return logits_budget if logits_budget >= element_bytes * vocabulary else 0
+
+
+def forward(
+    backend: ModuleType,
+    x_ND: Tensor,
+    rows: Rows,
+    head: Head,
+    settings: dict,
+    needs: Needs,
+    logits_budget: int,
+    strip_bytes: int,
+) -> tuple[Tensor, Tensor | None, Objective, Gradients]:
+    """Stages 1 and 2, and stage 3 where it can be done at once: (logp_N, lse_N, objective, gradients).
+
+    lse_N is None under a budget; gradients are complete, for an upstream gradient of 1, unless `recomputes`.
+    """
+    if logits_budget > 0:
+        logp_N, gradients = bins.forward(backend, x_ND, rows, head, settings, needs, logits_budget)
+        return logp_N, None, backend.objective(logp_N, rows, **settings), gradients
+    if needs.any and not recomputes(needs, logits_budget):
+        logp_N, lse_N, u_ND = backend.token_stats_and_input_grad(x_ND, rows.targets_N, head, strip_bytes)
+        objective = backend.objective(logp_N, rows, **settings)
+        return logp_N, lse_N, objective, Gradients(x_ND=u_ND.mul_(head.scale * objective.coef_N[:, None]))
+    logp_N, lse_N = backend.token_stats(x_ND, rows.targets_N, head, strip_bytes)
+    return logp_N, lse_N, backend.objective(logp_N, rows, **settings), Gradients()
+
+
+def backward_by_strips(
+    backend: ModuleType,
+    x_ND: Tensor,
+    targets_N: Tensor,
+    logp_N: Tensor,
+    lse_N: Tensor,
+    coef_N: Tensor,
+    head: Head,
+    needs: Needs,
+    strip_bytes: int,
+) -> Gradients:
+    """Stage 3, one strip of recomputed logits at a time; coef_N holds the upstream gradient (Eq. 7).
+
+    dX sums over strips in float32; each row of dW belongs to one strip and is written once.
+    """
+    n, (v, d) = x_ND.shape[0], head.weight_VD.shape
+    dx_ND = x_ND.new_zeros((n, d), dtype=coef_N.dtype) if needs.hidden else None
+    dw_VD = torch.empty((v, d), dtype=head.weight_VD.dtype, device=x_ND.device) if needs.weight else None
+    db_V = torch.empty(v, dtype=head.bias_V.dtype, device=x_ND.device) if needs.bias else None
+    coef_N = backend.grad_coefficient(head.scale * coef_N, logp_N, x_ND)
+    operand = backend.head_grad_operand(x_ND, coef_N, head) if needs.head else None
+    width = strip_width(n, v, backend.element_bytes(x_ND, head.weight_VD), strip_bytes)
+    for first, last in strips(v, width):
+        g_NK, weight_KD = backend.logit_grad(x_ND, targets_N, logp_N, lse_N, head, first, last)
+        if dx_ND is not None:
+            add_matmul(dx_ND, g_NK, weight_KD)
+        if needs.head:
+            # Last, since it may use g_NK up.
+            backend.strip_head_grad(
+                g_NK,
+                operand,
+                None if dw_VD is None else dw_VD[first:last],
+                None if db_V is None else db_V[first:last],
+            )
+        del g_NK, weight_KD
+    if dx_ND is not None:
+        dx_ND.mul_(coef_N[:, None])
+    return Gradients(dx_ND, dw_VD, db_V)
+
+
+def zero_gradients(x_ND: Tensor, head: Head, needs: Needs) -> Gradients:
+    """Gradients of a batch without a single row that counts."""
+    return Gradients(
+        torch.zeros_like(x_ND, dtype=accumulation_dtype(x_ND)) if needs.hidden else None,
+        torch.zeros_like(head.weight_VD) if needs.weight else None,
+        torch.zeros_like(head.bias_V) if needs.bias else None,
+    )

@@ -1,0 +1,236 @@
+"""Stages 1 to 3 in torch: the same algorithm as the Triton kernels, for CPU (and for checking them on a GPU).
+
+A strip of logits is one library matmul; what is elementwise then runs in place over blocks of rows that stay in cache.
+
+* float32, float64: computed as they are. float16 is computed in float32: a CPU's float16 matmuls are slower than that.
+* bfloat16: on a CPU that has them its matmuls are four times as fast as float32's, but their output is rounded to
+  8 bits, which puts 8e-3 on a log-probability. So the rounding error is computed too, by a second bfloat16 matmul that
+  starts from minus the rounded product: z = Z + R with R = x W^T - Z. Their sum is as good as float32 logits (error
+  3e-6) at 2.5 times the price of Z alone instead of 4.
+
+Letters: N rows, D hidden size, V vocabulary, K columns of a strip.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .head import Head, strip_width, strips
+from .matmul import accumulation_dtype, add_matmul
+from .rows import Rows
+
+# Elementwise passes over one block of rows: small enough to stay in a core's cache from one pass to the next.
+_BLOCK_BYTES = 2 * 2**20
+
+
+def compute_dtype(x_ND: Tensor, weight_VD: Tensor) -> torch.dtype:
+    """The dtype of the matmuls: the wider of the two operands', float32 for float16."""
+    dtype = torch.promote_types(x_ND.dtype, weight_VD.dtype)
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def element_bytes(x_ND: Tensor, weight_VD: Tensor) -> int:
+    """Bytes that one logit of a strip takes: Z and R side by side in bfloat16, one number otherwise."""
+    return 8 if compute_dtype(x_ND, weight_VD) == torch.float64 else 4
+
+
+class LogitStrip:
+    """Columns [first, last) of the logits of some rows, read block by block of rows in fp32 (fp64 for fp64).
+
+    The strip's memory is overwritten by what stage 3 stores into it: exp or gradient, in the matmul's dtype.
+    """
+
+    def __init__(self, x_ND: Tensor, head: Head, first: int, last: int) -> None:
+        dtype = compute_dtype(x_ND, head.weight_VD)
+        self.head, self.first, self.last = head, first, last
+        self.weight_KD = head.weight_VD[first:last].to(dtype)
+        x_ND = x_ND.to(dtype)
+        self.z_NK = torch.mm(x_ND, self.weight_KD.T)
+        self.residual_NK = torch.addmm(self.z_NK, x_ND, self.weight_KD.T, beta=-1) if dtype == torch.bfloat16 else None
+
+    def blocks(self) -> list[slice]:
+        """Slices of rows whose logits fit in cache."""
+        n, k = self.z_NK.shape
+        step = max(1, _BLOCK_BYTES // (4 * max(1, k)))
+        return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+
+    def read(self, block: slice) -> Tensor:
+        """The block's logits with bias, scale and softcap applied (Eq. 1); in place where the strip holds float32."""
+        z = self.z_NK[block]
+        if self.residual_NK is not None:
+            z = z.float().add_(self.residual_NK[block])
+        if self.head.bias_V is not None:
+            z.add_(self.head.bias_V[self.first : self.last])
+        if self.head.scale != 1.0:
+            z.mul_(self.head.scale)
+        if self.head.softcap is not None:
+            z.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
+        return z
+
+    def write(self, block: slice, values: Tensor) -> None:
+        """Keep `values` (what `read` returned, worked on in place) as the block's part of the strip."""
+        if self.residual_NK is not None:
+            self.z_NK[block].copy_(values)
+
+
+def _take_target(z: Tensor, targets_N: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, column and logit of the targets inside [first, last); their logits become -inf (Eq. 2 leaves them out)."""
+    row = ((targets_N >= first) & (targets_N < last)).nonzero()[:, 0]
+    column = targets_N[row] - first
+    z_y = z[row, column]
+    z[row, column] = -torch.inf
+    return row, column, z_y
+
+
+def _softcap_slope(z: Tensor, head: Head) -> Tensor | None:
+    """cap'(u) = 1 - (z / softcap)^2, taken before z is overwritten; the target's -inf is never read."""
+    return None if head.softcap is None else 1 - (z / head.softcap).square_()
+
+
+class RunningStats:
+    """Stage 1 over strips: running maximum and sum of exponentials without the target, and the target's logit."""
+
+    def __init__(self, n: int, like: Tensor, dtype: torch.dtype) -> None:
+        self.max_N = like.new_full((n,), -torch.inf, dtype=dtype)
+        self.sum_N = like.new_zeros(n, dtype=dtype)
+        self.target_N = like.new_zeros(n, dtype=dtype)
+
+    def add(self, block: slice, z: Tensor) -> Tensor:
+        """Fold a block's logits in; z becomes exp(z - the new maximum). Returns exp(old maximum - new maximum)."""
+        new_max = torch.maximum(self.max_N[block], z.amax(1))
+        # A row with no finite logit yet has maximum -inf, and -inf - -inf is NaN.
+        shift = new_max.masked_fill(new_max == -torch.inf, 0)
+        rescale = torch.exp(self.max_N[block] - shift)
+        z.sub_(shift[:, None]).exp_()
+        self.sum_N[block] = self.sum_N[block] * rescale + z.sum(1)
+        self.max_N[block] = new_max
+        return rescale
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """(logp_N, lse_N), Eq. 2."""
+        others_N = self.max_N + self.sum_N.log()
+        return -reference.softplus(others_N - self.target_N), torch.logaddexp(others_N, self.target_N)
+
+
+def token_stats(x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int) -> tuple[Tensor, Tensor]:
+    """Stage 1: (logp_N, lse_N) strip by strip; one strip of logits is alive at a time."""
+    n, v = x_ND.shape[0], head.weight_VD.shape[0]
+    stats = RunningStats(n, x_ND, accumulation_dtype(x_ND, head.weight_VD))
+    for first, last in strips(v, strip_width(n, v, element_bytes(x_ND, head.weight_VD), strip_bytes)):
+        strip = LogitStrip(x_ND, head, first, last)
+        for block in strip.blocks():
+            z = strip.read(block)
+            row, _, z_y = _take_target(z, targets_N[block], first, last)
+            stats.target_N[block][row] = z_y
+            stats.add(block, z)
+        del strip
+    return stats.finish()
+
+
+def token_stats_and_input_grad(
+    x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stages 1 and 3 in one pass for a frozen head: (logp_N, lse_N, u_ND), u = sum_v g_v W_v before its coefficient.
+
+    The sum over v != y of exp(z - running maximum) * cap' * W_v follows the maximum as it rises, so no logit is
+    computed twice; the target's own term is added at the end from its exact 1 - p_y.
+    """
+    n, v = x_ND.shape[0], head.weight_VD.shape[0]
+    dtype = accumulation_dtype(x_ND, head.weight_VD)
+    stats = RunningStats(n, x_ND, dtype)
+    u_ND = x_ND.new_zeros(x_ND.shape, dtype=dtype)
+    slope_y_N = x_ND.new_ones(n, dtype=dtype)
+    for first, last in strips(v, strip_width(n, v, element_bytes(x_ND, head.weight_VD), strip_bytes)):
+        strip = LogitStrip(x_ND, head, first, last)
+        for block in strip.blocks():
+            z = strip.read(block)
+            slope = _softcap_slope(z, head)
+            row, column, z_y = _take_target(z, targets_N[block], first, last)
+            stats.target_N[block][row] = z_y
+            u_ND[block] *= stats.add(block, z)[:, None]
+            if slope is not None:
+                slope_y_N[block][row] = slope[row, column]
+                z.mul_(slope)
+            strip.write(block, z)
+        add_matmul(u_ND, strip.z_NK, strip.weight_KD)
+        del strip
+    logp_N, lse_N = stats.finish()
+    shift_N = stats.max_N.masked_fill(stats.max_N == -torch.inf, 0)
+    u_ND.mul_(-torch.exp(shift_N - lse_N)[:, None])
+    u_ND.addcmul_(head.weight_VD[targets_N].to(dtype), (-torch.expm1(logp_N) * slope_y_N)[:, None])
+    return logp_N, lse_N, u_ND
+
+
+def token_stats_and_grad(x_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
+    """Stages 1 and 3 on a tile over the whole vocabulary: (logp_N, lse_N, g_NV), g in the matmul's dtype."""
+    v = head.weight_VD.shape[0]
+    stats = RunningStats(x_ND.shape[0], x_ND, accumulation_dtype(x_ND, head.weight_VD))
+    logp_N, lse_N = stats.target_N.clone(), stats.target_N.clone()
+    tile = LogitStrip(x_ND, head, 0, v)
+    for block in tile.blocks():
+        z = tile.read(block)
+        slope = _softcap_slope(z, head)
+        row, column, z_y = _take_target(z, targets_N[block], 0, v)
+        stats.target_N[block] = z_y
+        stats.add(block, z)
+        others = stats.max_N[block] + stats.sum_N[block].log()
+        logp_N[block] = -reference.softplus(others - z_y)
+        lse_N[block] = torch.logaddexp(others, z_y)
+        shift = stats.max_N[block].masked_fill(stats.max_N[block] == -torch.inf, 0)
+        z.mul_(-torch.exp(shift - lse_N[block])[:, None])
+        z[row, column] = -torch.expm1(logp_N[block])
+        if slope is not None:
+            z.mul_(slope)
+        tile.write(block, z)
+    return logp_N, lse_N, tile.z_NK
+
+
+def logit_grad(
+    x_ND: Tensor, targets_N: Tensor, logp_N: Tensor, lse_N: Tensor, head: Head, first: int, last: int
+) -> tuple[Tensor, Tensor]:
+    """Stage 3: (g_NK, weight_KD) for columns [first, last), logits recomputed (Eq. 8), both in the matmul's dtype."""
+    strip = LogitStrip(x_ND, head, first, last)
+    for block in strip.blocks():
+        z = strip.read(block)
+        slope = _softcap_slope(z, head)
+        row, column, _ = _take_target(z, targets_N[block], first, last)
+        z.sub_(lse_N[block][:, None]).exp_().neg_()
+        z[row, column] = -torch.expm1(logp_N[block][row])
+        if slope is not None:
+            z.mul_(slope)
+        strip.write(block, z)
+    return strip.z_NK, strip.weight_KD
+
+
+def objective(logp_N: Tensor, rows: Rows, **settings: float | Tensor | None) -> reference.Objective:
+    """Stage 2 (Eqs. 3-7), in float64: it is O(N), and a mean of thousands of terms gains the most from it."""
+    result = reference.objective(logp_N.double(), rows, **settings)
+    return reference.Objective(*(t if t.dtype == torch.bool else t.to(logp_N.dtype) for t in result))
+
+
+def grad_coefficient(coef_N: Tensor, logp_N: Tensor, like: Tensor) -> Tensor:
+    """coef_N as it applies to the g that this backend stores, which carries no scale of its own."""
+    return coef_N
+
+
+def head_grad_operand(x_ND: Tensor, coef_N: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    """What `strip_head_grad` needs for every strip of one backward pass."""
+    return x_ND, coef_N
+
+
+def strip_head_grad(g_NK: Tensor, operand: tuple[Tensor, Tensor], dw_KD: Tensor | None, db_K: Tensor | None) -> None:
+    """dW = g^T (coef * x), db = g^T coef for one strip, written once. Uses g_NK up.
+
+    The coefficient goes onto g, in place: a second copy of x would be the largest thing alive beside the strip.
+    """
+    x_ND, coef_N = operand
+    g_NK.mul_(coef_N[:, None])
+    if dw_KD is not None:
+        if dw_KD.dtype == g_NK.dtype:
+            torch.mm(g_NK.T, x_ND.to(g_NK.dtype), out=dw_KD)
+        else:
+            dw_KD.copy_(torch.mm(g_NK.T, x_ND.to(g_NK.dtype)))
+    if db_K is not None:
+        db_K.copy_(g_NK.sum(0, dtype=coef_N.dtype))

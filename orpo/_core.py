@@ -1,0 +1,223 @@
+"""What the public functions of orpo.loss share: checks of their arguments, the call of the operator, its result.
+
+Letters: P pairs, T positions, D hidden size, V vocabulary, N rows; equations are numbered as in kernels/README.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from orpo_kernels import reference
+from orpo_kernels.backends import choose_backend, default_budget, load_backend
+from orpo_kernels.rows import Rows
+from orpo_kernels.schedule import effective_budget
+from torch import Tensor
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class ORPOOutput:
+    """The loss and its parts; only `loss` is differentiable.
+
+    Attributes:
+        loss: scalar, nll_weight * nll_loss + beta * odds_ratio_loss (Eq. 5); float32, or float64 for float64 inputs.
+        nll_loss: scalar, mean negative log-likelihood in nats per token.
+        odds_ratio_loss: scalar, mean over pairs of softplus(-log_odds) >= 0, without beta.
+        chosen_logps: (P,), mean log-probability per token of each chosen answer; 0 for an empty answer.
+        rejected_logps: (P,), the same of each rejected answer.
+        log_odds: (P,), log odds ratio r of chosen over rejected (Eq. 4); 0 for a pair with an empty answer.
+        pair_mask: bool (P,), False for a pair with an empty answer, which no mean over pairs counts.
+    """
+
+    loss: Tensor
+    nll_loss: Tensor
+    odds_ratio_loss: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    log_odds: Tensor
+    pair_mask: Tensor
+    beta: float
+    _mean_hidden: Tensor = field(repr=False)
+    _head: tuple[Tensor, Tensor | None, float, float | None] = field(repr=False)
+
+    def metrics(self, logits: bool = True) -> dict[str, Tensor]:
+        """TRL's names and definitions, as detached 0-dim tensors; nothing is copied to the host.
+
+        Means are over the pairs with two answers. `log_odds_ratio` is the mean of log sigmoid(r) <= 0, as in TRL.
+        `logits/*` is the mean over the vocabulary and the scored rows, by the identity mean(x W^T + b) = mean(x) .
+        mean(W) + mean(b); it reads the weight once, so `logits=False` saves that, and it is absent with a softcap.
+        """
+        chosen, rejected = self.beta * self.chosen_logps, self.beta * self.rejected_logps
+        count = self.pair_mask.sum().clamp(min=1)
+
+        def mean(values_P: Tensor) -> Tensor:
+            return torch.where(self.pair_mask, values_P.to(self.chosen_logps.dtype), 0.0).sum() / count
+
+        metrics = {
+            "rewards/chosen": mean(chosen),
+            "rewards/rejected": mean(rejected),
+            "rewards/accuracies": mean(chosen > rejected),
+            "rewards/margins": mean(chosen - rejected),
+            "logps/chosen": mean(self.chosen_logps),
+            "logps/rejected": mean(self.rejected_logps),
+            "nll_loss": self.nll_loss,
+            "log_odds_ratio": mean(-reference.softplus(-self.log_odds)),
+            "log_odds_chosen": mean(self.log_odds),
+        }
+        weight, bias, scale, softcap = self._head
+        if logits and softcap is None:
+            mean_2 = self._mean_hidden @ weight.detach().mean(0, dtype=self._mean_hidden.dtype)
+            if bias is not None:
+                mean_2 = mean_2 + bias.detach().mean(dtype=mean_2.dtype)
+            metrics["logits/chosen"], metrics["logits/rejected"] = (scale * mean_2).unbind()
+        return metrics
+
+
+def run_orpo(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Rows,
+    all_rows_count: bool,
+    *,
+    lm_head_bias: Tensor | None,
+    beta: float,
+    nll_weight: float,
+    logit_scale: float,
+    logit_softcap: float | None,
+    num_nll_tokens: float | None,
+    num_pairs: float | None,
+    logits_budget: int | None,
+    strip_bytes: int,
+    backend: str | None,
+) -> ORPOOutput:
+    from orpo_kernels import fused  # registers the operators
+
+    check_head(hidden, weight, lm_head_bias, logit_softcap, strip_bytes)
+    for name, value in (("beta", beta), ("nll_weight", nll_weight)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} has to be at least 0 and finite, got {value}")
+    for name, value in (("num_nll_tokens", num_nll_tokens), ("num_pairs", num_pairs)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} has to be above 0, got {value}")
+    if logits_budget is not None and logits_budget < 0:
+        raise ValueError(f"logits_budget has to be at least 0 bytes, got {logits_budget}")
+
+    backend = choose_backend(backend, hidden.device)
+    hidden, weight, bias = autocast(hidden, weight, lm_head_bias)
+    budget = default_budget(hidden.device) if logits_budget is None else logits_budget
+    budget = effective_budget(budget, load_backend(backend).element_bytes(hidden, weight), weight.shape[0])
+    loss, nll, odds_ratio, mean_logp_S, log_odds_P, pair_mask_P, mean_hidden_2D, *_ = fused.linear_orpo(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        rows.rows_N,
+        rows.targets_N,
+        rows.sequence_N,
+        rows.in_response_N,
+        rows.in_nll_N,
+        num_nll_tokens=None if num_nll_tokens is None else float(num_nll_tokens),
+        num_pairs=None if num_pairs is None else float(num_pairs),
+        pairs=rows.pairs,
+        all_rows_count=all_rows_count,
+        beta=float(beta),
+        nll_weight=float(nll_weight),
+        logit_scale=float(logit_scale),
+        logit_softcap=None if logit_softcap is None else float(logit_softcap),
+        logits_budget=budget,
+        strip_bytes=strip_bytes,
+        backend=backend,
+        needs=wanted_gradients(hidden, weight, bias),
+    )
+    return ORPOOutput(
+        loss=loss,
+        nll_loss=nll.detach(),
+        odds_ratio_loss=odds_ratio.detach(),
+        chosen_logps=mean_logp_S[: rows.pairs].detach(),
+        rejected_logps=mean_logp_S[rows.pairs :].detach(),
+        log_odds=log_odds_P.detach(),
+        pair_mask=pair_mask_P,
+        beta=beta,
+        _mean_hidden=mean_hidden_2D.detach(),
+        _head=(weight, bias, logit_scale, logit_softcap),
+    )
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, strip_bytes: int) -> None:
+    """Refuse hidden states and a head that do not fit each other."""
+    tensors = {"hidden": hidden, "lm_head_weight": weight, "lm_head_bias": bias}
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if hasattr(tensor, "full_tensor"):
+            raise ValueError(
+                f"{name} is a DTensor, of which this rank holds a part: call the loss inside the head's forward, where "
+                "FSDP has gathered the weight (ORPOTrainer does), or pass full_tensor() of a weight that is not trained"
+            )
+        if tensor.dtype not in _FLOATS:
+            raise ValueError(f"{name} has to be float64, float32, bfloat16 or float16, got {tensor.dtype}")
+        check_device(name, tensor, hidden)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"lm_head_weight of shape {tuple(weight.shape)} does not fit hidden of shape {tuple(hidden.shape)}: "
+            "it has to be (vocabulary, hidden size)"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError("lm_head_weight has 0 rows: the vocabulary is empty")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"lm_head_bias of shape {tuple(bias.shape)} does not fit the vocabulary of {weight.shape[0]}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"logit_softcap has to be above 0 and finite, got {softcap}")
+    if strip_bytes < 1:
+        raise ValueError(f"strip_bytes has to be at least 1, got {strip_bytes}")
+
+
+def check_labels(hidden: Tensor, labels: Tensor, nll_labels: Tensor | None, name: str = "labels") -> None:
+    """Refuse labels that do not fit (2P, T, D) hidden states."""
+    if labels.dim() != 2 or labels.shape[0] % 2 or labels.shape[0] == 0:
+        raise ValueError(f"{name} has to have shape (2 * pairs, positions), chosen first, got {tuple(labels.shape)}")
+    if hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"hidden of shape {tuple(hidden.shape)} does not fit {name} of shape {tuple(labels.shape)}: "
+            "all dimensions but the last have to agree"
+        )
+    check_integers(name, labels, hidden)
+    if nll_labels is None:
+        return
+    check_integers(f"nll_{name}", nll_labels, hidden)
+    fits = nll_labels.dim() == 2 and nll_labels.shape[1] == labels.shape[1]
+    if not fits or nll_labels.shape[0] not in (labels.shape[0], labels.shape[0] // 2):
+        raise ValueError(
+            f"nll_{name} of shape {tuple(nll_labels.shape)} does not fit {name} of shape {tuple(labels.shape)}: "
+            "it has one row for each pair, or for each sequence"
+        )
+
+
+def check_integers(name: str, labels: Tensor, hidden: Tensor) -> None:
+    """Refuse labels that are not int32 or int64, or live elsewhere than the hidden states."""
+    if labels.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} has to be int32 or int64, got {labels.dtype}")
+    check_device(name, labels, hidden)
+
+
+def check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    """Refuse a tensor on another device than the hidden states."""
+    if tensor.device != hidden.device:
+        raise ValueError(f"{name} is on {tensor.device}, but hidden is on {hidden.device}")
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors as a Linear would see them under the active autocast; float64 is left alone, as there."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def wanted_gradients(*tensors: Tensor | None) -> list[bool]:
+    """Which of the tensors need a gradient. Decided here: inside an operator grad mode is always off."""
+    enabled = torch.is_grad_enabled()
+    return [enabled and t is not None and t.requires_grad for t in tensors]
