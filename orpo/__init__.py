@@ -1,0 +1,48 @@
+"""ORPO (arXiv 2403.07691): a fused loss that never holds the full-vocabulary logits, and a thin trainer around it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+try:
+    __version__ = version("fused-orpo")
+except PackageNotFoundError:  # a source tree on sys.path, not installed
+    __version__ = "0.0.0"
+
+# Looked up on first use, so that importing the package brings in neither transformers nor triton.
+_EXPORTS = {
+    "FusedLinearORPOLoss": "orpo.loss",
+    "ORPOConfig": "orpo.config",
+    "ORPOOutput": "orpo.loss",
+    "ORPOTrainer": "orpo.trainer",
+    "odds_ratio_loss": "orpo.loss",
+    "orpo_loss": "orpo.loss",
+    "orpo_loss_from_rows": "orpo.loss",
+    "token_logprobs": "orpo.loss",
+}
+
+__all__ = [*_EXPORTS, "__version__"]
+
+if TYPE_CHECKING:
+    from orpo.config import ORPOConfig as ORPOConfig
+    from orpo.loss import FusedLinearORPOLoss as FusedLinearORPOLoss
+    from orpo.loss import ORPOOutput as ORPOOutput
+    from orpo.loss import odds_ratio_loss as odds_ratio_loss
+    from orpo.loss import orpo_loss as orpo_loss
+    from orpo.loss import orpo_loss_from_rows as orpo_loss_from_rows
+    from orpo.loss import token_logprobs as token_logprobs
+    from orpo.trainer import ORPOTrainer as ORPOTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'orpo' has no attribute {name!r}")
+    value = getattr(import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

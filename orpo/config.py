@@ -1,0 +1,197 @@
+"""The settings of a training run: TRL's names and defaults where they concern ORPO, transformers' for the rest."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from orpo_kernels.head import STRIP_BYTES
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from orpo.data import Limits
+from orpo.layout import LAYOUTS, NLL_SPANS, NLLSpan
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What `preset` stands for: the weight of the odds-ratio term, and what the NLL scores."""
+
+    beta: float
+    nll_span: str
+    nll_scores_eos: bool
+
+
+PRESETS = {
+    "trl": Preset(beta=0.1, nll_span="prompt_and_chosen", nll_scores_eos=True),
+    "paper": Preset(beta=1.0, nll_span="prompt_and_chosen", nll_scores_eos=False),
+    "response_only": Preset(beta=0.1, nll_span="chosen", nll_scores_eos=True),
+}
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+def _older(new: str) -> Any:
+    return field(default=None, metadata={"help": f"Older name, mapped with a warning to {new}."})
+
+
+@dataclass
+class ORPOConfig(TrainingArguments):
+    """Arguments of :class:`orpo.ORPOTrainer`, on top of ``transformers.TrainingArguments``.
+
+    Four defaults are TRL's rather than transformers': ``learning_rate`` 1e-6, ``logging_steps`` 10,
+    ``gradient_checkpointing`` on, ``bf16`` on wherever the accelerator has it (never by itself on a CPU).
+
+    ========================  ===================  ===================  ===================
+    ``preset``                trl                  paper                response_only
+    ========================  ===================  ===================  ===================
+    ``beta``                  0.1                  1.0 (its alpha)      0.1
+    ``nll_span``              prompt_and_chosen    prompt_and_chosen    chosen
+    ``nll_scores_eos``        yes                  no                   yes
+    ========================  ===================  ===================  ===================
+
+    ``beta``, ``nll_span`` and ``nll_scores_eos`` override the preset when they are given.
+
+    Raises:
+        ValueError: a setting is out of its range, or two contradict each other.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    learning_rate: float = _setting(1e-6, "The initial learning rate for AdamW.")
+    logging_steps: float = _setting(10, "Log every so many optimizer steps; below 1, a fraction of the run.")
+    gradient_checkpointing: bool | None = _setting(None, "Recompute activations in backward. Default: yes.")
+    bf16: bool | None = _setting(None, "Mixed precision in bfloat16. Default: where an accelerator supports it.")
+    logging_nan_inf_filter: bool = _setting(False, "Has to stay off: a loss that is not finite stops the run.")
+    remove_unused_columns: bool = _setting(False, "Has to stay off: the collator needs the tokenized columns.")
+
+    preset: str = _setting("trl", "Definitions of the loss: trl, paper or response_only.")
+    beta: float | None = _setting(None, "Weight of the odds-ratio term (the paper's lambda). Default: by preset, 0.1.")
+    nll_weight: float = _setting(1.0, "Weight of the NLL term.")
+    nll_span: str | None = _setting(None, "What the NLL scores: prompt_and_chosen or chosen. Default: by preset.")
+    nll_scores_eos: bool | None = _setting(None, "Whether the NLL scores end-of-sequence tokens. Default: by preset.")
+    normalization: str = _setting(
+        "global",
+        "global: the NLL is the mean over all tokens of the optimizer step, on all ranks and in all micro-batches, and "
+        "the odds-ratio term over all its pairs. micro_batch: the mean of micro-batch means, as TRL has it.",
+    )
+    max_length: int | None = _setting(1024, "Most tokens of prompt and answer together.")
+    max_prompt_length: int | None = _setting(None, "Prompts of pairs that are too long are cut to this many tokens.")
+    max_completion_length: int | None = _setting(None, "Most tokens of an answer.")
+    truncation_mode: str = _setting("keep_end", "The part of a cut prompt that stays: keep_end or keep_start.")
+    disable_dropout: bool = _setting(True, "Switch off dropout in the model.")
+    padding_value: int | None = _setting(None, "Token id that fills up a batch. Default: the tokenizer's.")
+    layout: str = _setting("padded", f"How tokens are laid out in a batch: {', '.join(LAYOUTS)}.")
+    logits_budget: int | None = _setting(
+        None, "Most bytes of logits alive at once. Default: 0 on accelerators, 512 MiB on a CPU."
+    )
+    strip_bytes: int = _setting(STRIP_BYTES, "Size of one vocabulary strip of recomputed logits, in bytes.")
+    loss_backend: str | None = _setting(None, "triton or torch. Default: by device.")
+    model_init_kwargs: dict | str | None = _setting(None, "Arguments of from_pretrained.")  # noqa: RUF009
+    trust_remote_code: bool = _setting(False, "Run Python code that comes with a model.")
+    dataset_num_proc: int | None = _setting(None, "Processes that tokenize.")
+    generate_during_eval: bool = _setting(
+        False, "Accepted from TRL scripts; nothing is generated, and a warning says so."
+    )
+    is_encoder_decoder: bool | None = _setting(None, "Accepted from TRL scripts; true is refused.")
+
+    evaluation_strategy: str | None = _older("eval_strategy")
+    warmup_ratio: float | None = _older("warmup_steps, a fraction of the run where it is below 1")
+    no_cuda: bool | None = _older("use_cpu")
+    label_pad_token_id: int | None = _older("nothing: labels are not padded")
+    overwrite_output_dir: bool | None = _older("nothing: resume_from_checkpoint decides")
+    save_safetensors: bool | None = _older("nothing: checkpoints are safetensors")
+    logging_dir: str | None = _older("nothing: set the TENSORBOARD_LOGGING_DIR environment variable")
+
+    def __post_init__(self) -> None:
+        self._map_older_names()
+        self._resolve_preset()
+        self._check()
+        if self.activation_checkpointing is None:
+            # Both names at once: given the older one alone, transformers warns about a default that nobody set.
+            self.activation_checkpointing = self.gradient_checkpointing is not False
+            self.gradient_checkpointing = self.activation_checkpointing
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            # The rows of a batch cannot be cut in pieces on rank 0, which is what dispatching a streamed batch does.
+            self.accelerator_config.dispatch_batches = False
+
+    @property
+    def limits(self) -> Limits:
+        """How long a sequence may be."""
+        return Limits(self.max_length, self.max_prompt_length, self.max_completion_length, self.truncation_mode)
+
+    def nll(self, eos_token_id: int | None) -> NLLSpan:
+        """Which tokens of the chosen sequence the NLL scores."""
+        return NLLSpan(self.nll_span == "prompt_and_chosen", None if self.nll_scores_eos else eos_token_id)
+
+    def loss_settings(self) -> dict[str, Any]:
+        """Keyword arguments of ``orpo_loss_from_rows`` that hold for the whole run."""
+        return {
+            "beta": self.beta,
+            "nll_weight": self.nll_weight,
+            "logits_budget": self.logits_budget,
+            "strip_bytes": self.strip_bytes,
+            "backend": self.loss_backend,
+        }
+
+    def _map_older_names(self) -> None:
+        for old, new in (
+            ("evaluation_strategy", "eval_strategy"),
+            ("warmup_ratio", "warmup_steps"),
+            ("no_cuda", "use_cpu"),
+        ):
+            value = getattr(self, old)
+            if value is not None:
+                self._warn(f"{old} is an older name: use {new}={value!r}")
+                setattr(self, new, value)
+                setattr(self, old, None)
+        for old in ("label_pad_token_id", "overwrite_output_dir", "save_safetensors", "logging_dir"):
+            if getattr(self, old) is not None:
+                self._warn(f"{old} no longer does anything: leave it out")
+                setattr(self, old, None)
+        if self.generate_during_eval:
+            self._warn("generate_during_eval is ignored: nothing is generated during evaluation")
+
+    @staticmethod
+    def _warn(message: str) -> None:
+        warnings.warn(message, FutureWarning, stacklevel=5)
+
+    def _resolve_preset(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset is {self.preset!r}; it has to be one of {', '.join(PRESETS)}")
+        preset = PRESETS[self.preset]
+        for name in ("beta", "nll_span", "nll_scores_eos"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(preset, name))
+
+    def _check(self) -> None:
+        for name, allowed in (
+            ("normalization", ("global", "micro_batch")),
+            ("nll_span", NLL_SPANS),
+            ("layout", tuple(LAYOUTS)),
+            ("loss_backend", (None, "torch", "triton")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it has to be one of {', '.join(map(str, allowed))}"
+                )
+        for name in ("beta", "nll_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; it has to be 0 or more, and finite")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}; ORPO has no label smoothing, set 0"
+            )
+        if self.is_encoder_decoder:
+            raise ValueError("is_encoder_decoder is True; this loss is for decoder-only (causal) language models")
+        for name in ("logging_nan_inf_filter", "remove_unused_columns"):
+            if getattr(self, name):
+                self._warn(f"{name} is switched off: {self.__dataclass_fields__[name].metadata['help']}")
+                setattr(self, name, False)
+        _ = self.limits

@@ -1,0 +1,122 @@
+"""The forms in which preference data comes, each reduced to one prompt and answer text per side.
+
+* Strings: ``prompt``, ``chosen``, ``rejected``, taken as they are.
+* Conversations: ``chosen`` and ``rejected`` are lists of ``{"role", "content"}``, rendered with the tokenizer's chat
+  template. The prompt is the ``prompt`` list, or a ``prompt`` string where the answers hold the assistant's turn alone,
+  or else the messages that both begin with (as in UltraFeedback-binarized, whose ``prompt`` repeats the first of them).
+* Dialogues (HH-RLHF): ``chosen`` and ``rejected`` strings without a ``prompt``, split after the last
+  ``"\\n\\nAssistant:"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+ASSISTANT = "\n\nAssistant:"
+
+
+class UnusableRow(Exception):
+    """A row that cannot train; the message is the reason under which it is counted."""
+
+
+class PairText(NamedTuple):
+    """Text of one pair. The prompts differ where a chat template renders the same messages in two ways."""
+
+    chosen_prompt: str
+    chosen: str
+    rejected_prompt: str
+    rejected: str
+    templated: bool
+
+
+def pair_text(row: Mapping[str, Any], tokenizer: Any) -> PairText:
+    """The texts of one row of a data set, whatever its form.
+
+    Raises:
+        UnusableRow: an answer is empty, or the two dialogues do not share their prompt.
+        ValueError: the row has none of the forms above.
+    """
+    for side in ("chosen", "rejected"):
+        if side not in row:
+            raise ValueError(f"a data set needs the columns 'chosen' and 'rejected'; this one has {sorted(row)}")
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if chosen is None or rejected is None:
+        raise UnusableRow("empty answer")
+    if _is_conversation(chosen) and _is_conversation(rejected):
+        return _conversation(prompt, list(chosen), list(rejected), tokenizer)
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        kinds = f"{type(chosen).__name__} and {type(rejected).__name__}"
+        raise ValueError(f"'chosen' and 'rejected' have to be two strings or two lists of messages, not {kinds}")
+    if prompt is None:
+        return _dialogue(chosen, rejected)
+    if not isinstance(prompt, str):
+        raise ValueError(f"'prompt' has to be a string where the answers are strings, not {type(prompt).__name__}")
+    _refuse_empty(chosen, rejected)
+    return PairText(prompt, chosen, prompt, rejected, templated=False)
+
+
+def _refuse_empty(*answers: str) -> None:
+    if not all(answer.strip() for answer in answers):
+        raise UnusableRow("empty answer")
+
+
+def _dialogue(chosen: str, rejected: str) -> PairText:
+    splits = []
+    for text in (chosen, rejected):
+        head, marker, answer = text.rpartition(ASSISTANT)
+        if not marker:
+            raise ValueError(
+                f"without a 'prompt' column the dialogues are split after the last {ASSISTANT!r}, "
+                f"which this text does not hold: {text[:80]!r}"
+            )
+        splits.append((head + marker, answer))
+    (chosen_prompt, chosen_answer), (rejected_prompt, rejected_answer) = splits
+    if chosen_prompt != rejected_prompt:
+        raise UnusableRow("pair whose prompts differ")
+    _refuse_empty(chosen_answer, rejected_answer)
+    return PairText(chosen_prompt, chosen_answer, rejected_prompt, rejected_answer, templated=False)
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(m, Mapping) for m in value)
+
+
+def _conversation(prompt: Any, chosen: list[Any], rejected: list[Any], tokenizer: Any) -> PairText:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            "the data set holds conversations, and the tokenizer has no chat template to render them with: "
+            "set tokenizer.chat_template, or give prompt, chosen and rejected as strings"
+        )
+    if not chosen or not rejected:
+        raise UnusableRow("empty answer")
+    if _is_conversation(prompt) and prompt:
+        messages = list(prompt)
+        if chosen[: len(messages)] == messages and rejected[: len(messages)] == messages:
+            chosen, rejected = chosen[len(messages) :], rejected[len(messages) :]
+    elif isinstance(prompt, str) and chosen[0]["role"] == rejected[0]["role"] == "assistant":
+        messages = [{"role": "user", "content": prompt}]
+    else:
+        # The last message is the answer even where both sides give the same one.
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+            shared += 1
+        messages, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    for answer in (chosen, rejected):
+        _refuse_empty("".join(str(m.get("content") or "") for m in answer))
+    return PairText(*_render(messages, chosen, tokenizer), *_render(messages, rejected, tokenizer), templated=True)
+
+
+def _render(prompt: list[Any], answer: list[Any], tokenizer: Any) -> tuple[str, str]:
+    """(prompt, answer) text. Templates may render a prompt otherwise once an answer follows; the answer decides."""
+    whole = tokenizer.apply_chat_template(prompt + answer, tokenize=False)
+    if not prompt:
+        return "", whole
+    turn_open = prompt[-1]["role"] == "assistant"
+    opening = tokenizer.apply_chat_template(
+        prompt, tokenize=False, add_generation_prompt=not turn_open, continue_final_message=turn_open
+    )
+    split = 0
+    while split < min(len(opening), len(whole)) and opening[split] == whole[split]:
+        split += 1
+    return whole[:split], whole[split:]

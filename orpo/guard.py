@@ -1,0 +1,77 @@
+"""Stops a run whose loss or gradient is no longer a number, and says where it happened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class _Step:
+    number: int
+    micro_batches: list[tuple[Tensor, Tensor]]
+    gradient_is_finite: Tensor | None = None
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss or the gradient of a training step is NaN or infinite."""
+
+
+class NonFiniteGuard:
+    """Watches every micro-batch and every gradient norm.
+
+    On a CPU a step is checked before its update. On an accelerator, reading a flag would make the host wait for the
+    device to finish the step it has just queued, so each step is checked while the next one runs.
+
+    Args:
+        rank: the process that reports.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.current: list[tuple[Tensor, Tensor]] = []
+        self.unchecked: _Step | None = None
+
+    def watch(self, loss: Tensor, chosen_logps: Tensor, rejected_logps: Tensor, pair_ids: Tensor) -> None:
+        """Notes one micro-batch: a flag for its loss and one for each of its pairs, left on the device."""
+        finite = torch.isfinite(torch.cat([loss.detach().reshape(1), chosen_logps + rejected_logps]))
+        self.current.append((finite, pair_ids))
+
+    def end_step(self, number: int, gradient_norm: Tensor | float | None) -> None:
+        """Ends optimizer step `number`, whose micro-batches have been watched; checks it, or the one before.
+
+        Raises:
+            NonFiniteError: with the step, the rank and the rows of the data set.
+        """
+        gradient = None if gradient_norm is None else torch.isfinite(torch.as_tensor(gradient_norm))
+        step = _Step(number, self.current, gradient)
+        self.current = []
+        self.flush()
+        self.unchecked = step
+        if all(flags.device.type == "cpu" for flags, _ in step.micro_batches):
+            self.flush()
+
+    def flush(self) -> None:
+        """Checks the last step, if it has not been checked yet."""
+        step, self.unchecked = self.unchecked, None
+        if step is None:
+            return
+        for flags, pair_ids in step.micro_batches:
+            loss_is_finite, *pairs_are_finite = flags.tolist()
+            if loss_is_finite and all(pairs_are_finite):
+                continue
+            rows = [i for i, finite in zip(pair_ids.tolist(), pairs_are_finite, strict=True) if not finite]
+            where = (
+                f"rows {rows}" if rows else f"none of its pairs alone; the micro-batch held rows {pair_ids.tolist()}"
+            )
+            raise NonFiniteError(
+                f"the loss of step {step.number} on rank {self.rank} is not finite: {where} of the data set as given"
+            )
+        if step.gradient_is_finite is not None and not bool(step.gradient_is_finite):
+            rows = [i for _, pair_ids in step.micro_batches for i in pair_ids.tolist()]
+            raise NonFiniteError(
+                f"the gradient of step {step.number} is not finite, though rank {self.rank}'s losses are: "
+                f"it held rows {rows} of the data set as given"
+            )

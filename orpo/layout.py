@@ -1,0 +1,163 @@
+"""How tokenized pairs become one batch: the model's inputs, and the rows of hidden states that the loss reads.
+
+Letters: P pairs, S = 2P sequences (chosen first, then rejected), T positions, N kept rows.
+
+A layout is a callable ``list of examples -> batch``; an example is one row of :func:`orpo.data.prepare_dataset`.
+Whatever the arrangement of tokens in memory, the loss sees the five arrays of :class:`orpo_kernels.rows.Rows` and the
+trainer two counts, so that neither knows which layout made a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from orpo_kernels.rows import Rows
+from torch import Tensor
+
+NLL_SPANS = ("prompt_and_chosen", "chosen")
+
+
+@dataclass(frozen=True)
+class NLLSpan:
+    """Which tokens of the chosen sequence the NLL scores.
+
+    Attributes:
+        prompt: score the prompt as well as the answer (TRL and the paper's code).
+        skip_token_id: a token that the NLL leaves out wherever it stands, or None. The paper's code masks every
+            end-of-sequence token.
+    """
+
+    prompt: bool = True
+    skip_token_id: int | None = None
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """What the loss needs of a batch besides hidden states.
+
+    Attributes:
+        rows: the five row arrays.
+        num_nll_tokens: rows that the NLL scores.
+        num_pairs: pairs with response tokens on both sides.
+        pair_ids: int64 (P,), the position of each pair in the prepared data set; -1 where it has none.
+
+    The counts are Python numbers, taken where the arrays are made: reading them off a device would stall it.
+    """
+
+    rows: Rows
+    num_nll_tokens: int
+    num_pairs: int
+    pair_ids: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
+        """The same batch with its row arrays on `device`; the ids stay where they are."""
+        return PairBatch(self.rows.to(device, non_blocking), self.num_nll_tokens, self.num_pairs, self.pair_ids)
+
+    def pin_memory(self) -> PairBatch:
+        """The same batch in page-locked memory. torch's DataLoader calls this by name."""
+        arrays = (getattr(self.rows, f.name) for f in fields(Rows))
+        pinned = Rows(*(a.pin_memory() if isinstance(a, Tensor) else a for a in arrays))
+        return PairBatch(pinned, self.num_nll_tokens, self.num_pairs, self.pair_ids)
+
+
+class RowBuilder:
+    """Collects the rows of a batch, one sequence after the other."""
+
+    def __init__(self, pairs: int, nll: NLLSpan) -> None:
+        self.pairs = pairs
+        self.nll = nll
+        self.columns: list[tuple[np.ndarray, ...]] = []
+        self.response_tokens = np.zeros(2 * pairs, dtype=np.int64)
+
+    def add(self, sequence: int, source_T: np.ndarray, ids_T: np.ndarray, prompt_length: int) -> None:
+        """Adds sequence number `sequence` (rejected: ``pairs + p``); call in ascending order.
+
+        Args:
+            source_T: int64 (T,), where the hidden state of each token lies in ``hidden.reshape(-1, D)``.
+            ids_T: int64 (T,), the tokens. Token t is predicted from the hidden state of token t - 1.
+            prompt_length: tokens before the answer.
+        """
+        targets = ids_T[1:]
+        response = np.arange(1, len(ids_T)) >= prompt_length
+        scored = np.zeros_like(response)
+        if sequence < self.pairs:
+            scored = response | self.nll.prompt
+            if self.nll.skip_token_id is not None:
+                scored = scored & (targets != self.nll.skip_token_id)
+        kept = response | scored
+        sequence_N = np.full(int(kept.sum()), sequence, dtype=np.int64)
+        self.columns.append((source_T[:-1][kept], targets[kept], sequence_N, response[kept], scored[kept]))
+        self.response_tokens[sequence] = response.sum()
+
+    def build(self, pair_ids: Iterable[int]) -> PairBatch:
+        """The rows collected so far as one batch."""
+        rows, targets, sequence, response, scored = (np.concatenate(c) for c in zip(*self.columns, strict=True))
+        both_sides = (self.response_tokens.reshape(2, self.pairs) > 0).all(axis=0)
+        return PairBatch(
+            rows=Rows(
+                *(torch.from_numpy(a.astype(np.int64)) for a in (rows, targets, sequence)),
+                *(torch.from_numpy(a.astype(bool)) for a in (response, scored)),
+                pairs=self.pairs,
+            ),
+            num_nll_tokens=int(scored.sum()),
+            num_pairs=int(both_sides.sum()),
+            pair_ids=torch.tensor(list(pair_ids), dtype=torch.int64),
+        )
+
+
+def _sequences(examples: list[Mapping[str, Any]]) -> Iterable[tuple[np.ndarray, int]]:
+    """(tokens, prompt length) of every sequence, chosen ones first."""
+    for side in ("chosen", "rejected"):
+        for example in examples:
+            yield np.asarray(example[f"{side}_input_ids"], dtype=np.int64), int(example[f"{side}_prompt_length"])
+
+
+@dataclass(frozen=True)
+class PaddedLayout:
+    """One row per sequence, padded on the right, the chosen half first: ``input_ids`` and ``attention_mask`` (2P, T).
+
+    Attributes:
+        pad_token_id: what fills the rest of a row. It is masked from attention and has no row in the loss.
+        nll: which tokens of the chosen sequence the NLL scores.
+        pad_to_multiple_of: T is rounded up to a multiple of this.
+    """
+
+    pad_token_id: int
+    nll: NLLSpan = NLLSpan()
+    pad_to_multiple_of: int = 1
+
+    def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, Any]:
+        """`examples` -> ``{"input_ids", "attention_mask", "orpo": PairBatch}``."""
+        sequences = list(_sequences(examples))
+        longest = max(len(ids) for ids, _ in sequences)
+        width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        input_ids = np.full((len(sequences), width), self.pad_token_id, dtype=np.int64)
+        attention_mask = np.zeros_like(input_ids)
+        builder = RowBuilder(len(examples), self.nll)
+        for s, (ids, prompt_length) in enumerate(sequences):
+            input_ids[s, : len(ids)] = ids
+            attention_mask[s, : len(ids)] = 1
+            builder.add(s, s * width + np.arange(len(ids)), ids, prompt_length)
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(attention_mask),
+            "orpo": builder.build(example.get("pair_id", -1) for example in examples),
+        }
+
+
+LAYOUTS: dict[str, Callable[..., Callable[[list[Mapping[str, Any]]], dict[str, Any]]]] = {"padded": PaddedLayout}
+
+
+def make_layout(name: str, **options: Any) -> Callable[[list[Mapping[str, Any]]], dict[str, Any]]:
+    """The layout called `name`, one of ``LAYOUTS``.
+
+    Raises:
+        ValueError: there is no layout of that name.
+    """
+    if name not in LAYOUTS:
+        raise ValueError(f"layout is {name!r}; it has to be one of {', '.join(sorted(LAYOUTS))}")
+    return LAYOUTS[name](**options)

@@ -1,0 +1,269 @@
+"""The loss as a part of the model: an ordinary causal language model whose forward also takes ``orpo=``.
+
+``model(input_ids, ..., orpo=LossCall(rows, ...))`` runs the model's own forward up to its head, and hands the hidden
+states to ``head(hidden, orpo=...)``, which computes the loss in place of the logits. Because the loss is a call of the
+head inside a call of the model, whatever is hooked to either (FSDP's and ZeRO's gathering, DDP's reduction, autocast)
+works as for logits. Only instances are patched; without ``orpo=`` both forwards are what they were, so generation and
+saving are untouched.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from orpo_kernels.rows import Rows
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from orpo.heads import effective_weight, trained_copy
+from orpo.loss import orpo_loss_from_rows
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """The argument of ``model(..., orpo=)``: the rows to score and the settings of ``orpo_loss_from_rows``.
+
+    Attributes:
+        rows: row n reads ``hidden.reshape(-1, D)[rows.rows_N[n]]``.
+        settings: further keyword arguments of :func:`orpo.loss.orpo_loss_from_rows` (beta, num_nll_tokens, ...).
+        logit_metrics: whether ``metrics`` holds TRL's logits/*.
+    """
+
+    rows: Rows
+    settings: dict[str, Any]
+    logit_metrics: bool = False
+
+
+@dataclass
+class ORPOModelOutput(ModelOutput):
+    """What ``model(..., orpo=)`` returns; all but `loss` and `aux_loss` are detached.
+
+    Attributes:
+        loss: scalar, Eq. 5 without the router's loss.
+        nll_loss, odds_ratio_loss: scalars, its two terms without their weights.
+        chosen_logps, rejected_logps, log_odds: (P,), mean log-probability of each answer, and the log odds ratio.
+        pair_mask: bool (P,), the pair has response tokens on both sides.
+        metrics: TRL's metrics of this batch, scalars by name.
+        aux_loss: scalar, the router's load-balancing loss where the model computes one, without its coefficient.
+    """
+
+    loss: Tensor | None = None
+    nll_loss: Tensor | None = None
+    odds_ratio_loss: Tensor | None = None
+    chosen_logps: Tensor | None = None
+    rejected_logps: Tensor | None = None
+    log_odds: Tensor | None = None
+    pair_mask: Tensor | None = None
+    metrics: dict[str, Tensor] | None = None
+    aux_loss: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """The logits are ``softcap * tanh(scale * head(hidden) / softcap)``, or ``scale * head(hidden)`` without a cap."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass
+class FusedHead:
+    """Where the head of a patched model is.
+
+    Attributes:
+        name: its dotted name.
+        owner, attribute: ``getattr(owner, attribute)`` is what the model's forward calls.
+        model_forward: the model's own forward, bound.
+        transform: what the model does to the head's output.
+    """
+
+    name: str
+    owner: nn.Module
+    attribute: str
+    model_forward: Callable[..., Any]
+    transform: LogitTransform = LogitTransform()
+
+    def run_to_head(self, stand_in: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """The model's forward with its head replaced by `stand_in`: (what the head was given, the forward's output)."""
+        seen: list[Tensor] = []
+
+        def capture(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            seen.append(hidden)
+            return stand_in
+
+        # The instance's __dict__ is searched before its registered modules, which stay as they are.
+        self.owner.__dict__[self.attribute] = capture
+        try:
+            outputs = self.model_forward(*args, **kwargs, return_dict=True)
+        finally:
+            del self.owner.__dict__[self.attribute]
+        if len(seen) != 1:
+            raise ValueError(
+                f"the model calls its output embeddings ({self.name}) {len(seen)} times in one forward; "
+                "the fused loss needs exactly one call"
+            )
+        return seen[0], outputs
+
+
+def attach_orpo_loss(model: nn.Module) -> FusedHead:
+    """Lets ``model(..., orpo=LossCall)`` compute the loss. Doing it again, also around a new adapter, is harmless.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model around one.
+
+    Raises:
+        ValueError: the model is an encoder-decoder, or has a head that the fused loss cannot reproduce.
+    """
+    base = base_model(model)
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(base).__name__} is an encoder-decoder; this loss is for decoder-only (causal) language models"
+        )
+    head = base.get_output_embeddings()
+    names = [name for name, module in base.named_modules() if module is head]
+    if head is None or not names:
+        raise ValueError(f"{type(base).__name__} has no output embeddings (get_output_embeddings() gives none)")
+    effective_weight(trained_copy(head))
+    if "_orpo_head" not in base.__dict__:
+        owner, _, attribute = names[0].rpartition(".")
+        fused = FusedHead(names[0], base.get_submodule(owner), attribute, base.forward)
+        fused.transform = _read_transform(base, fused)
+        _patch_model(base, fused)
+    _patch_head(trained_copy(head), base._orpo_head.transform)
+    return base._orpo_head
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model, or `model` itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+# The patched forwards reach their state through self, never through a closure: a deep copy of the model would otherwise
+# run the model that it was copied from.
+def _patch_model(model: nn.Module, fused: FusedHead) -> None:
+    def forward(self: nn.Module, *args: Any, orpo: LossCall | None = None, **kwargs: Any) -> Any:
+        fused = self._orpo_head
+        if orpo is None:
+            return fused.model_forward(*args, **kwargs)
+        hidden, outputs = fused.run_to_head(torch.zeros(1, 1, 1, device=self.device), args, kwargs)
+        result = getattr(fused.owner, fused.attribute)(hidden, orpo=orpo)
+        return ORPOModelOutput(**result, aux_loss=outputs.get("aux_loss"))
+
+    # Generation asks the signature which arguments the model takes. functools.wraps would set __wrapped__ as well, and
+    # accelerate's unwrapping would follow it past this patch.
+    forward.__signature__ = inspect.signature(type(model).forward)
+    model._orpo_head = fused
+    model.forward = MethodType(forward, model)
+
+
+def _patch_head(head: nn.Module, transform: LogitTransform) -> None:
+    if "_orpo_transform" in head.__dict__:
+        return
+
+    def forward(self: nn.Module, hidden: Tensor, *args: Any, orpo: LossCall | None = None, **kwargs: Any) -> Any:
+        if orpo is None:
+            return self._orpo_plain_forward(hidden, *args, **kwargs)
+        weight, bias = effective_weight(self)
+        out = orpo_loss_from_rows(
+            hidden,
+            weight,
+            orpo.rows,
+            lm_head_bias=bias,
+            logit_scale=self._orpo_transform.scale,
+            logit_softcap=self._orpo_transform.softcap,
+            **orpo.settings,
+        )
+        names = ("loss", "nll_loss", "odds_ratio_loss", "chosen_logps", "rejected_logps", "log_odds", "pair_mask")
+        return {name: getattr(out, name) for name in names} | {"metrics": out.metrics(logits=orpo.logit_metrics)}
+
+    head._orpo_transform = transform
+    head._orpo_plain_forward = head.forward
+    head.forward = MethodType(forward, head)
+
+
+def _tiny_inputs(model: nn.Module, sequences: int, length: int) -> dict[str, Tensor]:
+    """A few token ids, the same on every rank and in every run."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (sequences, length), generator=generator).to(model.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@torch.no_grad()
+def _read_transform(model: nn.Module, fused: FusedHead) -> LogitTransform:
+    """What the model's forward does to the output of its head.
+
+    Read off the forward itself, by letting the head return known numbers, rather than off the dozen names that the
+    configurations have for it. The slope at 0 is the scale; a finite limit is the softcap.
+    """
+    grid = torch.tensor([2.0**-20, 1.0, 3.0, 17.0, 2.0**40], device=model.device).reshape(1, -1, 1)
+    was_training = model.training
+    model.eval()
+    try:
+        _, outputs = fused.run_to_head(grid, (), _tiny_inputs(model, 1, grid.shape[1]))
+    finally:
+        model.train(was_training)
+    logits = outputs["logits"].float().flatten()
+    if logits.shape != grid.flatten().shape:
+        raise ValueError(
+            f"{type(model).__name__} changes the shape of its logits after {fused.name}; the fused loss cannot follow"
+        )
+    small, *middle, large = logits.tolist()
+    scale = small / grid.flatten()[0].item()
+    softcap = None if abs(large) > 2.0**30 * abs(scale) else large
+    scaled = scale * grid.flatten()[1:4]
+    expected = scaled if softcap is None else softcap * torch.tanh(scaled / softcap)
+    if not torch.allclose(expected.cpu(), torch.tensor(middle), rtol=2e-2, atol=1e-3):
+        raise ValueError(
+            f"{type(model).__name__} turns {fused.name} outputs of 1, 3, 17 into {middle}, which is neither a factor "
+            "nor a tanh softcap; the fused loss cannot follow"
+        )
+    return LogitTransform(scale, softcap)
+
+
+@torch.no_grad()
+def check_fused_logps(model: nn.Module, **settings: Any) -> float:
+    """Compares fused log-probabilities of a few tokens with those from the model's own logits.
+
+    Args:
+        model: a model after :func:`attach_orpo_loss`.
+        settings: of ``orpo_loss_from_rows`` (backend, logits_budget, ...).
+
+    Returns:
+        The largest absolute difference, in nats.
+
+    Raises:
+        ValueError: they differ by more than the rounding of the model's logits explains.
+    """
+    base = base_model(model)
+    fused = base._orpo_head
+    pairs, length = 4, 6
+    inputs = _tiny_inputs(base, 2 * pairs, length)
+    ids = inputs["input_ids"]
+    sequence = torch.arange(2 * pairs, device=ids.device)
+    yes = torch.ones_like(sequence, dtype=torch.bool)
+    # One-token answers: each mean log-probability is that of one token.
+    rows = Rows(sequence * length + length - 2, ids[:, -1], sequence, yes, sequence < pairs, pairs)
+    was_training = base.training
+    base.eval()
+    try:
+        logits = base(**inputs).logits[:, -2].float()
+        out = base(**inputs, orpo=LossCall(rows, settings))
+    finally:
+        base.train(was_training)
+    own = logits.log_softmax(-1).gather(-1, ids[:, -1:])[:, 0]
+    difference = (torch.cat([out.chosen_logps, out.rejected_logps]) - own).abs().max().item()
+    weight, _ = effective_weight(trained_copy(base.get_output_embeddings()))
+    tolerance = 1e-3 + 0.5 * torch.finfo(weight.dtype).eps * logits.abs().max().item()
+    if not difference <= tolerance:
+        raise ValueError(
+            f"the fused log-probabilities of {type(base).__name__} differ from those of its own logits by up to "
+            f"{difference:.3g} nats (at most {tolerance:.3g} is rounding): its head ({fused.name}) computes something "
+            "that the fused loss does not know, and training would be silently wrong"
+        )
+    return difference

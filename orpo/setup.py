@@ -1,0 +1,102 @@
+"""What happens to a model before it is trained: loading, adapters, dropout; and which checkpoint to resume from."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
+
+from orpo.config import ORPOConfig
+
+
+def load_model(name: str, args: ORPOConfig) -> PreTrainedModel:
+    """The causal language model called `name`, a folder or a model of the hub.
+
+    Weights are read from safetensors unless ``model_init_kwargs`` asks otherwise: a pickle can run code as it loads.
+
+    Raises:
+        ValueError: the model is an encoder-decoder, or ``dtype`` names no torch dtype.
+    """
+    kwargs = {"trust_remote_code": args.trust_remote_code, "use_safetensors": True, **(args.model_init_kwargs or {})}
+    dtype = kwargs.get("dtype")
+    if isinstance(dtype, str) and dtype != "auto":
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype is {dtype!r} in model_init_kwargs; it has to be 'auto' or a torch dtype")
+        kwargs["dtype"] = getattr(torch, dtype)
+    config = AutoConfig.from_pretrained(
+        name, revision=kwargs.get("revision"), trust_remote_code=kwargs["trust_remote_code"]
+    )
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder; this loss is for decoder-only (causal) language models")
+    return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+
+
+def load_tokenizer(name: str, args: ORPOConfig) -> Any:
+    """The tokenizer that belongs to the model called `name`."""
+    if not name:
+        raise ValueError("processing_class is not given, and the model has no name to find its tokenizer by")
+    revision = (args.model_init_kwargs or {}).get("revision")
+    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+
+
+def wrap_peft(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
+    """`model` with the adapter of `peft_config` around it.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: `peft_config` is none, or the model has an adapter already.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("peft_config is given, but peft is not installed: pip install 'fused-orpo[peft]'") from error
+    if not isinstance(peft_config, peft.PeftConfig):
+        raise ValueError(f"peft_config has to be a peft.PeftConfig, not {type(peft_config).__name__}")
+    if isinstance(model, peft.PeftModel):
+        raise ValueError("the model has an adapter already: merge it first, or leave out peft_config")
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+    # The adapter's initial weights are random, and nothing has set the seed yet.
+    torch.manual_seed(args.seed)
+    return peft.get_peft_model(model, peft_config)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every ``nn.Dropout`` to 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def last_complete_checkpoint(folder: str | Path) -> str:
+    """The newest ``checkpoint-*`` in `folder` that was written to its end.
+
+    A run that is killed while it saves leaves a folder without the trainer's state, which is written last, or with half
+    of it; resuming from that one would fail.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = Path(folder)
+    found = [
+        (int(match[1]), path)
+        for path in folder.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and _is_json(path / TRAINER_STATE_NAME)
+    ]
+    if not found:
+        raise ValueError(f"{folder} holds no complete checkpoint to resume from")
+    return str(max(found)[1])
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return True

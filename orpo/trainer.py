@@ -1,0 +1,274 @@
+"""ORPOTrainer: transformers' Trainer with the fused loss, exact normalisation and TRL's metrics.
+
+Four things differ from a plain Trainer: what an optimizer step divides by (`_get_num_items_in_batch`), the loss
+(`compute_loss`), evaluation (`prediction_step`, `evaluation_loop`), and what is logged (`log`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from orpo.config import ORPOConfig
+from orpo.data import describe_example, prepare_dataset
+from orpo.guard import NonFiniteGuard
+from orpo.layout import PairBatch, make_layout
+from orpo.metrics import WeightedMeans
+from orpo.model import LossCall, attach_orpo_loss, check_fused_logps
+from orpo.setup import disable_dropout, last_complete_checkpoint, load_model, load_tokenizer, wrap_peft
+
+
+class ORPOTrainer(Trainer):
+    """Trains a causal language model on preference pairs with ORPO, in the call shape of TRL's trainer.
+
+    Args:
+        model: a transformers causal language model, a PEFT model around one, or the name or folder of one.
+        args: the settings.
+        data_collator: what makes batches of prepared examples. Default: the layout of ``args.layout``.
+        train_dataset, eval_dataset: pairs in any form of :mod:`orpo.formats`, as a ``datasets.Dataset`` or
+            ``IterableDataset``, a dict of lists, or a list of dicts; `eval_dataset` may also be a dict of data sets.
+        processing_class: the tokenizer. Default: the one that belongs to the model's name.
+        tokenizer: the older name of `processing_class`.
+        peft_config: a PEFT configuration to wrap the model in.
+        compute_metrics: called with predictions (pairs, 2), the mean log-probabilities of chosen and rejected answers.
+        model_init, callbacks, optimizers, preprocess_logits_for_metrics: as in ``transformers.Trainer``.
+
+    Raises:
+        ValueError: the model, its head, the data or the settings cannot be trained with; the message says why.
+        orpo.guard.NonFiniteError: from ``train()``, when a loss or gradient is NaN or infinite.
+    """
+
+    # The loss is divided by the counts of the whole optimizer step; Trainer must not divide it again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str | None = None,
+        args: ORPOConfig | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        peft_config: Any = None,
+        compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+        *,
+        tokenizer: Any = None,
+    ) -> None:
+        args = ORPOConfig() if args is None else args
+        if not isinstance(args, ORPOConfig):
+            raise ValueError(f"args has to be an ORPOConfig, not {type(args).__name__}")
+        if tokenizer is not None and processing_class is not None:
+            raise ValueError("tokenizer is the older name of processing_class: give one of them, not both")
+        if train_dataset is None and eval_dataset is None:
+            raise ValueError("neither train_dataset nor eval_dataset is given; there is nothing to train on")
+        if args.n_gpu > 1:
+            # torch's DataParallel would cut the row arrays in pieces.
+            args._n_gpu = 1
+        name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+        if isinstance(model, str):
+            model = load_model(model, args)
+        elif args.model_init_kwargs:
+            raise ValueError("model_init_kwargs is given, but the model is loaded already")
+        if model is not None:
+            model = self._adapt(model, args, peft_config)
+        processing_class = tokenizer if processing_class is None else processing_class
+        if processing_class is None:
+            processing_class = load_tokenizer(name, args)
+        text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        prepare = self._preparation(args, text_tokenizer)
+        train_dataset = prepare(train_dataset, "train")
+        if isinstance(eval_dataset, dict) and "chosen" not in eval_dataset:
+            eval_dataset = {key: prepare(data, f"eval ({key})") for key, data in eval_dataset.items()}
+        else:
+            eval_dataset = prepare(eval_dataset, "eval")
+        if data_collator is None:
+            data_collator = make_layout(
+                args.layout, pad_token_id=_pad_id(args, text_tokenizer), nll=args.nll(text_tokenizer.eos_token_id)
+            )
+            if args.should_log and hasattr(train_dataset, "__getitem__"):
+                print(describe_example(train_dataset[0], data_collator, text_tokenizer))
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=None if model_init is None else lambda *a: self._adapt(model_init(*a), args, peft_config),
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        self._train_means, self._eval_means = WeightedMeans(), WeightedMeans()
+        self._guard = NonFiniteGuard(args.process_index)
+        check_fused_logps(self.model, **args.loss_settings())
+
+    @staticmethod
+    def _adapt(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
+        model = wrap_peft(model, args, peft_config) if peft_config is not None else model
+        if args.disable_dropout:
+            disable_dropout(model)
+        attach_orpo_loss(model)
+        return model
+
+    @staticmethod
+    def _preparation(args: ORPOConfig, tokenizer: Any) -> Callable[[Any, str], Any]:
+        def prepare(data: Any, name: str) -> Any:
+            if data is None:
+                return None
+            report = print if args.should_log else lambda _: None
+            with args.main_process_first(desc=f"tokenizing the {name} set"):
+                return prepare_dataset(
+                    data, tokenizer, args.limits, name=name, num_proc=args.dataset_num_proc, report=report
+                )
+
+        return prepare
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """``Trainer.train``. ``resume_from_checkpoint=True`` takes the newest checkpoint that was written whole."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        self._train_means = WeightedMeans()
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._guard.flush()
+        return output
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> tuple[int, int] | None:
+        """(NLL tokens, pairs) of the optimizer step, over its micro-batches and over all ranks."""
+        if self.args.normalization != "global" or not batch_samples:
+            return None
+        batches = [_pair_batch(sample) for sample in batch_samples]
+        counts = torch.tensor([[b.num_nll_tokens, b.num_pairs] for b in batches]).sum(0)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts.to(device))
+        tokens, pairs = counts.tolist()
+        return tokens, pairs
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: tuple[int, int] | None = None,
+    ) -> Any:
+        """The loss of one micro-batch as its share of the optimizer step's loss."""
+        batch, ranks = _pair_batch(inputs), self.accelerator.num_processes
+        if num_items_in_batch is None:
+            parts = self.current_gradient_accumulation_steps * ranks
+            num_items_in_batch = (batch.num_nll_tokens * parts, batch.num_pairs * parts)
+        outputs = self._run(model, inputs, num_items_in_batch, logit_metrics=self._logs_this_step())
+        tokens, pairs = num_items_in_batch
+        shares = batch.num_nll_tokens / tokens, batch.num_pairs / pairs
+        self._train_means.add_part("nll_loss", outputs.metrics.pop("nll_loss"), shares[0])
+        self._train_means.add(outputs.metrics, shares[1])
+        loss = outputs.loss
+        if outputs.aux_loss is not None:
+            parts = self.current_gradient_accumulation_steps * ranks
+            loss = loss + self._router_coefficient() * outputs.aux_loss / parts
+        self._guard.watch(loss, outputs.chosen_logps, outputs.rejected_logps, batch.pair_ids)
+        # DDP, FSDP and ZeRO average over ranks, where the parts of one mean have to be added.
+        loss = loss * ranks
+        return (loss, outputs) if return_outputs else loss
+
+    def _run(self, model: nn.Module, inputs: dict[str, Any], counts: tuple[int, int], logit_metrics: bool) -> Any:
+        """The model's forward with the loss of `inputs`, its means taken over `counts` NLL tokens and pairs."""
+        rows = inputs["orpo"].to(self.args.device).rows
+        # A batch may lack what a mean is over; its sum is 0 then, whatever it is divided by.
+        settings = {"num_nll_tokens": max(counts[0], 1), "num_pairs": max(counts[1], 1), **self.args.loss_settings()}
+        call = LossCall(rows, settings, logit_metrics)
+        return model(**{name: value for name, value in inputs.items() if name != "orpo"}, orpo=call)
+
+    def _router_coefficient(self) -> float:
+        return getattr(self.model.config, "router_aux_loss_coef", 0.0)
+
+    def _logs_this_step(self) -> bool:
+        """Whether the step in progress will be logged: TRL's logits/* are computed only then."""
+        step, args = self.state.global_step + 1, self.args
+        return (args.logging_first_step and step == 1) or (
+            args.logging_strategy == "steps" and step % max(self.state.logging_steps, 1) == 0
+        )
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Any:
+        """``Trainer``'s, and the last point before the update: the step is checked here."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # A loss scaler overflows on purpose, and then skips the update.
+        scaled = self.accelerator.scaler is not None
+        self._guard.end_step(self.state.global_step + 1, None if scaled else grad_norm)
+        return grad_norm
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor | None, Tensor | None]:
+        """Scores one evaluation batch into the running means; returns predictions for `compute_metrics` only."""
+        inputs = self._prepare_inputs(inputs)
+        batch = _pair_batch(inputs)
+        counts = batch.num_nll_tokens, batch.num_pairs
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = self._run(model, inputs, counts, logit_metrics=True)
+        self._eval_means.add({"nll_loss": outputs.metrics.pop("nll_loss")}, counts[0])
+        if outputs.aux_loss is not None:
+            outputs.metrics["aux_loss"] = outputs.aux_loss
+        self._eval_means.add(outputs.metrics, counts[1])
+        if prediction_loss_only:
+            return None, None, None
+        logps = torch.stack([outputs.chosen_logps, outputs.rejected_logps], dim=1)
+        return None, logps, torch.zeros(len(logps), device=logps.device)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """``Trainer``'s, with the loss and TRL's metrics as means over all tokens and pairs of the data set."""
+        self._eval_means = WeightedMeans()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        means = self._eval_means.reduce(self._sum_over_ranks, self.args.device)
+        loss = self.args.nll_weight * means["nll_loss"] - self.args.beta * means["log_odds_ratio"]
+        means["loss"] = loss + self._router_coefficient() * means.pop("aux_loss", 0.0)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values) if self.accelerator.num_processes > 1 else values
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """``Trainer``'s, with TRL's metrics of the steps since the last log."""
+        if "loss" in logs:
+            self._guard.flush()
+            logs.update(self._train_means.reduce(self._sum_over_ranks, self.args.device))
+        super().log(logs, start_time)
+
+
+def _pair_batch(inputs: dict[str, Any]) -> PairBatch:
+    batch = inputs.get("orpo")
+    if not isinstance(batch, PairBatch):
+        raise ValueError(
+            f"a batch has to hold 'orpo', a PairBatch; this data_collator gives {sorted(inputs)}. "
+            "See orpo.layout for what a collator returns"
+        )
+    return batch
+
+
+def _pad_id(args: ORPOConfig, tokenizer: Any) -> int:
+    """The id that fills up a batch; any id will do, since it is masked and has no row in the loss."""
+    for value in (args.padding_value, tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if value is not None:
+            return value
+    return 0
