@@ -83,15 +83,24 @@ def last_complete_checkpoint(folder: str | Path) -> str:
     Raises:
         ValueError: there is none.
     """
-    folder = Path(folder)
-    found = [
-        (int(match[1]), path)
-        for path in folder.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and _is_json(path / TRAINER_STATE_NAME)
-    ]
+    found = _complete_checkpoints(Path(folder))
     if not found:
         raise ValueError(f"{folder} holds no complete checkpoint to resume from")
-    return str(max(found)[1])
+    return str(found[max(found)])
+
+
+def has_complete_checkpoint(folder: str | Path) -> bool:
+    """Whether :func:`last_complete_checkpoint` would find one."""
+    return bool(_complete_checkpoints(Path(folder)))
+
+
+def _complete_checkpoints(folder: Path) -> dict[int, Path]:
+    found = {}
+    for path in folder.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and _is_json(path / TRAINER_STATE_NAME):
+            found[int(match[1])] = path
+    return found
 
 
 def _is_json(path: Path) -> bool:

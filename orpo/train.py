@@ -1,0 +1,167 @@
+"""Train a causal language model on preference pairs, or run the demonstration.
+
+    orpo-train                                                       the demonstration, on what this machine has
+    orpo-train --model_name_or_path M --dataset_name pairs.jsonl     a run
+    orpo-train --config run.yaml --learning_rate 8e-6                the same from a file, one setting changed
+
+Every field of ``ORPOConfig`` and of ``transformers.TrainingArguments`` is an option.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from orpo.config import ORPOConfig
+from orpo.setup import has_complete_checkpoint
+from orpo.sources import load_pairs
+from orpo.trainer import ORPOTrainer
+
+
+@dataclass
+class ModelArguments:
+    """Which model, how it is loaded, and which adapter is trained in its place."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A folder, or a model of the hub."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
+    dtype: str | None = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16, float16, auto."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA instead of the whole model."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the LoRA: alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of the LoRA; 0 with disable_dropout."})
+    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Modules that get a LoRA."})
+    lora_modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained whole."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Load the base model in 4 bits (bitsandbytes, NF4)."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Load the base model in 8 bits (bitsandbytes)."})
+
+    def init_kwargs(self) -> dict[str, Any]:
+        """Arguments of ``from_pretrained``."""
+        kwargs: dict[str, Any] = {"revision": self.model_revision, "dtype": self.dtype}
+        if self.attn_implementation is not None:
+            kwargs["attn_implementation"] = self.attn_implementation
+        if self.load_in_4bit or self.load_in_8bit:
+            from transformers import BitsAndBytesConfig
+
+            kwargs["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=self.load_in_4bit, load_in_8bit=self.load_in_8bit, bnb_4bit_quant_type="nf4"
+            )
+        return kwargs
+
+    def peft_config(self) -> Any:
+        """The LoRA to train, or None."""
+        if not self.use_peft:
+            return None
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.lora_target_modules,
+            modules_to_save=self.lora_modules_to_save,
+            task_type="CAUSAL_LM",
+        )
+
+
+@dataclass
+class DataArguments:
+    """Which pairs."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "A file, a folder, or a data set of the hub."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": 'For example "train" or "train[200:]".'})
+    dataset_test_split: str = field(default="test", metadata={"help": "Read only where something is evaluated."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out pairs, if elsewhere."})
+    dataset_streaming: bool = field(default=False, metadata={"help": "Read the pairs as they are trained on."})
+
+
+def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, ORPOConfig]:
+    """The command line; ``--config file.yaml`` gives defaults that options on the line override."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, ORPOConfig), prog="orpo-train", description=__doc__)
+    parser.add_argument("--config", help="A YAML file of options.")
+    config = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].config
+    if config is not None:
+        parser.set_defaults(**_read_config(config, {action.dest for action in parser._actions}))
+    *arguments, _ = parser.parse_args_into_dataclasses(args=list(argv))
+    return tuple(arguments)
+
+
+def _read_config(path: str, known: set[str]) -> dict[str, Any]:
+    """The options in a YAML file.
+
+    Raises:
+        ValueError: the file is no mapping, or holds options that do not exist.
+    """
+    options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} has to hold a mapping of options, not a {type(options).__name__}")
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ValueError(f"{path} holds options that do not exist: {', '.join(unknown)}")
+    return options
+
+
+def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig) -> ORPOTrainer:
+    """One run: loads, trains, evaluates, saves the model, its metrics, its state and its curves in ``output_dir``."""
+    args.model_init_kwargs = {**model_args.init_kwargs(), **(args.model_init_kwargs or {})}
+    source = {"config": data_args.dataset_config, "streaming": data_args.dataset_streaming}
+    evaluates = args.do_eval or args.eval_strategy != "no" or data_args.eval_dataset_name is not None
+    held_out = data_args.eval_dataset_name or data_args.dataset_name
+    trainer = ORPOTrainer(
+        model=model_args.model_name_or_path,
+        args=args,
+        train_dataset=load_pairs(data_args.dataset_name, data_args.dataset_train_split, **source),
+        eval_dataset=load_pairs(held_out, data_args.dataset_test_split, **source) if evaluates else None,
+        peft_config=model_args.peft_config(),
+    )
+    result = trainer.train(resume_from_checkpoint=_resume_from(args))
+    trainer.save_model()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    if evaluates:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    trainer.save_state()
+    if trainer.is_world_process_zero() and any("nll_loss" in entry for entry in trainer.state.log_history):
+        from orpo.plots import plot_curves
+
+        plot_curves({"ORPO": trainer.state.log_history}, Path(args.output_dir) / "curves.png")
+    return trainer
+
+
+def _resume_from(args: ORPOConfig) -> str | bool | None:
+    """``--resume_from_checkpoint``: a folder, "true" (there has to be a checkpoint), or "auto" (if there is one)."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None or wanted.lower() in ("false", "no"):
+        return None
+    if wanted.lower() == "auto":
+        return True if has_complete_checkpoint(args.output_dir) else None
+    return True if wanted.lower() in ("true", "yes") else wanted
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command ``orpo-train``."""
+    argv = sys.argv[1:] if argv is None else argv
+    model_args, data_args, args = parse(argv)
+    model, data = model_args.model_name_or_path, data_args.dataset_name
+    if model is None and data is None:
+        from orpo.demo import run_demo
+
+        run_demo(output_dir=args.output_dir, seed=args.seed, device=args.device)
+    elif model is None or data is None:
+        missing, given = ("model_name_or_path", data) if model is None else ("dataset_name", model)
+        raise SystemExit(f"orpo-train: {given} is given, but not --{missing}; with neither, the demonstration runs")
+    else:
+        train(model_args, data_args, args)
+
+
+if __name__ == "__main__":
+    main()
