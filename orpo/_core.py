@@ -108,7 +108,7 @@ def run_orpo(
     backend = choose_backend(backend, hidden.device)
     hidden, weight, bias = autocast(hidden, weight, lm_head_bias)
     budget = default_budget(hidden.device) if logits_budget is None else logits_budget
-    budget = effective_budget(budget, load_backend(backend).element_bytes(hidden, weight), weight.shape[0])
+    budget = effective_budget(budget, load_backend(backend).tile_element_bytes(hidden, weight), weight.shape[0])
     loss, nll, odds_ratio, mean_logp_S, log_odds_P, pair_mask_P, mean_hidden_2D, *_ = fused.linear_orpo(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -130,6 +130,7 @@ def run_orpo(
         strip_bytes=strip_bytes,
         backend=backend,
         needs=wanted_gradients(hidden, weight, bias),
+        head_frozen=is_frozen(weight, bias),
     )
     return ORPOOutput(
         loss=loss,
@@ -221,3 +222,8 @@ def wanted_gradients(*tensors: Tensor | None) -> list[bool]:
     """Which of the tensors need a gradient. Decided here: inside an operator grad mode is always off."""
     enabled = torch.is_grad_enabled()
     return [enabled and t is not None and t.requires_grad for t in tensors]
+
+
+def is_frozen(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the head is not trained, whatever the grad mode: evaluation takes the same path as training."""
+    return not weight.requires_grad and (bias is None or not bias.requires_grad)

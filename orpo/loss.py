@@ -17,6 +17,7 @@ from ._core import (
     check_head,
     check_integers,
     check_labels,
+    is_frozen,
     run_orpo,
     wanted_gradients,
 )
@@ -206,5 +207,6 @@ def token_logprobs(
         strip_bytes=strip_bytes,
         backend=backend,
         needs=wanted_gradients(hidden, weight, bias),
+        head_frozen=is_frozen(weight, bias),
     )
     return logp

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .head import Gradients, Head, Needs, strips
-from .matmul import accumulation_dtype, add_matmul, matmul
+from .matmul import WeightedRows, accumulation_dtype, matmul
 from .rows import Rows
 
 
@@ -90,16 +90,19 @@ class HeadGradient:
         self.bias_V: Tensor | None = None
 
     def add(self, g_NV: Tensor, x_ND: Tensor, coef_N: Tensor) -> None:
-        if self.needs.weight:
-            scaled_ND = (x_ND * coef_N[:, None]).to(g_NV.dtype)
-            if self.weight_VD is None:
-                self.weight_VD = torch.mm(g_NV.T, scaled_ND)
+        rows = WeightedRows(x_ND, coef_N, g_NV.dtype)
+        if self.needs.weight and self.weight_VD is None:
+            # float16 cannot hold what an upstream gradient has not scaled yet.
+            self.weight_VD = rows.weight_grad(g_NV, torch.float32 if g_NV.dtype == torch.float16 else g_NV.dtype)
+        elif self.needs.weight:
+            self.weight_VD = self.weight_VD.to(coef_N.dtype)
+            if g_NV.dtype == coef_N.dtype:
+                self.weight_VD.addmm_(g_NV.T, rows.x_ND)
             else:
-                self.weight_VD = self.weight_VD.to(coef_N.dtype)
-                for first, last in strips(g_NV.shape[1], 8192 if g_NV.dtype != coef_N.dtype else g_NV.shape[1]):
-                    add_matmul(self.weight_VD[first:last], g_NV[:, first:last].T, scaled_ND)
+                for first, last in strips(g_NV.shape[1], 8192):
+                    self.weight_VD[first:last] += rows.weight_grad(g_NV[:, first:last], coef_N.dtype)
         if self.needs.bias:
-            product_V = torch.mv(g_NV.T, coef_N.to(g_NV.dtype)).to(coef_N.dtype)
+            product_V = rows.bias_grad(g_NV, coef_N.dtype)
             self.bias_V = product_V if self.bias_V is None else self.bias_V.add_(product_V)
 
     def take(self, other: HeadGradient, factor: Tensor) -> None:
@@ -121,7 +124,7 @@ def forward(
     """
     v = head.weight_VD.shape[0]
     dtype = accumulation_dtype(x_ND, head.weight_VD)
-    capacity = logits_budget // (v * backend.element_bytes(x_ND, head.weight_VD))
+    capacity = logits_budget // (v * backend.tile_element_bytes(x_ND, head.weight_VD))
     assert capacity >= 1
     logp_N = x_ND.new_zeros(x_ND.shape[0], dtype=dtype)
     dx_ND = x_ND.new_zeros(x_ND.shape, dtype=dtype) if needs.hidden else None
@@ -131,14 +134,14 @@ def forward(
         if not needs.any:
             tiles = [bin_.slices] if bin_.slices else [(slice(r.first, r.last),) for runs in bin_.answers for r in runs]
             for tile in tiles:
-                logp, _ = backend.token_stats(_take(x_ND, tile), _take(rows.targets_N, tile), head, logits_budget)
+                logp, _ = backend.tile_stats(_take(x_ND, tile), _take(rows.targets_N, tile), head)
                 _put(logp_N, tile, logp)
         elif bin_.slices:
             x, part = _take(x_ND, bin_.slices), _take_rows(rows, bin_.slices)
-            logp, _, g_NV = backend.token_stats_and_grad(x, part.targets_N, head)
+            logp, _, g_NV = backend.tile_stats_and_grad(x, part.targets_N, head)
             _put(logp_N, bin_.slices, logp)
             coef = head.scale * backend.objective(logp, part, **settings).coef_N
-            coef = backend.grad_coefficient(coef, logp, g_NV)
+            coef = backend.grad_coefficient(coef, logp, g_NV.dtype)
             if dx_ND is not None:
                 _put(dx_ND, bin_.slices, matmul(g_NV, head.weight_VD.to(g_NV.dtype), dtype).mul_(coef[:, None]))
             if needs.head:
@@ -170,9 +173,9 @@ def _oversized_pair(
         sums.append((answer, main))
         for run in runs:
             here = slice(run.first, run.last)
-            logp, _, g_NV = backend.token_stats_and_grad(x_ND[here], rows.targets_N[here], head)
+            logp, _, g_NV = backend.tile_stats_and_grad(x_ND[here], rows.targets_N[here], head)
             logp_N[here] = logp
-            one = backend.grad_coefficient(torch.ones_like(logp), logp, g_NV)
+            one = backend.grad_coefficient(torch.ones_like(logp), logp, g_NV.dtype)
             if dx_ND is not None:
                 dx_ND[here] = matmul(g_NV, head.weight_VD.to(g_NV.dtype), dx_ND.dtype).mul_(one[:, None])
             if run.in_response:

@@ -100,6 +100,7 @@ def linear_orpo(
     strip_bytes: int,
     backend: str,
     needs: list[bool],
+    head_frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, nll_loss, odds_ratio_loss, mean_logp_S, log_odds_P, pair_mask_P, mean_hidden_2D; then what backward needs:
     kept_2E, count (on the host), token_3E where logits are recomputed, else finished dX_RD, dW_VD, db_V."""
@@ -117,7 +118,9 @@ def linear_orpo(
         num_nll_tokens=rows.in_nll_N.sum(dtype=dtype).clamp(min=1) if num_nll_tokens is None else num_nll_tokens,
         num_pairs=_count_pairs(rows).to(dtype).clamp(min=1) if num_pairs is None else num_pairs,
     )
-    logp_N, lse_N, result, grads = schedule.forward(be, x_ND, rows, head, settings, wants, logits_budget, strip_bytes)
+    logp_N, lse_N, result, grads = schedule.forward(
+        be, x_ND, rows, head, settings, wants, head_frozen, logits_budget, strip_bytes
+    )
 
     size = rows_E.shape[0]
     kept_2E, count = rows.rows_N.new_empty(0), torch.tensor([0])

@@ -23,6 +23,11 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
+    def strip(self, first: int, last: int) -> Head:
+        """The head of columns [first, last) alone."""
+        bias_W = None if self.bias_V is None else self.bias_V[first:last]
+        return Head(self.weight_VD[first:last], bias_W, self.scale, self.softcap)
+
 
 @dataclass(frozen=True)
 class Needs:

@@ -29,14 +29,13 @@ def linear_logprobs(
     strip_bytes: int,
     backend: str,
     needs: list[bool],
+    head_frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logp_N, and for backward lse_N and, where only x needs a gradient, u_ND with dlogp_n/dx_n = scale * u_n."""
     check_targets(targets_N, weight_VD.shape[0])
     be, head, wants = load_backend(backend), Head(weight_VD, bias_V, logit_scale, logit_softcap), Needs(*needs)
-    if wants.any and not schedule.recomputes(wants, 0):
-        return be.token_stats_and_input_grad(x_ND, targets_N, head, strip_bytes)
-    logp_N, lse_N = be.token_stats(x_ND, targets_N, head, strip_bytes)
-    return logp_N, lse_N, logp_N.new_empty(0)
+    (logp_N, lse_N), u_ND = schedule.token_stats(be, x_ND, targets_N, head, wants, head_frozen, strip_bytes)
+    return logp_N, lse_N, logp_N.new_empty(0) if u_ND is None else u_ND
 
 
 @linear_logprobs.register_fake
@@ -97,7 +96,7 @@ def _(grad_N, x_ND, weight_VD, bias_V, targets_N, logp_N, *_, needs, **__):
 
 def _save_for_backward(ctx, inputs, keyword_only_inputs, output) -> None:
     ctx.save_for_backward(*inputs, *output)
-    ctx.settings = dict(keyword_only_inputs)
+    ctx.settings = {name: value for name, value in keyword_only_inputs.items() if name != "head_frozen"}
     ctx.mark_non_differentiable(*output[1:])
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Smallest coefficient that float16 rows are scaled up for.
+_SMALLEST = 2.0**-100
+
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 stays float64; everything else is accumulated in float32."""
@@ -12,12 +15,22 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b with its result in `dtype`, rounded once where the library can write its accumulator out."""
+    """a @ b with its result in `dtype`, not rounded in between where the library can write its accumulator out."""
     if a.dtype == dtype:
         return torch.mm(a, b)
     if a.is_cuda and dtype == torch.float32:
         return torch.mm(a, b, out_dtype=dtype)
+    if a.dtype == torch.float16:
+        # A float16 product may exceed 65504 before it is widened.
+        return torch.mm(a.to(dtype), b.to(dtype))
     return torch.mm(a, b).to(dtype)
+
+
+def raw_logits(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
+    """x W^T in float32, never rounded to a narrower dtype on the way."""
+    if x_ND.is_cuda:
+        return matmul(x_ND, weight_VD.T, torch.float32)
+    return torch.mm(x_ND.float(), weight_VD.T.float())
 
 
 def add_matmul(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
@@ -26,3 +39,30 @@ def add_matmul(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
         accumulator.addmm_(a, b)
     else:
         accumulator.add_(matmul(a, b, accumulator.dtype))
+
+
+class WeightedRows:
+    """Rows ready for the head's gradients: g^T (coef * x) and g^T coef.
+
+    The coefficient goes onto x, so that g stays in [-1, 1]. In float16, coefficients are divided by a power of two near
+    the largest of them, or the small ones of a long batch would be lost; the products are multiplied by it again.
+    """
+
+    def __init__(self, x_ND: Tensor, coef_N: Tensor, dtype: torch.dtype) -> None:
+        self.norm = None
+        if dtype == torch.float16 and coef_N.numel():
+            self.norm = torch.exp2(torch.floor(torch.log2(coef_N.abs().amax().clamp(min=_SMALLEST))))
+            coef_N = coef_N / self.norm
+        self.x_ND = (x_ND * coef_N[:, None]).to(dtype)
+        self.coef_N1 = coef_N[:, None].to(dtype)
+
+    def weight_grad(self, g_NV: Tensor, dtype: torch.dtype) -> Tensor:
+        """g^T (coef * x) in `dtype`."""
+        if self.norm is None:
+            return matmul(g_NV.T, self.x_ND, dtype)
+        return matmul(g_NV.T, self.x_ND, torch.float32).mul_(self.norm).to(dtype)
+
+    def bias_grad(self, g_NV: Tensor, dtype: torch.dtype) -> Tensor:
+        """g^T coef in `dtype`."""
+        product_V = matmul(g_NV.T, self.coef_N1, torch.promote_types(g_NV.dtype, torch.float32))[:, 0]
+        return (product_V if self.norm is None else product_V * self.norm).to(dtype)

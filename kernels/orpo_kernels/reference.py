@@ -108,7 +108,7 @@ def objective(
     pair_mask_P = (length_S[:P] > 0) & (length_S[P:] > 0)
 
     nll_count = nll_N.sum().clamp(min=1) if num_nll_tokens is None else num_nll_tokens
-    pair_count = pair_mask_P.sum().clamp(min=1) if num_pairs is None else num_pairs
+    pair_count = pair_mask_P.sum(dtype=logp_N.dtype).clamp(min=1) if num_pairs is None else num_pairs
     nll_loss = -torch.where(rows.in_nll_N, logp_N, 0.0).sum() / nll_count
     r_P = torch.where(pair_mask_P, log_odds_ratio(a_w, a_l), 0.0)
     odds_ratio_loss = torch.where(pair_mask_P, softplus(-r_P), 0.0).sum() / pair_count

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import bins
 from .head import Gradients, Head, Needs, strip_width, strips
-from .matmul import accumulation_dtype, add_matmul
+from .matmul import add_matmul
 from .reference import Objective
 from .rows import Rows
 
@@ -42,6 +42,7 @@ def forward(
     head: Head,
     settings: dict,
     needs: Needs,
+    head_frozen: bool,
     logits_budget: int,
     strip_bytes: int,
 ) -> tuple[Tensor, Tensor | None, Objective, Gradients]:
@@ -52,12 +53,31 @@ def forward(
     if logits_budget > 0:
         logp_N, gradients = bins.forward(backend, x_ND, rows, head, settings, needs, logits_budget)
         return logp_N, None, backend.objective(logp_N, rows, **settings), gradients
-    if needs.any and not recomputes(needs, logits_budget):
-        logp_N, lse_N, u_ND = backend.token_stats_and_input_grad(x_ND, rows.targets_N, head, strip_bytes)
-        objective = backend.objective(logp_N, rows, **settings)
-        return logp_N, lse_N, objective, Gradients(x_ND=u_ND.mul_(head.scale * objective.coef_N[:, None]))
-    logp_N, lse_N = backend.token_stats(x_ND, rows.targets_N, head, strip_bytes)
-    return logp_N, lse_N, backend.objective(logp_N, rows, **settings), Gradients()
+    stats, u_ND = token_stats(backend, x_ND, rows.targets_N, head, needs, head_frozen, strip_bytes)
+    objective = backend.objective(stats[0], rows, **settings)
+    dx_ND = None if u_ND is None else u_ND.mul_(head.scale * objective.coef_N[:, None])
+    return *stats, objective, Gradients(x_ND=dx_ND)
+
+
+def token_stats(
+    backend: ModuleType,
+    x_ND: Tensor,
+    targets_N: Tensor,
+    head: Head,
+    needs: Needs,
+    head_frozen: bool,
+    strip_bytes: int,
+) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    """((logp_N, lse_N), u_ND): stage 1 by strips, and dlogp/dx before the logit scale where the head is frozen.
+
+    A frozen head goes the same way with and without a gradient, so that both give the same log-probabilities.
+    """
+    if not head_frozen:
+        return backend.token_stats(x_ND, targets_N, head, strip_bytes), None
+    if not needs.hidden:
+        return backend.frozen_head_stats(x_ND, targets_N, head, strip_bytes), None
+    *stats, u_ND = backend.frozen_head_stats_and_grad(x_ND, targets_N, head, strip_bytes)
+    return tuple(stats), u_ND
 
 
 def backward_by_strips(
@@ -79,9 +99,9 @@ def backward_by_strips(
     dx_ND = x_ND.new_zeros((n, d), dtype=coef_N.dtype) if needs.hidden else None
     dw_VD = torch.empty((v, d), dtype=head.weight_VD.dtype, device=x_ND.device) if needs.weight else None
     db_V = torch.empty(v, dtype=head.bias_V.dtype, device=x_ND.device) if needs.bias else None
-    coef_N = backend.grad_coefficient(head.scale * coef_N, logp_N, x_ND)
+    coef_N = backend.grad_coefficient(head.scale * coef_N, logp_N, backend.compute_dtype(x_ND, head.weight_VD))
     operand = backend.head_grad_operand(x_ND, coef_N, head) if needs.head else None
-    width = strip_width(n, v, backend.element_bytes(x_ND, head.weight_VD), strip_bytes)
+    width = strip_width(n, v, backend.strip_element_bytes(x_ND, head.weight_VD), strip_bytes)
     for first, last in strips(v, width):
         g_NK, weight_KD = backend.logit_grad(x_ND, targets_N, logp_N, lse_N, head, first, last)
         if dx_ND is not None:
@@ -98,12 +118,3 @@ def backward_by_strips(
     if dx_ND is not None:
         dx_ND.mul_(coef_N[:, None])
     return Gradients(dx_ND, dw_VD, db_V)
-
-
-def zero_gradients(x_ND: Tensor, head: Head, needs: Needs) -> Gradients:
-    """Gradients of a batch without a single row that counts."""
-    return Gradients(
-        torch.zeros_like(x_ND, dtype=accumulation_dtype(x_ND)) if needs.hidden else None,
-        torch.zeros_like(head.weight_VD) if needs.weight else None,
-        torch.zeros_like(head.bias_V) if needs.bias else None,
-    )

@@ -13,6 +13,8 @@ Letters: N rows, D hidden size, V vocabulary, K columns of a strip.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -31,9 +33,12 @@ def compute_dtype(x_ND: Tensor, weight_VD: Tensor) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def element_bytes(x_ND: Tensor, weight_VD: Tensor) -> int:
-    """Bytes that one logit of a strip takes: Z and R side by side in bfloat16, one number otherwise."""
+def tile_element_bytes(x_ND: Tensor, weight_VD: Tensor) -> int:
+    """Bytes that one logit takes while it is alive: Z and R side by side in bfloat16, one number otherwise."""
     return 8 if compute_dtype(x_ND, weight_VD) == torch.float64 else 4
+
+
+strip_element_bytes = tile_element_bytes
 
 
 class LogitStrip:
@@ -118,7 +123,7 @@ def token_stats(x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int) -
     """Stage 1: (logp_N, lse_N) strip by strip; one strip of logits is alive at a time."""
     n, v = x_ND.shape[0], head.weight_VD.shape[0]
     stats = RunningStats(n, x_ND, accumulation_dtype(x_ND, head.weight_VD))
-    for first, last in strips(v, strip_width(n, v, element_bytes(x_ND, head.weight_VD), strip_bytes)):
+    for first, last in strips(v, strip_width(n, v, strip_element_bytes(x_ND, head.weight_VD), strip_bytes)):
         strip = LogitStrip(x_ND, head, first, last)
         for block in strip.blocks():
             z = strip.read(block)
@@ -129,7 +134,17 @@ def token_stats(x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int) -
     return stats.finish()
 
 
-def token_stats_and_input_grad(
+def tile_stats(x_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    """Stage 1 on a tile over the whole vocabulary: (logp_N, lse_N), bit for bit those of `tile_stats_and_grad`."""
+    return token_stats(x_ND, targets_N, head, strip_bytes=sys.maxsize)
+
+
+def frozen_head_stats(x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int) -> tuple[Tensor, Tensor]:
+    """Stage 1 for a frozen head: (logp_N, lse_N), bit for bit those of `frozen_head_stats_and_grad`."""
+    return token_stats(x_ND, targets_N, head, strip_bytes)
+
+
+def frozen_head_stats_and_grad(
     x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Stages 1 and 3 in one pass for a frozen head: (logp_N, lse_N, u_ND), u = sum_v g_v W_v before its coefficient.
@@ -142,7 +157,7 @@ def token_stats_and_input_grad(
     stats = RunningStats(n, x_ND, dtype)
     u_ND = x_ND.new_zeros(x_ND.shape, dtype=dtype)
     slope_y_N = x_ND.new_ones(n, dtype=dtype)
-    for first, last in strips(v, strip_width(n, v, element_bytes(x_ND, head.weight_VD), strip_bytes)):
+    for first, last in strips(v, strip_width(n, v, strip_element_bytes(x_ND, head.weight_VD), strip_bytes)):
         strip = LogitStrip(x_ND, head, first, last)
         for block in strip.blocks():
             z = strip.read(block)
@@ -163,7 +178,7 @@ def token_stats_and_input_grad(
     return logp_N, lse_N, u_ND
 
 
-def token_stats_and_grad(x_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
+def tile_stats_and_grad(x_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
     """Stages 1 and 3 on a tile over the whole vocabulary: (logp_N, lse_N, g_NV), g in the matmul's dtype."""
     v = head.weight_VD.shape[0]
     stats = RunningStats(x_ND.shape[0], x_ND, accumulation_dtype(x_ND, head.weight_VD))
@@ -210,7 +225,7 @@ def objective(logp_N: Tensor, rows: Rows, **settings: float | Tensor | None) -> 
     return reference.Objective(*(t if t.dtype == torch.bool else t.to(logp_N.dtype) for t in result))
 
 
-def grad_coefficient(coef_N: Tensor, logp_N: Tensor, like: Tensor) -> Tensor:
+def grad_coefficient(coef_N: Tensor, logp_N: Tensor, dtype: torch.dtype) -> Tensor:
     """coef_N as it applies to the g that this backend stores, which carries no scale of its own."""
     return coef_N
 

@@ -1,0 +1,94 @@
+"""Tile sizes of the kernels, by dtype and chip, each with its reason; and how many programs share the vocabulary."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MatmulConfig:
+    """Launch options of the two kernels with a matmul inside."""
+
+    block_n: int
+    block_v: int
+    block_d: int
+    group_n: int
+    num_warps: int
+    num_stages: int
+
+    def launch_options(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return dict(
+            BLOCK_N=self.block_n,
+            BLOCK_V=self.block_v,
+            BLOCK_D=self.block_d,
+            GROUP_N=self.group_n,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+        )
+
+
+# 227 KB of shared memory and 64-row warpgroup matmuls: the largest tile whose accumulator fits the registers.
+_HOPPER = MatmulConfig(128, 256, 64, group_n=8, num_warps=8, num_stages=3)
+# 163 KB on sm_80, but 99 KB on sm_86, sm_89 and sm_120: 3 stages of (128 + 128) * 64 * 2 bytes are 96 KB.
+_AMPERE = MatmulConfig(128, 128, 64, group_n=8, num_warps=8, num_stages=3)
+# 64 KB of shared memory on gfx942: 2 stages of (128 + 128) * 32 * 2 bytes, the compiler prefetches through registers.
+_AMD = MatmulConfig(128, 128, 32, group_n=8, num_warps=8, num_stages=2)
+# float32 operands are twice as wide, and without TF32 there is no matrix unit to feed.
+_FLOAT32 = MatmulConfig(64, 64, 32, group_n=8, num_warps=4, num_stages=2)
+# 64 KB for executing compiled kernels on a CPU, where time goes with the number of threads.
+_SMALL = MatmulConfig(32, 64, 32, group_n=4, num_warps=4, num_stages=1)
+
+
+def matmul_config(x_ND: Tensor) -> MatmulConfig:
+    """Tile of the kernels with a matmul for operands like x_ND."""
+    if not x_ND.is_cuda:
+        return _SMALL
+    return matmul_config_for(
+        x_ND.dtype, torch.version.hip is not None, torch.cuda.get_device_capability(x_ND.device)[0]
+    )
+
+
+def matmul_config_for(dtype: torch.dtype, is_amd: bool, major: int) -> MatmulConfig:
+    """Tile for a dtype on a chip, by vendor and, for NVIDIA, major compute capability."""
+    if dtype == torch.float32:
+        return _FLOAT32
+    if is_amd:
+        return _AMD
+    return _HOPPER if major in (9, 10) else _AMPERE
+
+
+def rows_config(columns: int) -> dict[str, int]:
+    """Row blocks that sweep a strip: enough programs to fill a chip already at a few hundred rows."""
+    return dict(BLOCK_N=4, BLOCK_V=min(1024, max(16, triton.next_power_of_2(columns))), num_warps=4)
+
+
+def elementwise_config() -> dict[str, int]:
+    """One pass over a strip, bound by memory: 16 bytes and more a thread in flight."""
+    return dict(BLOCK_N=4, BLOCK_V=512, num_warps=4)
+
+
+def input_precision() -> str:
+    """Of float32 matmuls: TF32 only where torch's own setting allows it."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def vocabulary_splits(blocks_n: int, vocabulary: int, block_v: int, device: torch.device) -> tuple[int, int]:
+    """(splits, columns of a split): at least four programs for each multiprocessor, so that the last wave is short.
+
+    A split is whole tiles. At most 64, which bounds the partial sums to 512 bytes a row.
+    """
+    tiles = -(-vocabulary // block_v)
+    wanted = -(-4 * _multiprocessors(device) // blocks_n)
+    tiles_each = -(-tiles // min(wanted, tiles, 64))
+    return -(-tiles // tiles_each), tiles_each * block_v

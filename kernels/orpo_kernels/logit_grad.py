@@ -1,0 +1,240 @@
+"""Stage 3: the gradient of log-probability by logit, one strip of recomputed logits at a time.
+
+    g_nv = ([v = y_n] - p_nv) * cap'(z_nv),   p_nv = exp(z_nv - lse_n),   1 - p_y = -expm1(logp_n)      (Eq. 8)
+
+    x_ND, weight_WD [bias_W], targets_N, lse_N, target_grad_N  ->  g_NW     fused with the recomputed matmul
+    z_NW (by the library), targets_N, lse_N, target_grad_N     ->  g_NW     strip form
+
+Everything is float32 until g is stored, once, in the dtype of the two matmuls that follow; target_grad_N is 1 - p_y. In
+float16 each row carries a power of two (row_scale_N) that puts its largest entry, the target's, near 2^14: without it
+entries of 1e-7 are 15 % wrong, and a nearly certain answer loses its gradient. The rows' coefficients divide it out.
+
+Letters: N rows, D hidden size, W columns of the strip.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .device_math import apply_head, grouped_block
+from .head import Head
+
+
+@triton.jit
+def gradient(
+    z_NV,
+    offs_v,
+    targets_N,
+    lse_N,
+    target_grad_N,
+    row_scale_ptr,
+    offs_n,
+    row_mask,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+):
+    """Eq. 8 for one tile."""
+    is_target_NV = offs_v[None, :] == targets_N[:, None]
+    g_NV = tl.where(is_target_NV, target_grad_N[:, None], -tl.exp(z_NV - lse_N[:, None]))
+    if HAS_SOFTCAP:
+        t_NV = z_NV / softcap
+        g_NV *= 1.0 - t_NV * t_NV
+    if HAS_ROW_SCALE:
+        g_NV *= tl.load(row_scale_ptr + offs_n, mask=row_mask, other=0.0)[:, None]
+    return g_NV
+
+
+@triton.jit
+def logit_grad_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    targets_ptr,
+    lse_ptr,
+    target_grad_ptr,
+    row_scale_ptr,
+    g_ptr,
+    N,
+    D,
+    columns,
+    stride_wv,
+    stride_wd,
+    scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_N: tl.constexpr,
+):
+    block_n, block_v = grouped_block(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(columns, BLOCK_V), GROUP_N)
+    offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_v = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_d = tl.arange(0, BLOCK_D)
+    row_mask = offs_n < N
+    # Past the end the last row or column is read again: no mask in the loop, and the results are not stored.
+    # int64 before the stride: N * D, V * D and N * W may exceed 2^31.
+    x_ptrs = x_ptr + tl.minimum(offs_n, N - 1).to(tl.int64)[:, None] * D + offs_d[None, :]
+    weight_rows = tl.minimum(offs_v, columns - 1).to(tl.int64)
+    w_ptrs = weight_ptr + weight_rows[None, :] * stride_wv + (offs_d * stride_wd)[:, None]
+    z_NV = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        if EVEN_D:
+            x_NB = tl.load(x_ptrs)
+            w_BV = tl.load(w_ptrs)
+        else:
+            x_NB = tl.load(x_ptrs, mask=(offs_d < D - d)[None, :], other=0.0)
+            w_BV = tl.load(w_ptrs, mask=(offs_d < D - d)[:, None], other=0.0)
+        z_NV = tl.dot(x_NB, w_BV, z_NV, input_precision=INPUT_PRECISION)
+        x_ptrs += BLOCK_D
+        w_ptrs += BLOCK_D * stride_wd
+
+    z_NV = apply_head(z_NV, bias_ptr, offs_v, columns, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+    targets_N = tl.load(targets_ptr + offs_n, mask=row_mask, other=-1).to(tl.int32)
+    lse_N = tl.load(lse_ptr + offs_n, mask=row_mask, other=0.0)
+    target_grad_N = tl.load(target_grad_ptr + offs_n, mask=row_mask, other=0.0)
+    g_NV = gradient(
+        z_NV,
+        offs_v,
+        targets_N,
+        lse_N,
+        target_grad_N,
+        row_scale_ptr,
+        offs_n,
+        row_mask,
+        softcap,
+        HAS_SOFTCAP,
+        HAS_ROW_SCALE,
+    )
+    g_ptrs = g_ptr + offs_n.to(tl.int64)[:, None] * columns + offs_v[None, :]
+    tl.store(g_ptrs, g_NV.to(g_ptr.dtype.element_ty), mask=row_mask[:, None] & (offs_v < columns)[None, :])
+
+
+@triton.jit
+def strip_grad_kernel(
+    z_ptr,
+    bias_ptr,
+    targets_ptr,
+    lse_ptr,
+    target_grad_ptr,
+    row_scale_ptr,
+    g_ptr,
+    N,
+    columns,
+    scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    blocks_v = tl.cdiv(columns, BLOCK_V)
+    offs_n = tl.program_id(0) // blocks_v * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_v = tl.program_id(0) % blocks_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    row_mask = offs_n < N
+    mask = row_mask[:, None] & (offs_v < columns)[None, :]
+    # int64: a tile over the whole vocabulary may hold more than 2^31 logits.
+    offs = offs_n.to(tl.int64)[:, None] * columns + offs_v[None, :]
+    z_NV = tl.load(z_ptr + offs, mask=mask, other=0.0)
+    z_NV = apply_head(z_NV, bias_ptr, offs_v, columns, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+    targets_N = tl.load(targets_ptr + offs_n, mask=row_mask, other=-1).to(tl.int32)
+    lse_N = tl.load(lse_ptr + offs_n, mask=row_mask, other=0.0)
+    target_grad_N = tl.load(target_grad_ptr + offs_n, mask=row_mask, other=0.0)
+    g_NV = gradient(
+        z_NV,
+        offs_v,
+        targets_N,
+        lse_N,
+        target_grad_N,
+        row_scale_ptr,
+        offs_n,
+        row_mask,
+        softcap,
+        HAS_SOFTCAP,
+        HAS_ROW_SCALE,
+    )
+    tl.store(g_ptr + offs, g_NV.to(g_ptr.dtype.element_ty), mask=mask)
+
+
+def logit_grad(
+    x_ND: Tensor,
+    targets_N: Tensor,
+    lse_N: Tensor,
+    target_grad_N: Tensor,
+    row_scale_N: Tensor | None,
+    head: Head,
+) -> Tensor:
+    """Fused form: g_NW in x's dtype for the strip that `head` and targets_N are relative to.
+
+    x_ND is contiguous and of the weight's dtype.
+    """
+    (n, d), columns = x_ND.shape, head.weight_VD.shape[0]
+    assert x_ND.is_contiguous() and x_ND.dtype == head.weight_VD.dtype
+    g_NW = x_ND.new_empty((n, columns))
+    config = configs.matmul_config(x_ND)
+    logit_grad_kernel[(triton.cdiv(n, config.block_n) * triton.cdiv(columns, config.block_v),)](
+        x_ND,
+        head.weight_VD,
+        head.bias_V,
+        targets_N,
+        lse_N,
+        target_grad_N,
+        row_scale_N,
+        g_NW,
+        N=n,
+        D=d,
+        columns=columns,
+        stride_wv=head.weight_VD.stride(0),
+        stride_wd=head.weight_VD.stride(1),
+        scale=head.scale,
+        softcap=head.softcap or 0.0,
+        HAS_BIAS=head.bias_V is not None,
+        HAS_SOFTCAP=head.softcap is not None,
+        HAS_ROW_SCALE=row_scale_N is not None,
+        INPUT_PRECISION=configs.input_precision(),
+        EVEN_D=d % config.block_d == 0,
+        **config.launch_options(),
+    )
+    return g_NW
+
+
+def strip_grad(
+    z_NW: Tensor,
+    targets_N: Tensor,
+    lse_N: Tensor,
+    target_grad_N: Tensor,
+    row_scale_N: Tensor | None,
+    head: Head,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Strip form: g_NW from the strip's raw float32 logits x W^T; in place where dtype is float32."""
+    n, columns = z_NW.shape
+    assert z_NW.is_contiguous() and z_NW.dtype == torch.float32
+    g_NW = z_NW if dtype == torch.float32 else torch.empty_like(z_NW, dtype=dtype)
+    config = configs.elementwise_config()
+    strip_grad_kernel[(triton.cdiv(n, config["BLOCK_N"]) * triton.cdiv(columns, config["BLOCK_V"]),)](
+        z_NW,
+        head.bias_V,
+        targets_N,
+        lse_N,
+        target_grad_N,
+        row_scale_N,
+        g_NW,
+        N=n,
+        columns=columns,
+        scale=head.scale,
+        softcap=head.softcap or 0.0,
+        HAS_BIAS=head.bias_V is not None,
+        HAS_SOFTCAP=head.softcap is not None,
+        HAS_ROW_SCALE=row_scale_N is not None,
+        **config,
+    )
+    return g_NW

@@ -1,0 +1,19 @@
+"""Shared by all tests: where kernels run (`--kernels=`), and the folder of large reference material, if it is there."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+pytest_plugins = ["kernelcheck.plugin"]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Reference runs and data too large for the repository, looked for beside it."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs the reference data, a folder `shared` beside the repository")
+    return folder
