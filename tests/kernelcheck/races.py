@@ -26,6 +26,7 @@ import triton.runtime.interpreter as triton_interpreter
 from triton.runtime.errors import InterpreterError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .findings import MemoryFinding
 from .patching import replaced
 
 Builder = triton_interpreter.InterpreterBuilder
@@ -41,10 +42,6 @@ POINTER_OPERATIONS = (
     "create_trans",
     "create_bitcast",
 )
-
-
-class MemoryFinding(Exception):
-    """A race or an out-of-bounds access, in words."""
 
 
 @dataclass(frozen=True)
