@@ -1,0 +1,216 @@
+"""orpo.data: token boundaries, BOS and EOS, truncation, and the account of dropped rows."""
+
+import json
+
+import datasets
+import pytest
+from tiny import CHATML, NO_END, SEVEN, make_tokenizer
+
+from orpo.data import Limits, as_dataset, describe_example, prepare_dataset
+from orpo.layout import PaddedLayout
+
+UNLIMITED = Limits(max_length=None)
+
+
+def prepare(data, tokenizer=None, limits=UNLIMITED, **options):
+    lines = []
+    prepared = prepare_dataset(data, tokenizer or make_tokenizer(), limits, report=lines.append, **options)
+    return prepared, lines
+
+
+def one(prompt, chosen, rejected, **options):
+    prepared, _ = prepare([{"prompt": prompt, "chosen": chosen, "rejected": rejected}], **options)
+    return prepared[0]
+
+
+def answer(example, side):
+    return example[f"{side}_input_ids"][example[f"{side}_prompt_length"] :]
+
+
+def test_bos_in_front_and_eos_at_the_end():
+    tokenizer = make_tokenizer()
+    example = one("hello", " hi", " go", tokenizer=tokenizer)
+    assert example["chosen_input_ids"] == [1, *tokenizer.encode("hello hi", add_special_tokens=False), 2]
+    assert answer(example, "rejected") == [*tokenizer.encode(" go", add_special_tokens=False), 2]
+    assert example["pair_id"] == 0
+
+
+def test_bos_and_eos_are_not_doubled():
+    example = one("<s>hello", " hi</s>", " go")
+    assert example["chosen_input_ids"].count(1) == example["chosen_input_ids"].count(2) == 1
+    assert example["rejected_input_ids"].count(1) == example["rejected_input_ids"].count(2) == 1
+
+
+def test_a_tokenizer_without_bos_adds_none():
+    example = one("hello", " hi", " go", tokenizer=make_tokenizer(bos_token=None))
+    assert 1 not in example["chosen_input_ids"]
+
+
+def test_a_merge_over_the_boundary_belongs_to_the_answer():
+    """ "lan" + "guage" becomes one token; " x" does not merge. Each answer has its own boundary."""
+    tokenizer = make_tokenizer()
+    prompt, whole = (tokenizer.encode(t, add_special_tokens=False) for t in ("best lan", "best language"))
+    assert prompt != whole[: len(prompt)]
+    example = one("best lan", "guage", " x", tokenizer=tokenizer)
+    assert example["chosen_input_ids"] == [1, *whole, 2]
+    assert example["chosen_prompt_length"] < example["rejected_prompt_length"] == 1 + len(prompt)
+    assert tokenizer.decode(answer(example, "chosen")) == " language</s>"
+
+
+def test_chat_turns_end_as_the_template_ends_them():
+    tokenizer = make_tokenizer(chat_template=CHATML)
+    row = {"prompt": [{"role": "user", "content": "a"}]}
+    for side in ("chosen", "rejected"):
+        row[side] = [{"role": "assistant", "content": side}]
+    example = prepare([row], tokenizer)[0][0]
+    assert tokenizer.decode(example["chosen_input_ids"]) == (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nchosen<|im_end|>\n"
+    )
+    assert tokenizer.decode(answer(example, "rejected")) == "rejected<|im_end|>\n"
+
+
+def test_a_template_without_an_end_gets_eos():
+    tokenizer = make_tokenizer(chat_template=NO_END)
+    row = {
+        side: [{"role": "user", "content": "a"}, {"role": "assistant", "content": side}]
+        for side in ("chosen", "rejected")
+    }
+    example = prepare([row], tokenizer)[0][0]
+    assert tokenizer.decode(answer(example, "chosen")).endswith("chosen\n</s>")
+
+
+WORDS = "a b c d e f g h i j k l m n o p"
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_a_long_prompt_is_cut_and_keeps_its_bos(mode):
+    tokenizer = make_tokenizer()
+    limits = Limits(max_length=12, max_prompt_length=5, truncation_mode=mode)
+    example = one(WORDS, " yes yes", " no", tokenizer=tokenizer, limits=limits)
+    assert example["chosen_prompt_length"] == example["rejected_prompt_length"] == 5
+    ids = [1, *tokenizer.encode(WORDS, add_special_tokens=False)]
+    kept = ids[:5] if mode == "keep_start" else [1, *ids[-4:]]
+    assert example["chosen_input_ids"][:5] == kept
+    assert len(example["chosen_input_ids"]) <= 12
+    assert len(answer(example, "chosen")) >= 1
+
+
+def test_answers_are_cut_to_what_is_left():
+    example = one("hello", " " + WORDS, " no", limits=Limits(max_length=8))
+    assert len(example["chosen_input_ids"]) == 8 and 2 not in example["chosen_input_ids"]
+    assert example["rejected_input_ids"][-1] == 2
+
+
+def test_a_pair_that_fits_keeps_a_prompt_longer_than_max_prompt_length():
+    example = one(WORDS, " yes", " no", limits=Limits(max_length=64, max_prompt_length=3))
+    assert example["chosen_prompt_length"] > 3
+
+
+def test_max_completion_length_cuts_answers():
+    example = one("hello", " " + WORDS, " no", limits=Limits(max_length=None, max_completion_length=4))
+    assert len(answer(example, "chosen")) == 4
+
+
+@pytest.mark.parametrize("length", range(2, 24))
+def test_truncation_never_leaves_an_empty_answer(length):
+    rows = [{"prompt": WORDS[:n], "chosen": " yes", "rejected": " no no"} for n in range(0, len(WORDS), 3)]
+    try:
+        prepared, _ = prepare(rows, limits=Limits(max_length=length))
+    except ValueError:
+        assert length == 2, "the shortest prompt has one token, BOS"
+        return
+    for example in prepared:
+        for side in ("chosen", "rejected"):
+            assert len(answer(example, side)) >= 1 and len(example[f"{side}_input_ids"]) <= length
+
+
+def test_dropped_rows_are_counted_by_reason_and_the_rest_keep_their_numbers():
+    rows = [
+        {"prompt": "hello", "chosen": " hi", "rejected": " "},
+        {"prompt": WORDS, "chosen": " hi", "rejected": " no"},
+        {"prompt": "hello", "chosen": " hi", "rejected": " no"},
+        {"prompt": "hello", "chosen": "", "rejected": " no"},
+        {"prompt": "how", "chosen": " hi", "rejected": " no"},
+    ]
+    prepared, lines = prepare(rows, limits=Limits(max_length=12))
+    assert lines == ["train: kept 2 of 5: 2 empty answers, 1 prompt of 12 tokens or more"]
+    assert prepared["pair_id"] == [2, 4]
+
+
+def test_the_summary_of_real_dialogues(shared):
+    import gzip
+
+    with gzip.open(shared / "data/hh-rlhf-harmless/pairs.jsonl.gz", "rt") as file:
+        rows = [json.loads(line) for line in file]
+    _, lines = prepare(rows, limits=Limits(max_length=4096))
+    assert lines == ["train: kept 1,794 of 1,800: 4 empty answers, 2 pairs whose prompts differ"]
+
+
+def test_no_row_left_is_an_error():
+    with pytest.raises(ValueError, match="no row of the train set can train: train: kept 0 of 1: 1 empty answer"):
+        prepare([{"prompt": "a", "chosen": "", "rejected": "b"}])
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_containers_and_processes_agree(num_proc):
+    rows = [dict(zip(SEVEN, values, strict=True)) for values in zip(*SEVEN.values(), strict=True)]
+    expected = prepare(rows)[0].to_list()
+    for data in (SEVEN, datasets.Dataset.from_dict(SEVEN)):
+        assert prepare(data, num_proc=num_proc)[0].to_list() == expected
+    # Prepared once is prepared for good.
+    assert prepare(prepare(SEVEN)[0])[0].to_list() == expected
+
+
+def test_streams_are_prepared_as_they_come():
+    rows = [
+        {"prompt": "hello", "chosen": " hi", "rejected": ""},
+        {"prompt": "hello", "chosen": " hi", "rejected": " no"},
+    ]
+    stream, lines = prepare(datasets.Dataset.from_list(rows).to_iterable_dataset())
+    assert list(stream) == [one("hello", " hi", " no") | {"pair_id": 1}]
+    assert lines == []
+
+
+def test_example_shows_what_each_term_scores():
+    tokenizer = make_tokenizer()
+    text = describe_example(one("hello", " hi", " go"), PaddedLayout(pad_token_id=0), tokenizer)
+    assert text.splitlines()[1].endswith("'hello hi</s>'")
+    assert text.splitlines()[2].endswith("' hi</s>'") and text.splitlines()[3].endswith("' go</s>'")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 1}, "max_length is 1; it has to be at least 2"),
+        ({"max_completion_length": 0}, "max_completion_length is 0; it has to be at least 1"),
+        ({"max_length": 8, "max_prompt_length": 8}, "max_prompt_length is 8 and max_length 8"),
+        ({"truncation_mode": "middle"}, "truncation_mode is 'middle'"),
+    ],
+)
+def test_limits_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        Limits(**options)
+
+
+def test_other_containers_are_refused():
+    with pytest.raises(ValueError, match="a dict of lists or a list of dicts, not int"):
+        as_dataset(3)
+
+
+def test_tokenization_is_trls(shared):
+    """Token for token what TRL's trainer makes of its reference run's pairs, cut at 128 tokens and at 40."""
+    orpo_trainer = pytest.importorskip("trl.experimental.orpo", reason="compares with TRL, which is not installed")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared / "oracle/tokenizer")
+    pairs = json.loads((shared / "oracle/pairs.json").read_text())
+    trainer = object.__new__(orpo_trainer.ORPOTrainer)
+    trainer.processing_class, trainer.is_encoder_decoder = tokenizer, False
+    for trainer.max_length in (128, 60):
+        ours, _ = prepare(pairs, tokenizer, Limits(max_length=trainer.max_length))
+        assert len(ours) > 40
+        for example in ours:
+            theirs = trainer.tokenize_row(pairs[example["pair_id"]])
+            for side in ("chosen", "rejected"):
+                assert example[f"{side}_input_ids"] == theirs[f"{side}_input_ids"]
+                assert example[f"{side}_prompt_length"] == theirs[f"{side}_labels"].count(-100)

@@ -1,0 +1,103 @@
+"""Tiny models, a tokenizer and pairs made on the spot: nothing is downloaded, a model trains a step in milliseconds."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_END = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+SPECIALS = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+
+# The seven rows of the talk that introduces ORPO with TRL's trainer: a plain dict of lists, with repeated prompts.
+SEVEN = {
+    "prompt": ["hello", "how are you", *["What is your name?"] * 2, *["Which is the best programming language?"] * 3],
+    "chosen": ["hi nice to meet you", "I am fine", "My name is Mary", "My name is Mary", "Python", "Python", "Java"],
+    "rejected": [
+        "leave me alone",
+        "I am not fine",
+        "Whats it to you?",
+        "I dont have a name",
+        "Javascript",
+        "C++",
+        "C++",
+    ],
+}
+
+
+@functools.cache
+def trained_bpe() -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text for column in SEVEN.values() for text in column] * 4, trainer)
+    return tokenizer.to_str()
+
+
+def make_tokenizer(**changes: Any) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of about 300 tokens, with BOS, EOS and PAD unless `changes` says otherwise."""
+    options = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", **changes}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(trained_bpe()), **options)
+
+
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def make_model(model_type: str = "llama", seed: int = 0, **changes: Any) -> Any:
+    """A random float32 causal language model of that type, 2 layers of width 32 with a vocabulary of 320."""
+    config = AutoConfig.for_model(model_type, **{**SMALL, **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
+    with torch.no_grad():
+        # Fresh models have zero biases and nearly uniform predictions, under which a wrong head looks right.
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+def log_odds(mean_logps: Tensor) -> Tensor:
+    return mean_logps - torch.log(-torch.expm1(mean_logps))
+
+
+def reference_loss(model: Any, examples: list[dict[str, Any]], beta: float = 0.1, prompt_in_nll: bool = True) -> Tensor:
+    """The ORPO loss of `examples` in double precision, from the model's own logits of one sequence at a time."""
+    nll, tokens, terms = 0.0, 0, []
+    for example in examples:
+        odds = {}
+        for side in ("chosen", "rejected"):
+            ids = torch.tensor([example[f"{side}_input_ids"]])
+            first = example[f"{side}_prompt_length"]
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1].double()
+            logps = logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+            odds[side] = log_odds(logps[max(first - 1, 0) :].mean())
+            if side == "chosen":
+                scored = logps if prompt_in_nll else logps[max(first - 1, 0) :]
+                nll, tokens = nll - scored.sum(), tokens + len(scored)
+        terms.append(-torch.nn.functional.logsigmoid(odds["chosen"] - odds["rejected"]))
+    return nll / tokens + beta * torch.stack(terms).mean()
