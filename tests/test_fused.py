@@ -1,0 +1,175 @@
+"""The operator under autograd: every schedule and backend against float64 truth, bit for bit where that is promised."""
+
+import pytest
+import torch
+from orpo_kernels import fused, schedule
+from orpo_kernels.head import STRIP_BYTES, strip_width, strips
+from problems import make_problem, relative_error
+
+from orpo import orpo_loss
+
+# Forces several strips and, with the budgets below, several bins and an oversized pair at these sizes.
+STRIP = 8192
+BUDGETS = pytest.param(0, id="strips"), pytest.param(30_000, id="oversized pairs"), pytest.param(80_000, id="bins")
+TORCH = pytest.param("torch", id="torch")
+TRITON = pytest.param("triton", id="triton", marks=pytest.mark.kernels)
+backends = pytest.mark.parametrize("backend", [TORCH, TRITON])
+
+# What torch itself is off by in the same dtype at these sizes (full logits, autograd), and a little.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 6e-4}
+
+
+def run(problem, backend, budget=None, strip_bytes=STRIP, grad=True):
+    out = orpo_loss(
+        problem.hidden,
+        problem.weight,
+        problem.labels,
+        logits_budget=budget,
+        strip_bytes=strip_bytes,
+        backend=backend,
+        **problem.keywords,
+    )
+    if grad:
+        out.loss.backward()
+    return out
+
+
+@backends
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize(
+    ("bias", "scale", "softcap", "prompt_in_nll"),
+    [(False, 1.0, None, True), (True, 0.7, None, False), (True, 1.3, 5.0, True)],
+    ids=["plain", "bias and scale", "softcap"],
+)
+def test_float32_is_exact(backend, budget, bias, scale, softcap, prompt_in_nll, kernel_device):
+    device = kernel_device if backend == "triton" else "cpu"
+    problem = make_problem(
+        bias=bias, scale=scale, softcap=softcap, prompt_in_nll=prompt_in_nll, device=device
+    ).requiring_grad()
+    out = run(problem, backend, budget)
+    truth, dh, dw, db = problem.truth()
+    P = out.chosen_logps.shape[0]
+    assert relative_error(out.loss, truth.loss) < 1e-6
+    assert relative_error(torch.cat([out.chosen_logps, out.rejected_logps]), truth.mean_logp_S) < 1e-6
+    assert relative_error(out.log_odds, truth.log_odds_P) < 1e-5 and P == truth.log_odds_P.shape[0]
+    assert relative_error(problem.hidden.grad, dh) < 1e-6
+    assert relative_error(problem.weight.grad, dw) < 1e-6
+    if bias:
+        assert relative_error(problem.bias.grad, db) < 1e-6
+
+
+@backends
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_other_dtypes(backend, budget, dtype, kernel_device):
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("float64 runs on the torch backend alone")
+    device = kernel_device if backend == "triton" else "cpu"
+    problem = make_problem(dtype=dtype, bias=True, device=device).requiring_grad()
+    out = run(problem, backend, budget)
+    truth, dh, dw, db = problem.truth()
+    # Logits are float32 inside whatever comes in, so the loss is exact to float32 even for 8-bit mantissas.
+    assert relative_error(out.loss, truth.loss) < min(1e-5, TOLERANCE[dtype])
+    for grad, exact in ((problem.hidden.grad, dh), (problem.weight.grad, dw), (problem.bias.grad, db)):
+        assert grad.dtype == dtype and relative_error(grad, exact) < TOLERANCE[dtype]
+
+
+@backends
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)], ids=str)
+def test_each_gradient_alone(backend, budget, needs, kernel_device):
+    problem = make_problem(bias=True, softcap=4.0, device=kernel_device if backend == "triton" else "cpu")
+    problem.requiring_grad(*map(bool, needs))
+    run(problem, backend, budget)
+    _, *exact = problem.truth()
+    for tensor, wanted, truth in zip((problem.hidden, problem.weight, problem.bias), needs, exact, strict=True):
+        assert (tensor.grad is not None) == bool(wanted)
+        if wanted:
+            assert relative_error(tensor.grad, truth) < 1e-6
+
+
+@backends
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+def test_repetition_and_no_grad_are_bitwise_the_same(backend, budget, frozen, kernel_device):
+    problem = make_problem(device=kernel_device if backend == "triton" else "cpu")
+    losses, grads = [], []
+    for _ in range(2):
+        problem.requiring_grad(weight=not frozen)
+        losses.append(run(problem, backend, budget).loss.detach())
+        grads.append([t.grad for t in (problem.hidden, problem.weight) if t.grad is not None])
+    with torch.no_grad():
+        losses.append(run(problem, backend, budget, grad=False).loss)
+    assert losses[0] == losses[1] == losses[2]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@backends
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_upstream_gradient_and_retained_graph(backend, budget, kernel_device):
+    problem = make_problem(bias=True, device=kernel_device if backend == "triton" else "cpu").requiring_grad()
+    inputs = (problem.hidden, problem.weight, problem.bias)
+    loss = run(problem, backend, budget, grad=False).loss
+    one = torch.autograd.grad(loss, inputs, retain_graph=True)
+    half = torch.autograd.grad(0.5 * loss + 3.0, inputs, retain_graph=True)
+    again = torch.autograd.grad(loss, inputs)
+    for a, b, c in zip(one, half, again, strict=True):
+        torch.testing.assert_close(b, 0.5 * a, rtol=1e-6, atol=1e-9)
+        assert torch.equal(a, c)
+
+
+def test_second_derivatives_refuse():
+    problem = make_problem().requiring_grad()
+    for budget in (0, 2**20):
+        loss = run(problem, "torch", budget, grad=False).loss
+        (grad,) = torch.autograd.grad(loss, problem.hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="linear_orpo_backward"):
+            grad.sum().backward()
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("needs", [(True, True), (True, False)], ids=["trained head", "frozen head"])
+def test_opcheck(budget, needs):
+    problem = make_problem(P=2, T=9, D=8, V=31).requiring_grad(*needs)
+    rows = problem.rows
+    torch.library.opcheck(
+        fused.linear_orpo,
+        (
+            problem.hidden.reshape(-1, 8),
+            problem.weight,
+            None,
+            rows.rows_N,
+            rows.targets_N,
+            rows.sequence_N,
+            rows.in_response_N,
+            rows.in_nll_N,
+        ),
+        dict(
+            num_nll_tokens=None,
+            num_pairs=None,
+            pairs=rows.pairs,
+            all_rows_count=True,
+            beta=0.1,
+            nll_weight=1.0,
+            logit_scale=1.0,
+            logit_softcap=None,
+            logits_budget=schedule.effective_budget(budget, 4, 31),
+            strip_bytes=STRIP,
+            backend="torch",
+            needs=[*needs, False],
+            head_frozen=not needs[1],
+        ),
+        # The operator's own gradients are what other tests check; finite differences of float32 say nothing.
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"),
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000, 10**7])
+@pytest.mark.parametrize("vocabulary", [1, 31, 128, 49152, 151937])
+@pytest.mark.parametrize("strip_bytes", [1, 4096, STRIP_BYTES])
+def test_strips_cover_the_vocabulary_within_their_bytes(rows, vocabulary, strip_bytes):
+    width = strip_width(rows, vocabulary, 4, strip_bytes)
+    parts = list(strips(vocabulary, width))
+    assert parts[0][0] == 0 and parts[-1][1] == vocabulary
+    assert all(a[1] == b[0] for a, b in zip(parts, parts[1:], strict=False))
+    assert width == 1 or rows * width * 4 <= strip_bytes
