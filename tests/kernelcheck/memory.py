@@ -4,10 +4,9 @@ import contextlib
 import functools
 import mmap
 from collections.abc import Iterator
+from unittest import mock
 
 import torch
-
-from .patching import replaced
 
 
 def lazily_mapped(numel: int, dtype: torch.dtype) -> torch.Tensor:
@@ -40,7 +39,7 @@ def poisoned_empty() -> Iterator[None]:
 
     names = ("empty", "empty_like", "empty_strided")
     with (
-        replaced(torch, **{name: poisoned(getattr(torch, name)) for name in names}),
-        replaced(torch.Tensor, new_empty=poisoned(torch.Tensor.new_empty)),
+        mock.patch.multiple(torch, **{name: poisoned(getattr(torch, name)) for name in names}),
+        mock.patch.multiple(torch.Tensor, new_empty=poisoned(torch.Tensor.new_empty)),
     ):
         yield

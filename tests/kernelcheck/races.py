@@ -19,6 +19,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -27,7 +28,6 @@ from triton.runtime.errors import InterpreterError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .findings import MemoryFinding
-from .patching import replaced
 
 Builder = triton_interpreter.InterpreterBuilder
 LOAD, ATOMIC, STORE = 0, 1, 2
@@ -234,9 +234,9 @@ def checked(races: bool = True) -> Iterator[None]:
         "create_atomic_cas": recording("create_atomic_cas", ATOMIC, None),
     }
     with (
-        replaced(Builder, **recorded, **{name: keeping_origin(name) for name in POINTER_OPERATIONS}),
-        replaced(triton_interpreter.TensorDescHandle, materialize_pointers=materialize_pointers),
-        replaced(triton_interpreter, _implicit_cvt=convert),
-        replaced(triton_interpreter.GridExecutor, _init_args_hst=init_args_hst, __call__=call),
+        mock.patch.multiple(Builder, **recorded, **{name: keeping_origin(name) for name in POINTER_OPERATIONS}),
+        mock.patch.multiple(triton_interpreter.TensorDescHandle, materialize_pointers=materialize_pointers),
+        mock.patch.multiple(triton_interpreter, _implicit_cvt=convert),
+        mock.patch.multiple(triton_interpreter.GridExecutor, _init_args_hst=init_args_hst, __call__=call),
     ):
         yield

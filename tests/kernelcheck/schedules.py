@@ -15,10 +15,9 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import triton.runtime.interpreter as triton_interpreter
-
-from .patching import replaced
 
 Builder = triton_interpreter.InterpreterBuilder
 MEMORY_OPERATIONS = ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas")
@@ -39,7 +38,7 @@ def shuffled(seed: int) -> Iterator[None]:
     def set_grid_idx(self, *program):
         original_set_idx(self, *place[program])
 
-    with replaced(Builder, set_grid_dim=set_grid_dim, set_grid_idx=set_grid_idx):
+    with mock.patch.multiple(Builder, set_grid_dim=set_grid_dim, set_grid_idx=set_grid_idx):
         yield
 
 
@@ -157,7 +156,7 @@ def interleaved(seed: int, resident: int = 4) -> Iterator[None]:
             self.fn = function
 
     with (
-        replaced(Builder, **{name: switching(getattr(Builder, name)) for name in MEMORY_OPERATIONS}),
-        replaced(triton_interpreter.GridExecutor, __call__=call),
+        mock.patch.multiple(Builder, **{name: switching(getattr(Builder, name)) for name in MEMORY_OPERATIONS}),
+        mock.patch.multiple(triton_interpreter.GridExecutor, __call__=call),
     ):
         yield

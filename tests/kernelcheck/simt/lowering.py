@@ -78,12 +78,21 @@ def _strip(ir: str) -> str:
 
 
 def _rewrite_float_literals(ir: str) -> str:
-    """Newer LLVM prints f0x3FB8AA3B, +inf, nan(0x7FC00000); older ones read a double's bits, 0x3FF7154760000000."""
+    """Newer LLVM prints f0x3FB8AA3B, 2.0e-01, +inf, nan(0x7FC00000); older ones read a double's bits in hexadecimal."""
 
-    def from_bits(match: re.Match) -> str:
-        (value,) = struct.unpack("<f", struct.pack("<I", int(match[1], 16)))
+    def as_double(value: float) -> str:
         return f"0x{struct.unpack('<Q', struct.pack('<d', value))[0]:016X}"
 
+    def from_bits(match: re.Match) -> str:
+        return as_double(struct.unpack("<f", struct.pack("<I", int(match[1], 16)))[0])
+
+    def from_decimal(match: re.Match) -> str:
+        return as_double(struct.unpack("<f", struct.pack("<f", float(match[0])))[0])
+
+    # A decimal that float32 does not hold exactly is an error to older versions.
+    decimal = re.compile(r"(?<![\w.%@])[+-]?\d+\.\d+(?:e[+-]?\d+)?\b")
+    lines = ir.splitlines()
+    ir = "\n".join(decimal.sub(from_decimal, line) if re.search(r"\bfloat\b", line) else line for line in lines)
     ir = re.sub(r"\bf0x([0-9A-Fa-f]{8})\b", from_bits, ir)
     # bfloat and half literals have a 16-bit form of their own.
     for type_, letter, infinity, nan in (("bfloat", "R", 0x7F80, 0x7FC0), ("half", "H", 0x7C00, 0x7E00)):
