@@ -71,6 +71,21 @@ class LogitTransform:
     softcap: float | None = None
 
 
+class _StandIn:
+    """In the place of a head: notes what it is called with and returns a constant. It has the head's attributes."""
+
+    def __init__(self, head: nn.Module, output: Tensor) -> None:
+        self.head, self.output = head, output
+        self.seen: list[Tensor] = []
+
+    def __call__(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        self.seen.append(hidden)
+        return self.output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.head, name)
+
+
 @dataclass
 class FusedHead:
     """Where the head of a patched model is.
@@ -90,24 +105,19 @@ class FusedHead:
 
     def run_to_head(self, stand_in: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
         """The model's forward with its head replaced by `stand_in`: (what the head was given, the forward's output)."""
-        seen: list[Tensor] = []
-
-        def capture(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-            seen.append(hidden)
-            return stand_in
-
+        stand_in_head = _StandIn(getattr(self.owner, self.attribute), stand_in)
         # The instance's __dict__ is searched before its registered modules, which stay as they are.
-        self.owner.__dict__[self.attribute] = capture
+        self.owner.__dict__[self.attribute] = stand_in_head
         try:
             outputs = self.model_forward(*args, **kwargs, return_dict=True)
         finally:
             del self.owner.__dict__[self.attribute]
-        if len(seen) != 1:
+        if len(stand_in_head.seen) != 1:
             raise ValueError(
-                f"the model calls its output embeddings ({self.name}) {len(seen)} times in one forward; "
+                f"the model calls its output embeddings ({self.name}) {len(stand_in_head.seen)} times in one forward; "
                 "the fused loss needs exactly one call"
             )
-        return seen[0], outputs
+        return stand_in_head.seen[0], outputs
 
 
 def attach_orpo_loss(model: nn.Module) -> FusedHead:

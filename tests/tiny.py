@@ -49,13 +49,13 @@ def trained_bpe() -> str:
 
 
 def make_tokenizer(**changes: Any) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of about 300 tokens, with BOS, EOS and PAD unless `changes` says otherwise."""
+    """A byte-level BPE tokenizer of fewer than 400 tokens, with BOS, EOS and PAD unless `changes` says otherwise."""
     options = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", **changes}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(trained_bpe()), **options)
 
 
 SMALL = {
-    "vocab_size": 320,
+    "vocab_size": 400,
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -70,8 +70,9 @@ SMALL = {
 
 
 def make_model(model_type: str = "llama", seed: int = 0, **changes: Any) -> Any:
-    """A random float32 causal language model of that type, 2 layers of width 32 with a vocabulary of 320."""
-    config = AutoConfig.for_model(model_type, **{**SMALL, **changes})
+    """A random float32 causal language model of that type, 2 layers of width 32 with a vocabulary of 400."""
+    options = {k: v for k, v in {**SMALL, **changes}.items() if v is not None}
+    config = AutoConfig.for_model(model_type, **options)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
     with torch.no_grad():
