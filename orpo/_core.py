@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 from orpo_kernels import reference
-from orpo_kernels.backends import choose_backend, default_budget, load_backend
+from orpo_kernels.backends import choose_backend, resolve_budget
 from orpo_kernels.rows import Rows
-from orpo_kernels.schedule import effective_budget
 from torch import Tensor
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -105,10 +104,10 @@ def run_orpo(
     if logits_budget is not None and logits_budget < 0:
         raise ValueError(f"logits_budget has to be at least 0 bytes, got {logits_budget}")
 
-    backend = choose_backend(backend, hidden.device)
     hidden, weight, bias = autocast(hidden, weight, lm_head_bias)
-    budget = default_budget(hidden.device) if logits_budget is None else logits_budget
-    budget = effective_budget(budget, load_backend(backend).tile_element_bytes(hidden, weight), weight.shape[0])
+    place = hidden.device.type, hidden.dtype, weight.dtype
+    backend = choose_backend(backend, *place)
+    budget = resolve_budget(logits_budget, backend, *place, weight.shape[0])
     loss, nll, odds_ratio, mean_logp_S, log_odds_P, pair_mask_P, mean_hidden_2D, *_ = fused.linear_orpo(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,

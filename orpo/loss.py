@@ -195,8 +195,8 @@ def token_logprobs(
         raise ValueError(f"targets of shape {tuple(targets.shape)} does not fit hidden of shape {tuple(hidden.shape)}")
     check_integers("targets", targets, hidden)
     check_head(hidden, weight, bias, logit_softcap, strip_bytes)
-    backend = choose_backend(backend, hidden.device)
     hidden, weight, bias = autocast(hidden, weight, bias)
+    backend = choose_backend(backend, hidden.device.type, hidden.dtype, weight.dtype)
     logp, *_ = linear_logprobs(
         hidden,
         weight,

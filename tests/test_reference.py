@@ -64,7 +64,9 @@ def test_odds_against_50_digits(a_w, a_l):
     ours_r = reference.log_odds_ratio(a_w, a_l)
     ours_w, ours_l = reference.odds_ratio_grad(a_w, a_l)
     for ours, exact in ((ours_r, r), (ours_w, grad_w), (ours_l, grad_l)):
-        assert abs(ours.item() - float(exact)) <= 1e-13 * max(abs(float(exact)), 1.0 if ours is ours_r else 0.0) + 1e-300
+        assert (
+            abs(ours.item() - float(exact)) <= 1e-13 * max(abs(float(exact)), 1.0 if ours is ours_r else 0.0) + 1e-300
+        )
 
 
 def test_odds_gradient_is_the_central_difference():
@@ -73,8 +75,12 @@ def test_odds_gradient_is_the_central_difference():
     step = 1e-6
     loss = lambda w, loser: reference.softplus(-reference.log_odds_ratio(w, loser))  # noqa: E731
     grad_w, grad_l = reference.odds_ratio_grad(a_w, a_l)
-    torch.testing.assert_close((loss(a_w + step, a_l) - loss(a_w - step, a_l)) / (2 * step), grad_w, rtol=1e-7, atol=1e-9)
-    torch.testing.assert_close((loss(a_w, a_l + step) - loss(a_w, a_l - step)) / (2 * step), grad_l, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(
+        (loss(a_w + step, a_l) - loss(a_w - step, a_l)) / (2 * step), grad_w, rtol=1e-7, atol=1e-9
+    )
+    torch.testing.assert_close(
+        (loss(a_w, a_l + step) - loss(a_w, a_l - step)) / (2 * step), grad_l, rtol=1e-7, atol=1e-9
+    )
 
 
 def test_certain_answers_have_the_documented_values():
@@ -85,7 +91,9 @@ def test_certain_answers_have_the_documented_values():
         reference.log_odds_ratio(zero, some), 1.0 - eps.log() + torch.log(-torch.expm1(some)), rtol=1e-14, atol=0
     )
     grad_w, grad_l = reference.odds_ratio_grad(zero, zero)
-    assert grad_w.item() == pytest.approx(-0.5 / reference.Q_EPS) and grad_l.item() == pytest.approx(0.5 / reference.Q_EPS)
+    assert grad_w.item() == pytest.approx(-0.5 / reference.Q_EPS) and grad_l.item() == pytest.approx(
+        0.5 / reference.Q_EPS
+    )
 
 
 def test_a_pair_without_an_answer_is_not_counted():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 from types import ModuleType
 
@@ -14,27 +14,43 @@ NAMES = ("torch", "triton")
 CPU_LOGITS_BUDGET = 512 * 2**20
 
 
-def default_budget(device: torch.device) -> int:
-    """`logits_budget` where the caller names none."""
-    return CPU_LOGITS_BUDGET if device.type == "cpu" else 0
-
-
-def choose_backend(name: str | None, device: torch.device) -> str:
-    """The backend to run on `device`.
+# The choice depends on the machine and on what never changes between calls, so torch.compile may take it as a constant.
+@torch.compiler.assume_constant_result
+def choose_backend(name: str | None, device: str, hidden_dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
+    """The backend to run on a device of type `device`.
 
     Raises:
         ValueError: `name` is not a backend's, or Triton was asked for where it cannot run.
     """
     if name is not None and name not in NAMES:
         raise ValueError(f"backend has to be one of {', '.join(NAMES)} or None, got {name!r}")
+    float64 = torch.float64 in (hidden_dtype, weight_dtype)
     if name is None:
-        return "torch" if device.type == "cpu" or importlib.util.find_spec("triton") is None else "triton"
-    if name == "triton" and device.type == "cpu" and not _triton_takes_cpu_tensors():
+        return "torch" if device == "cpu" or float64 or importlib.util.find_spec("triton") is None else "triton"
+    if name == "triton" and float64:
+        raise ValueError("backend='triton' does not compute in torch.float64: use backend='torch'")
+    if name == "triton" and device == "cpu" and not _triton_takes_cpu_tensors():
         raise ValueError(
             "backend='triton' cannot run on CPU tensors: move them to a GPU, set TRITON_INTERPRET=1 before the first "
             "import of triton to interpret the kernels, or use backend='torch'"
         )
     return name
+
+
+@torch.compiler.assume_constant_result
+def resolve_budget(
+    logits_budget: int | None,
+    backend: str,
+    device: str,
+    hidden_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    vocabulary: int,
+) -> int:
+    """`logits_budget`, or the device's default; 0 where it cannot hold the logits of a single row."""
+    if logits_budget is None:
+        logits_budget = CPU_LOGITS_BUDGET if device == "cpu" else 0
+    row_bytes = vocabulary * load_backend(backend).tile_element_bytes(hidden_dtype, weight_dtype)
+    return logits_budget if logits_budget >= row_bytes else 0
 
 
 def load_backend(name: str) -> ModuleType:

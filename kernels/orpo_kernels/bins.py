@@ -124,7 +124,7 @@ def forward(
     """
     v = head.weight_VD.shape[0]
     dtype = accumulation_dtype(x_ND, head.weight_VD)
-    capacity = logits_budget // (v * backend.tile_element_bytes(x_ND, head.weight_VD))
+    capacity = logits_budget // (v * backend.tile_element_bytes(x_ND.dtype, head.weight_VD.dtype))
     assert capacity >= 1
     logp_N = x_ND.new_zeros(x_ND.shape[0], dtype=dtype)
     dx_ND = x_ND.new_zeros(x_ND.shape, dtype=dtype) if needs.hidden else None

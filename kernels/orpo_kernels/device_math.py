@@ -1,7 +1,7 @@
 """What the kernels share on the device: the head's elementwise part (Eq. 1), and functions precise near 0.
 
-Written out instead of taken from libdevice: the same code runs on NVIDIA, AMD and in the interpreter, and the hardware's
-approximate logarithm has no relative precision near 1, where log1p and expm1 are needed.
+Written out instead of taken from libdevice: the same code runs on NVIDIA, on AMD and in the interpreter, and the
+hardware's approximate logarithm has no relative precision near 1, where log1p and expm1 are needed.
 """
 
 import triton

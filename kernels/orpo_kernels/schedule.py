@@ -30,11 +30,6 @@ def recomputes(needs: Needs, logits_budget: int) -> bool:
     return needs.head and logits_budget == 0
 
 
-def effective_budget(logits_budget: int, element_bytes: int, vocabulary: int) -> int:
-    """0 for a budget that cannot hold the logits of a single row."""
-    return logits_budget if logits_budget >= element_bytes * vocabulary else 0
-
-
 def forward(
     backend: ModuleType,
     x_ND: Tensor,
@@ -99,10 +94,12 @@ def backward_by_strips(
     dx_ND = x_ND.new_zeros((n, d), dtype=coef_N.dtype) if needs.hidden else None
     dw_VD = torch.empty((v, d), dtype=head.weight_VD.dtype, device=x_ND.device) if needs.weight else None
     db_V = torch.empty(v, dtype=head.bias_V.dtype, device=x_ND.device) if needs.bias else None
-    coef_N = backend.grad_coefficient(head.scale * coef_N, logp_N, backend.compute_dtype(x_ND, head.weight_VD))
+    coef_N = backend.grad_coefficient(
+        head.scale * coef_N, logp_N, backend.compute_dtype(x_ND.dtype, head.weight_VD.dtype)
+    )
     operand = backend.head_grad_operand(x_ND, coef_N, head) if needs.head else None
-    width = strip_width(n, v, backend.strip_element_bytes(x_ND, head.weight_VD), strip_bytes)
-    for first, last in strips(v, width):
+    element_bytes = backend.strip_element_bytes(x_ND.dtype, head.weight_VD.dtype)
+    for first, last in strips(v, strip_width(n, v, element_bytes, strip_bytes)):
         g_NK, weight_KD = backend.logit_grad(x_ND, targets_N, logp_N, lse_N, head, first, last)
         if dx_ND is not None:
             add_matmul(dx_ND, g_NK, weight_KD)

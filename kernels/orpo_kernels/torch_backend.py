@@ -27,15 +27,15 @@ from .rows import Rows
 _BLOCK_BYTES = 2 * 2**20
 
 
-def compute_dtype(x_ND: Tensor, weight_VD: Tensor) -> torch.dtype:
+def compute_dtype(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> torch.dtype:
     """The dtype of the matmuls: the wider of the two operands', float32 for float16."""
-    dtype = torch.promote_types(x_ND.dtype, weight_VD.dtype)
+    dtype = torch.promote_types(x_dtype, weight_dtype)
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def tile_element_bytes(x_ND: Tensor, weight_VD: Tensor) -> int:
+def tile_element_bytes(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
     """Bytes that one logit takes while it is alive: Z and R side by side in bfloat16, one number otherwise."""
-    return 8 if compute_dtype(x_ND, weight_VD) == torch.float64 else 4
+    return 8 if compute_dtype(x_dtype, weight_dtype) == torch.float64 else 4
 
 
 strip_element_bytes = tile_element_bytes
@@ -48,7 +48,7 @@ class LogitStrip:
     """
 
     def __init__(self, x_ND: Tensor, head: Head, first: int, last: int) -> None:
-        dtype = compute_dtype(x_ND, head.weight_VD)
+        dtype = compute_dtype(x_ND.dtype, head.weight_VD.dtype)
         self.head, self.first, self.last = head, first, last
         self.weight_KD = head.weight_VD[first:last].to(dtype)
         x_ND = x_ND.to(dtype)
@@ -123,7 +123,7 @@ def token_stats(x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int) -
     """Stage 1: (logp_N, lse_N) strip by strip; one strip of logits is alive at a time."""
     n, v = x_ND.shape[0], head.weight_VD.shape[0]
     stats = RunningStats(n, x_ND, accumulation_dtype(x_ND, head.weight_VD))
-    for first, last in strips(v, strip_width(n, v, strip_element_bytes(x_ND, head.weight_VD), strip_bytes)):
+    for first, last in strips(v, strip_width(n, v, strip_element_bytes(x_ND.dtype, head.weight_VD.dtype), strip_bytes)):
         strip = LogitStrip(x_ND, head, first, last)
         for block in strip.blocks():
             z = strip.read(block)
@@ -157,7 +157,7 @@ def frozen_head_stats_and_grad(
     stats = RunningStats(n, x_ND, dtype)
     u_ND = x_ND.new_zeros(x_ND.shape, dtype=dtype)
     slope_y_N = x_ND.new_ones(n, dtype=dtype)
-    for first, last in strips(v, strip_width(n, v, strip_element_bytes(x_ND, head.weight_VD), strip_bytes)):
+    for first, last in strips(v, strip_width(n, v, strip_element_bytes(x_ND.dtype, head.weight_VD.dtype), strip_bytes)):
         strip = LogitStrip(x_ND, head, first, last)
         for block in strip.blocks():
             z = strip.read(block)

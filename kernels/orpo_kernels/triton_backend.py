@@ -23,25 +23,25 @@ _ROW_EXPONENT = 14
 _SMALLEST = 2.0**-100
 
 
-def compute_dtype(x_ND: Tensor, weight_VD: Tensor) -> torch.dtype:
+def compute_dtype(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> torch.dtype:
     """The dtype of the matmuls: the wider of the two operands'."""
-    return torch.promote_types(x_ND.dtype, weight_VD.dtype)
+    return torch.promote_types(x_dtype, weight_dtype)
 
 
-def strip_element_bytes(x_ND: Tensor, weight_VD: Tensor) -> int:
+def strip_element_bytes(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
     """Bytes that one logit of a recomputed strip takes: only its gradient leaves the chip."""
-    return compute_dtype(x_ND, weight_VD).itemsize
+    return compute_dtype(x_dtype, weight_dtype).itemsize
 
 
-def tile_element_bytes(x_ND: Tensor, weight_VD: Tensor) -> int:
+def tile_element_bytes(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
     """Bytes that one logit of a tile takes: float32 raw logits, and g beside them where it is narrower."""
-    size = compute_dtype(x_ND, weight_VD).itemsize
+    size = compute_dtype(x_dtype, weight_dtype).itemsize
     return size if size == 4 else 4 + size
 
 
 def _operands(x_ND: Tensor, head: Head) -> tuple[Tensor, Head]:
     """x contiguous, and both operands in one dtype."""
-    dtype = compute_dtype(x_ND, head.weight_VD)
+    dtype = compute_dtype(x_ND.dtype, head.weight_VD.dtype)
     head = Head(head.weight_VD.to(dtype), head.bias_V, head.scale, head.softcap)
     return x_ND.to(dtype).contiguous(), head
 
@@ -122,11 +122,11 @@ def _frozen_head(
     u_ND = x_ND.new_zeros((n, d), dtype=torch.float32)
     if n == 0:
         return target_N, target_N.clone(), u_ND
-    dtype = compute_dtype(x_ND, head.weight_VD)
+    dtype = compute_dtype(x_ND.dtype, head.weight_VD.dtype)
     zeros_N = torch.zeros_like(target_N)
     # exp(z - maximum) <= 1: float16 keeps entries down to 4e-12 of the largest with this.
     row_scale_N = torch.full_like(target_N, 2.0**_ROW_EXPONENT) if dtype == torch.float16 else None
-    for first, last in strips(v, strip_width(n, v, tile_element_bytes(x_ND, head.weight_VD), strip_bytes)):
+    for first, last in strips(v, strip_width(n, v, tile_element_bytes(x_ND.dtype, head.weight_VD.dtype), strip_bytes)):
         x, strip_head = _operands(x_ND, head.strip(first, last))
         z_NW = raw_logits(x, strip_head.weight_VD)
         old_max_N = max_1N[0].clone()
@@ -158,7 +158,7 @@ def grad_coefficient(coef_N: Tensor, logp_N: Tensor, dtype: torch.dtype) -> Tens
 
 def head_grad_operand(x_ND: Tensor, coef_N: Tensor, head: Head) -> WeightedRows:
     """What `strip_head_grad` needs for every strip of one backward pass."""
-    return WeightedRows(x_ND, coef_N, compute_dtype(x_ND, head.weight_VD))
+    return WeightedRows(x_ND, coef_N, compute_dtype(x_ND.dtype, head.weight_VD.dtype))
 
 
 def strip_head_grad(g_NW: Tensor, operand: WeightedRows, dw_WD: Tensor | None, db_W: Tensor | None) -> None:

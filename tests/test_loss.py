@@ -1,0 +1,454 @@
+"""The public loss as its user calls it: against TRL's and Liger's definitions, in every corner, and what it refuses."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import make_problem, relative_error
+
+from orpo import FusedLinearORPOLoss, odds_ratio_loss, orpo_loss, token_logprobs
+from orpo.loss import orpo_loss_from_rows
+
+BUDGETS = pytest.mark.parametrize("budget", [0, 2**20], ids=["strips", "bins"])
+
+
+def trl_loss(logits, input_ids, attention_mask, labels, beta):
+    """TRL 1.16's ORPO loss, written out: NLL over prompt and chosen answer, log1mexp odds."""
+    P = logits.shape[0] // 2
+    nll_labels = torch.where(attention_mask.bool(), input_ids, -100)[:P, 1:]
+    nll = torch.nn.functional.cross_entropy(logits[:P, :-1].flatten(0, 1), nll_labels.flatten())
+    logp = torch.log_softmax(logits[:, :-1], -1)
+    mask = labels[:, 1:] != -100
+    picked = logp.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+    a = (picked * mask).sum(1) / mask.sum(1)
+    r = (a[:P] - a[P:]) - (torch.log1p(-a[:P].exp()) - torch.log1p(-a[P:].exp()))
+    return nll - beta * torch.nn.functional.logsigmoid(r).mean(), a
+
+
+def tiny_model():
+    """A real Llama with random weights, tied as small models are."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def test_replaces_trls_loss_on_a_real_models_hidden_states():
+    model = tiny_model()
+    g = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, 300, (6, 20), generator=g)
+    attention_mask = torch.ones_like(input_ids)
+    labels = input_ids.clone()
+    for s in range(6):
+        attention_mask[s, 20 - s :] = 0
+        labels[s, : 3 + s] = -100
+        labels[s, 20 - s :] = -100
+    ours = orpo_loss(
+        model.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state,
+        model.lm_head.weight,
+        labels,
+        nll_labels=torch.where(attention_mask.bool(), input_ids, -100),
+        beta=0.1,
+    )
+    ours.loss.backward()
+    ours_grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    theirs, a = trl_loss(
+        model(input_ids=input_ids, attention_mask=attention_mask).logits, input_ids, attention_mask, labels, 0.1
+    )
+    theirs.backward()
+    torch.testing.assert_close(ours.loss, theirs, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.cat([ours.chosen_logps, ours.rejected_logps]), a, rtol=1e-5, atol=0)
+    for name, parameter in model.named_parameters():
+        assert relative_error(ours_grads[name], parameter.grad) < 1e-5, name
+
+
+def test_metrics_are_trls():
+    problem = make_problem(bias=True, scale=0.8)
+    metrics = orpo_loss(problem.hidden, problem.weight, problem.labels, **problem.keywords).metrics()
+    truth, *_ = problem.truth()
+    a_w, a_l = truth.mean_logp_S[:3], truth.mean_logp_S[3:]
+    expected = {
+        "rewards/chosen": problem.beta * a_w.mean(),
+        "rewards/rejected": problem.beta * a_l.mean(),
+        "rewards/accuracies": (a_w > a_l).double().mean(),
+        "rewards/margins": problem.beta * (a_w - a_l).mean(),
+        "logps/chosen": a_w.mean(),
+        "logps/rejected": a_l.mean(),
+        "nll_loss": truth.nll_loss,
+        "log_odds_ratio": torch.nn.functional.logsigmoid(truth.log_odds_P).mean(),
+        "log_odds_chosen": truth.log_odds_P.mean(),
+    }
+    rows = problem.rows
+    x = problem.hidden.double().reshape(-1, 24)[rows.rows_N]
+    logits = problem.scale * (x @ problem.weight.double().T + problem.bias.double())
+    expected["logits/chosen"] = logits[rows.sequence_N < 3].mean()
+    expected["logits/rejected"] = logits[rows.sequence_N >= 3].mean()
+    assert set(metrics) == set(expected) and len(metrics) == 11
+    for name, value in metrics.items():
+        assert value.shape == () and not value.requires_grad
+        torch.testing.assert_close(value.double(), expected[name].double(), rtol=1e-5, atol=1e-6, msg=name)
+
+
+@BUDGETS
+@pytest.mark.parametrize("certain", ["chosen", "rejected", "both"])
+@pytest.mark.parametrize("mean_logp", [0.0, -1e-12, -1e-9, -1e-6, -1e-3, -1.0, -50.0, -200.0])
+def test_any_mean_log_probability_through_the_whole_loss(mean_logp, certain, budget):
+    # A head with V = 2 and W = [[1], [0]]: logp of token 0 is -softplus(-x), so x chooses it freely.
+    def state(logp):
+        return 200.0 if logp == 0.0 else -math.log(math.expm1(-logp)) if logp > -30 else logp
+
+    x_w = state(mean_logp) if certain != "rejected" else state(-0.7)
+    x_l = state(mean_logp) if certain != "chosen" else state(-0.4)
+    hidden = torch.tensor([[[x_w]], [[x_l]]], requires_grad=True)
+    weight = torch.tensor([[1.0], [0.0]], requires_grad=True)
+    labels = torch.zeros(2, 1, dtype=torch.int64)
+    out = orpo_loss(hidden, weight, labels, shift=False, beta=0.5, logits_budget=budget)
+    out.loss.backward()
+    assert torch.isfinite(out.loss) and torch.isfinite(hidden.grad).all() and torch.isfinite(weight.grad).all()
+    # In exact arithmetic a single token's log odds is its logit difference, here x itself: r = x_w - x_l.
+    if mean_logp != 0.0:
+        exact_x = hidden.detach().double().flatten()
+        nll = torch.nn.functional.softplus(-exact_x[0], threshold=700)
+        r = exact_x[0] - exact_x[1]
+        assert out.log_odds.item() == pytest.approx(r.item(), rel=2e-5, abs=2e-4)
+        loss = nll + 0.5 * torch.nn.functional.softplus(-r, threshold=700)
+        assert out.loss.item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-5)
+        slope = -0.5 * torch.sigmoid(-r)
+        grad_w = slope - torch.sigmoid(-exact_x[0])
+        torch.testing.assert_close(hidden.grad.flatten().double(), torch.stack([grad_w, -slope]), rtol=1e-4, atol=1e-6)
+
+
+@BUDGETS
+def test_empty_answers_leave_the_rest_alone(budget):
+    problem = make_problem(P=3).requiring_grad()
+    problem.labels[1] = -100
+    problem.labels[5] = -100
+    out = orpo_loss(problem.hidden, problem.weight, problem.labels, logits_budget=budget, **problem.keywords)
+    out.loss.backward()
+    truth, dh, dw, _ = problem.truth()
+    assert out.pair_mask.tolist() == [True, False, False]
+    assert relative_error(out.loss, truth.loss) < 1e-6
+    assert relative_error(problem.hidden.grad, dh) < 1e-6 and relative_error(problem.weight.grad, dw) < 1e-6
+
+
+@BUDGETS
+def test_no_answer_at_all_leaves_the_nll(budget):
+    problem = make_problem().requiring_grad()
+    problem.labels[:] = -100
+    out = orpo_loss(problem.hidden, problem.weight, problem.labels, logits_budget=budget, **problem.keywords)
+    out.loss.backward()
+    assert out.loss == out.nll_loss and out.odds_ratio_loss == 0 and not out.pair_mask.any()
+    assert torch.isfinite(problem.hidden.grad).all()
+    assert all(torch.isfinite(v) for v in out.metrics().values())
+
+
+@BUDGETS
+def test_nothing_counts(budget):
+    problem = make_problem(prompt_in_nll=False, bias=True).requiring_grad()
+    problem.labels[:] = -100
+    out = orpo_loss(problem.hidden, problem.weight, problem.labels, logits_budget=budget, **problem.keywords)
+    out.loss.backward()
+    assert out.loss == 0
+    for tensor in (problem.hidden, problem.weight, problem.bias):
+        assert (tensor.grad == 0).all()
+
+
+@BUDGETS
+@pytest.mark.parametrize("shift", [-1e4, 1e4])
+def test_all_logits_far_from_zero(budget, shift):
+    problem = make_problem(bias=True).requiring_grad()
+    with torch.no_grad():
+        problem.bias += shift
+    out = orpo_loss(problem.hidden, problem.weight, problem.labels, logits_budget=budget, **problem.keywords)
+    out.loss.backward()
+    truth, dh, *_ = problem.truth()
+    # Logits of 1e4 have an absolute rounding of 1e-3 in float32, whoever computes them.
+    assert relative_error(out.loss, truth.loss) < 1e-3 and relative_error(problem.hidden.grad, dh) < 1e-2
+
+
+@BUDGETS
+@pytest.mark.parametrize("frozen", [False, True])
+def test_vocabulary_masked_by_minus_infinity(budget, frozen):
+    # Padded vocabularies carry -inf in the bias; whole strips of it must not become NaN.
+    problem = make_problem(V=203, bias=True).requiring_grad(weight=not frozen, bias=False)
+    with torch.no_grad():
+        used = torch.unique(problem.nll_labels[problem.nll_labels >= 0])
+        masked = torch.ones(203, dtype=torch.bool)
+        masked[used] = False
+        problem.bias[masked] = -torch.inf
+    strip = 20 * 4 * 8
+    out = orpo_loss(
+        problem.hidden, problem.weight, problem.labels, logits_budget=budget, strip_bytes=strip, **problem.keywords
+    )
+    out.loss.backward()
+    truth, dh, dw, _ = problem.truth()
+    assert relative_error(out.loss, truth.loss) < 1e-6 and relative_error(problem.hidden.grad, dh) < 1e-6
+    if not frozen:
+        assert relative_error(problem.weight.grad, dw) < 1e-6
+
+
+def test_a_masked_target_is_infinitely_unlikely():
+    problem = make_problem(bias=True)
+    problem.bias[problem.labels[0, -1]] = -torch.inf
+    out = orpo_loss(problem.hidden, problem.weight, problem.labels, **problem.keywords)
+    assert out.nll_loss == torch.inf
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 4, 1), (1, 2, 3, 2), (1, 1, 5, 7), (4, 65, 7, 251)], ids=str)
+def test_smallest_and_odd_shapes(shape):
+    P, T, D, V = shape
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2 * P, T, D, generator=g, requires_grad=True)
+    weight = torch.randn(V, D, generator=g, requires_grad=True)
+    labels = torch.randint(0, V, (2 * P, T), generator=g)
+    for budget in (0, 2**20):
+        out = orpo_loss(hidden, weight, labels, shift=False, logits_budget=budget, strip_bytes=64)
+        out.loss.backward()
+        assert torch.isfinite(out.loss) and torch.isfinite(hidden.grad).all()
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+@BUDGETS
+def test_hidden_and_weight_of_different_dtypes(dtypes, budget):
+    problem = make_problem()
+    problem.hidden, problem.weight = problem.hidden.to(dtypes[0]), problem.weight.to(dtypes[1])
+    problem.requiring_grad()
+    out = orpo_loss(problem.hidden, problem.weight, problem.labels, logits_budget=budget, **problem.keywords)
+    out.loss.backward()
+    truth, dh, dw, _ = problem.truth()
+    assert problem.hidden.grad.dtype == dtypes[0] and problem.weight.grad.dtype == dtypes[1]
+    assert relative_error(out.loss, truth.loss) < 1e-6
+    assert relative_error(problem.hidden.grad, dh) < 4e-3 and relative_error(problem.weight.grad, dw) < 4e-3
+
+
+@BUDGETS
+def test_layout_of_the_tensors_does_not_matter(budget):
+    problem = make_problem().requiring_grad()
+    plain = orpo_loss(problem.hidden, problem.weight, problem.labels, logits_budget=budget, **problem.keywords)
+    plain.loss.backward()
+    hidden = problem.hidden.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    weight = problem.weight.detach().T.contiguous().T.requires_grad_()
+    labels = problem.labels.T.contiguous().T.int()
+    keywords = problem.keywords | {"nll_labels": problem.nll_labels.int()[:3]}
+    out = orpo_loss(hidden, weight, labels, logits_budget=budget, **keywords)
+    out.loss.backward()
+    torch.testing.assert_close(out.loss, plain.loss, rtol=1e-6, atol=0)
+    assert relative_error(hidden.grad, problem.hidden.grad) < 1e-6
+    assert relative_error(weight.grad, problem.weight.grad) < 1e-6
+
+
+def test_autocast_computes_as_a_linear_would():
+    problem = make_problem().requiring_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = orpo_loss(problem.hidden, problem.weight, problem.labels, **problem.keywords)
+    out.loss.backward()
+    bf16 = make_problem(dtype=torch.bfloat16)
+    truth, dh, dw, _ = bf16.truth()
+    assert out.loss.dtype == torch.float32 and problem.weight.grad.dtype == torch.float32
+    assert relative_error(out.loss, truth.loss) < 1e-6
+    assert relative_error(problem.hidden.grad, dh) < 6e-3 and relative_error(problem.weight.grad, dw) < 6e-3
+
+
+@BUDGETS
+def test_accumulation_with_counts_equals_the_large_batch(budget):
+    problem = make_problem(P=4).requiring_grad()
+    out = orpo_loss(problem.hidden, problem.weight, problem.labels, logits_budget=budget, **problem.keywords)
+    out.loss.backward()
+    whole = problem.hidden.grad.clone(), problem.weight.grad.clone()
+    problem.requiring_grad()
+    tokens = int((problem.nll_labels[:4, 1:] != -100).sum())
+    total = 0.0
+    for pairs in ([0], [1, 2, 3]):
+        index = torch.tensor(pairs + [4 + p for p in pairs])
+        part = orpo_loss(
+            problem.hidden[index],
+            problem.weight,
+            problem.labels[index],
+            logits_budget=budget,
+            num_nll_tokens=tokens,
+            num_pairs=4,
+            **(problem.keywords | {"nll_labels": problem.nll_labels[index]}),
+        )
+        part.loss.backward()
+        total += part.loss.item()
+    assert total == pytest.approx(out.loss.item(), rel=1e-6)
+    assert relative_error(problem.hidden.grad, whole[0]) < 1e-6 and relative_error(problem.weight.grad, whole[1]) < 1e-6
+
+
+def test_only_the_loss_is_differentiable():
+    problem = make_problem().requiring_grad()
+    out = orpo_loss(problem.hidden, problem.weight, problem.labels, **problem.keywords)
+    for part in (out.nll_loss, out.odds_ratio_loss, out.chosen_logps, out.rejected_logps, out.log_odds):
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            part.sum().backward()
+
+
+def test_compiles_as_one_graph():
+    problem = make_problem().requiring_grad()
+
+    def step(hidden, weight, labels):
+        return orpo_loss(2 * hidden, weight, labels, beta=0.3, nll_labels=problem.nll_labels).loss * 1.5
+
+    eager = step(problem.hidden, problem.weight, problem.labels)
+    eager.backward()
+    grads = problem.hidden.grad.clone(), problem.weight.grad.clone()
+    problem.requiring_grad()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(problem.hidden, problem.weight, problem.labels)
+    compiled.backward()
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close((problem.hidden.grad, problem.weight.grad), grads)
+
+
+def test_seed_data_set_trains():
+    # Pairs of unequal lengths, one prompt several times, an answer that contains another: the classic example.
+    pairs = [("hello", "hi nice to meet you", "leave me alone"), ("how are you", "I am fine", "I am not fine")]
+    pairs += [("What is your name?", "My name is Mary", r) for r in ("Whats it to you?", "I dont have a name")]
+    best = "Which is the best programming language?"
+    pairs += [(best, "Python", "Javascript"), (best, "Python", "C++"), (best, "Java", "C++")]
+    texts = [(p, a) for p, a, _ in pairs] + [(p, r) for p, _, r in pairs]
+    T = max(len(p) + len(a) for p, a in texts)
+    input_ids, labels = torch.zeros(14, T, dtype=torch.int64), torch.full((14, T), -100)
+    for s, (prompt, answer) in enumerate(texts):
+        ids = torch.tensor(list((prompt + answer).encode()))
+        input_ids[s, : len(ids)] = ids
+        labels[s, len(prompt) : len(ids)] = ids[len(prompt) :]
+    torch.manual_seed(0)
+    embedding = torch.nn.Embedding(256, 32)
+    model = torch.nn.GRU(32, 32, batch_first=True)
+    optimizer = torch.optim.Adam([*embedding.parameters(), *model.parameters()], lr=0.02)
+    losses = []
+    for _ in range(40):
+        out = orpo_loss(model(embedding(input_ids))[0], embedding.weight, labels, beta=0.1)
+        losses.append(out.loss.item())
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0] and all(map(math.isfinite, losses))
+    assert out.metrics()["rewards/margins"] > 0
+
+
+def refuse(match, **changes):
+    problem = make_problem()
+    arguments = dict(hidden=problem.hidden, lm_head_weight=problem.weight, labels=problem.labels) | changes
+    with pytest.raises(ValueError, match=match):
+        orpo_loss(**arguments)
+
+
+def test_refusals_name_the_argument_and_both_numbers():
+    labels, weight, hidden = (getattr(make_problem(), n) for n in ("labels", "weight", "hidden"))
+    refuse(r"labels .* got \(5, 17\)", labels=labels[:5], hidden=hidden[:5])
+    refuse(r"hidden of shape \(6, 17, 24\) .* labels of shape \(6, 16\)", labels=labels[:, 1:])
+    refuse(r"labels .* torch.float32", labels=labels.float())
+    refuse(r"nll_labels of shape \(2, 17\) .* \(6, 17\)", nll_labels=labels[:2])
+    refuse(r"lm_head_weight of shape \(203, 23\) .* \(6, 17, 24\)", lm_head_weight=weight[:, 1:])
+    refuse(r"lm_head_weight has to be float64.* got torch.int64", lm_head_weight=weight.long())
+    refuse(r"lm_head_bias of shape \(202,\) .* 203", lm_head_bias=weight[1:, 0])
+    refuse(r"labels holds the token 203, .* 203 rows", labels=labels.masked_fill(labels == labels.max(), 203))
+    refuse(r"labels holds the token -1,", labels=labels.masked_fill(labels == labels.max(), -1))
+    refuse(r"beta .* got -0.1", beta=-0.1)
+    refuse(r"nll_weight .* got nan", nll_weight=math.nan)
+    refuse(r"num_nll_tokens .* got 0", num_nll_tokens=0)
+    refuse(r"num_pairs .* got -1", num_pairs=-1)
+    refuse(r"logits_budget .* got -1", logits_budget=-1)
+    refuse(r"strip_bytes .* got 0", strip_bytes=0)
+    refuse(r"logit_softcap .* got 0", logit_softcap=0)
+    refuse(r"backend .* got 'cuda'", backend="cuda")
+    refuse(r"lm_head_weight is on meta, but hidden is on cpu", lm_head_weight=weight.to("meta"))
+
+
+def test_triton_on_cpu_tensors_says_what_to_do():
+    # In a process of its own: the tests' own process may well interpret kernels.
+    import os
+    import subprocess
+    import sys
+
+    code = (
+        "import torch, orpo\n"
+        "h, w, y = torch.randn(2, 3, 4), torch.randn(5, 4), torch.ones(2, 3, dtype=torch.long)\n"
+        "try: orpo.orpo_loss(h, w, y, backend='triton')\n"
+        "except ValueError as e: print(e)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "TRITON_INTERPRET=1" in done.stdout and "backend='torch'" in done.stdout
+
+
+def test_rows_are_checked():
+    problem = make_problem()
+    rows = problem.rows
+    with pytest.raises(ValueError, match="different shapes"):
+        orpo_loss_from_rows(problem.hidden, problem.weight, replace(rows, rows_N=rows.rows_N[1:]))
+    with pytest.raises(ValueError, match=r"rows.pairs .* got 0"):
+        orpo_loss_from_rows(problem.hidden, problem.weight, replace(rows, pairs=0))
+
+
+def test_odds_ratio_loss_is_trls_five():
+    a_w, a_l = torch.tensor([-0.5, -2.0]), torch.tensor([-1.0, -0.1])
+    losses, chosen, rejected, ratio, odds = odds_ratio_loss(a_w, a_l, beta=0.2)
+    r = (a_w - a_l) - (torch.log1p(-a_w.exp()) - torch.log1p(-a_l.exp()))
+    torch.testing.assert_close(losses, 0.2 * torch.nn.functional.logsigmoid(r))
+    torch.testing.assert_close((chosen, rejected), (0.2 * a_w, 0.2 * a_l))
+    torch.testing.assert_close((ratio, odds), (torch.nn.functional.logsigmoid(r).mean(), r.mean()))
+    certain = torch.zeros(2, requires_grad=True)
+    odds_ratio_loss(certain, certain.detach())[0].sum().backward()
+    assert torch.isfinite(certain.grad).all()
+
+
+@pytest.mark.parametrize("compute_nll_loss", [True, False])
+def test_ligers_call_shape(compute_nll_loss):
+    problem = make_problem(P=2, bias=True)
+    target = torch.nn.functional.pad(problem.labels[:, 1:], (0, 1), value=-100)
+    loss_fn = FusedLinearORPOLoss(beta=0.3, compute_nll_loss=compute_nll_loss, compiled=False, chunk_size=2)
+    loss, parts = loss_fn(problem.weight, problem.hidden, target, problem.bias)
+    out = orpo_loss(
+        problem.hidden,
+        problem.weight,
+        problem.labels,
+        lm_head_bias=problem.bias,
+        beta=0.3,
+        nll_weight=float(compute_nll_loss),
+    )
+    assert loss == out.loss and len(parts) == 9
+    logits = problem.hidden @ problem.weight.T + problem.bias
+    torch.testing.assert_close(parts[2:4], (logits[:2].mean(), logits[2:].mean()), rtol=1e-4, atol=1e-5)
+    assert parts[4] == (out.nll_loss if compute_nll_loss else 0)
+    assert torch.equal(parts[0], out.chosen_logps) and torch.equal(parts[6], 0.3 * out.rejected_logps)
+
+
+def test_token_logprobs_is_log_softmax():
+    problem = make_problem(bias=True, softcap=5.0).requiring_grad()
+    rows = problem.rows
+    for hidden_grad, weight_grad in ((True, True), (True, False), (False, True)):
+        problem.requiring_grad(hidden_grad, weight_grad, weight_grad)
+        x = problem.hidden.reshape(-1, 24)[rows.rows_N]
+        logp = token_logprobs(
+            x, problem.weight, rows.targets_N.int(), bias=problem.bias, logit_softcap=5.0, strip_bytes=8192
+        )
+        inputs = [t for t in (problem.hidden, problem.weight, problem.bias) if t.requires_grad]
+        upstream = torch.randn(logp.shape, generator=torch.Generator().manual_seed(2))
+        grads = torch.autograd.grad(logp, inputs, upstream, retain_graph=True)
+        z = 5.0 * torch.tanh((x @ problem.weight.T + problem.bias) / 5.0)
+        exact = torch.log_softmax(z, -1).gather(-1, rows.targets_N[:, None])[:, 0]
+        torch.testing.assert_close(logp, exact, rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(grads, torch.autograd.grad(exact, inputs, upstream), strict=True):
+            assert relative_error(ours, theirs) < 1e-5
+
+
+def test_token_logprobs_refuses():
+    x, w = torch.randn(3, 4), torch.randn(5, 4)
+    with pytest.raises(ValueError, match=r"hidden .* \(1, 3, 4\)"):
+        token_logprobs(x[None], w, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"targets of shape \(2,\) .* \(3, 4\)"):
+        token_logprobs(x, w, torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"token 5, .* 5 rows"):
+        token_logprobs(x, w, torch.tensor([0, 5, 1]))
