@@ -1,0 +1,191 @@
+"""Compile every shipped kernel configuration for every chip, without a GPU, and refuse what must not be shipped.
+
+    python -m benchmarks.compile_report                          all chips
+    python -m benchmarks.compile_report --chips sm_90 gfx942     some
+    python -m benchmarks.compile_report --csv report.csv
+
+The package's own launchers run on meta tensors of real shapes while a driver pretends to be the chip, so that the
+report compiles exactly what a launch there would: tile tables, specialisation and options are the launchers', none is
+repeated here. It exits with status 1 where a configuration spills registers, does not fit the chip, fails to compile,
+or has a `tl.dot` and no matrix instruction.
+"""
+
+import argparse
+import csv
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.runtime.jit import JITFunction
+
+from .chips import CHIPS, Chip
+from .disassembly import Resources, resources
+
+# Llama-3-8B with 8192 rows; 2880 + 8 is a hidden size that no tile divides, 50257 (GPT-2) such a vocabulary.
+REAL_SHAPE = (8192, 4096, 128256)
+RAGGED_SHAPE = (1000, 2888, 50257)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report; `resources` is None where the compiler refused."""
+
+    chip: str
+    case: str
+    resources: Resources | None
+    problems: tuple[str, ...]
+
+
+class PretendedDriver:
+    """A triton driver that knows its chip and nothing else: enough to compile for it."""
+
+    def __init__(self, chip: Chip) -> None:
+        self.chip = chip
+
+    def get_current_target(self):
+        return self.chip.target
+
+    def get_current_device(self) -> str:
+        # Triton keeps compiled kernels by device.
+        return self.chip.name
+
+    def get_current_stream(self, device: Any = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+def compiled_kernels(launch: Callable[[], Any], chip: Chip) -> list[Any]:
+    """The triton kernels that `launch`, called on meta tensors, would launch on `chip`: compiled, not run.
+
+    Leaves this process with a driver that pretends to be the chip.
+    """
+    found: list[Any] = []
+    original_run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        found.append(original_run(self, *args, grid=grid, warmup=True, **kwargs))
+        return found[-1]
+
+    with mock.patch.object(JITFunction, "run", compile_only):
+        triton.runtime.driver.set_active(PretendedDriver(chip))
+        launch()
+    return found
+
+
+def report(case: str, launch: Callable[[], Any], chip: Chip) -> list[Row]:
+    """A row for each kernel of `launch` on `chip`."""
+    try:
+        compiled = compiled_kernels(launch, chip)
+    except Exception as error:
+        # Whatever the compiler raises is a finding about this configuration; the rest of the report still has to run.
+        # A compilation error shows the source first and says what is wrong in its last line.
+        reason = (str(error).strip().splitlines() or [""])[-1]
+        return [Row(chip.name, case, None, (f"does not compile: {type(error).__name__}: {reason}",))]
+    found = [resources(kernel, chip) for kernel in compiled]
+    return [Row(chip.name, case, kernel, tuple(kernel.problems(chip))) for kernel in found]
+
+
+def shipped_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(case, launch) for every kernel of the package: dtypes, plain and full heads, even and ragged shapes."""
+    from orpo_kernels import logit_grad, logit_stats, odds_ratio
+    from orpo_kernels.head import Head
+    from orpo_kernels.rows import Rows
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    heads = {"plain": False, "bias+softcap": True}
+    shapes = {"even": REAL_SHAPE, "ragged": RAGGED_SHAPE}
+    for (dtype_name, dtype), (head_name, full), (shape_name, (n, d, v)) in itertools.product(
+        dtypes.items(), heads.items(), shapes.items()
+    ):
+        if full and shape_name == "ragged":
+            continue
+        case = f"{dtype_name} {head_name} {shape_name}"
+        head = Head(empty(v, d, dtype=dtype), empty(v, dtype=dtype) if full else None, 1.0, 30.0 if full else None)
+        x, targets, vector = empty(n, d, dtype=dtype), empty(n, dtype=torch.int64), empty(n)
+        row_scale = vector if dtype == torch.float16 else None
+        grad_arguments = (targets, vector, vector, row_scale, head)
+        strip, statistics = empty(n, v), (empty(1, n), empty(1, n), vector)
+        yield case, lambda a=(x, targets, head): logit_stats.logit_stats(*a)
+        yield case, lambda a=(x, *grad_arguments): logit_grad.logit_grad(*a)
+        yield case, lambda a=(strip, targets, head, statistics): logit_stats.add_strip_stats(*a)
+        yield case, lambda a=(strip, *grad_arguments, dtype): logit_grad.strip_grad(*a)
+    n, pairs = REAL_SHAPE[0], 8
+    flags = empty(n, dtype=torch.bool)
+    rows = Rows(*(empty(n, dtype=torch.int64) for _ in range(3)), flags, flags, pairs)
+    yield "stage 2", lambda: odds_ratio.combine(empty(4, n), empty(4, n), empty(n))
+    counts = {"num_nll_tokens": 5000.0, "num_pairs": float(pairs)}
+    yield "stage 2", lambda: odds_ratio.objective(empty(n), rows, beta=0.1, nll_weight=1.0, **counts)
+
+
+def chip_report(name: str) -> list[Row]:
+    """All shipped launches on one chip."""
+    from orpo_kernels import configs
+
+    chip = CHIPS[name]
+
+    def matmul_config(x_ND: torch.Tensor) -> Any:
+        return configs.matmul_config_for(x_ND.dtype, chip.is_amd, chip.major)
+
+    with mock.patch.object(configs, "matmul_config", matmul_config):
+        return [row for case, launch in shipped_launches(chip) for row in report(case, launch, chip)]
+
+
+FIELDS = ("chip", "kernel", "case", "warps", "stages", "registers", "spills", "shared", "blocks", "matrix", "copies")
+
+
+def cells(row: Row) -> list[str]:
+    """The row as text, in the order of FIELDS."""
+    found = row.resources
+    if found is None:
+        return [row.chip, "-", row.case, *["-"] * (len(FIELDS) - 3)]
+
+    def counts(instructions: dict[str, int]) -> str:
+        return " ".join(f"{name} {count}" for name, count in instructions.items()) or "-"
+
+    numbers = (found.warps, found.stages, found.registers, found.spills, found.shared, found.blocks)
+    return [row.chip, found.kernel, row.case, *map(str, numbers), counts(found.matrix), counts(found.copies)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS), help="default: all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="chips compiled for at once")
+    parser.add_argument("--csv", help="write the table there too")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it")
+
+    with ProcessPoolExecutor(min(options.jobs, len(options.chips))) as pool:
+        rows = [row for result in pool.map(chip_report, options.chips) for row in result]
+    print(f"triton {triton.__version__}; blocks: resident on one multiprocessor; shared: bytes a block")
+    table = [list(FIELDS), *map(cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    if options.csv:
+        with open(options.csv, "w", newline="") as file:
+            csv.writer(file).writerows(
+                [[*FIELDS, "problems"], *([*cells(row), "; ".join(row.problems)] for row in rows)]
+            )
+    failed = [row for row in rows if row.problems]
+    for row in failed:
+        kernel = row.resources.kernel if row.resources else "a kernel"
+        print(f"FAILED {row.chip} {kernel} ({row.case}): {'; '.join(row.problems)}")
+    print(f"{len(rows)} configurations on {len(options.chips)} chips, {len(failed)} must not be shipped")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
