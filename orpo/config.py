@@ -117,6 +117,8 @@ class ORPOConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False
         if self.accelerator_config.dispatch_batches is None:
             # The rows of a batch cannot be cut in pieces on rank 0, which is what dispatching a streamed batch does.
             self.accelerator_config.dispatch_batches = False

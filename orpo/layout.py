@@ -57,6 +57,17 @@ class PairBatch:
         """The same batch with its row arrays on `device`; the ids stay where they are."""
         return PairBatch(self.rows.to(device, non_blocking), self.num_nll_tokens, self.num_pairs, self.pair_ids)
 
+    def first(self, pairs: int) -> PairBatch:
+        """The same batch with rows of its first `pairs` pairs only. Reads counts off the device."""
+        r = self.rows
+        kept = r.sequence_N % r.pairs < pairs
+        arrays = (r.rows_N, r.targets_N, r.sequence_N, r.in_response_N, r.in_nll_N)
+        rows = Rows(*(a[kept] for a in arrays), pairs=r.pairs)
+        answered = torch.zeros(2 * r.pairs, dtype=torch.bool, device=kept.device)
+        answered[rows.sequence_N[rows.in_response_N]] = True
+        num_pairs = int(answered.reshape(2, r.pairs).all(dim=0).sum())
+        return PairBatch(rows, int(rows.in_nll_N.sum()), num_pairs, self.pair_ids)
+
     def pin_memory(self) -> PairBatch:
         """The same batch in page-locked memory. torch's DataLoader calls this by name."""
         arrays = (getattr(self.rows, f.name) for f in fields(Rows))

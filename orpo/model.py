@@ -109,7 +109,7 @@ class FusedHead:
         # The instance's __dict__ is searched before its registered modules, which stay as they are.
         self.owner.__dict__[self.attribute] = stand_in_head
         try:
-            outputs = self.model_forward(*args, **kwargs, return_dict=True)
+            outputs = self.model_forward(*args, **{**kwargs, "return_dict": True})
         finally:
             del self.owner.__dict__[self.attribute]
         if len(stand_in_head.seen) != 1:
@@ -134,6 +134,8 @@ def attach_orpo_loss(model: nn.Module) -> FusedHead:
         raise ValueError(
             f"{type(base).__name__} is an encoder-decoder; this loss is for decoder-only (causal) language models"
         )
+    if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
+        raise ValueError("prompt-learning adapters put tokens of their own before the batch's; use LoRA or the like")
     head = base.get_output_embeddings()
     names = [name for name, module in base.named_modules() if module is head]
     if head is None or not names:
@@ -262,8 +264,8 @@ def check_fused_logps(model: nn.Module, **settings: Any) -> float:
     was_training = base.training
     base.eval()
     try:
-        logits = base(**inputs).logits[:, -2].float()
-        out = base(**inputs, orpo=LossCall(rows, settings))
+        logits = model(**inputs).logits[:, -2].float()
+        out = model(**inputs, orpo=LossCall(rows, settings))
     finally:
         base.train(was_training)
     own = logits.log_softmax(-1).gather(-1, ids[:, -1:])[:, 0]

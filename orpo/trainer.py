@@ -94,8 +94,8 @@ class ORPOTrainer(Trainer):
             data_collator = make_layout(
                 args.layout, pad_token_id=_pad_id(args, text_tokenizer), nll=args.nll(text_tokenizer.eos_token_id)
             )
-            if args.should_log and hasattr(train_dataset, "__getitem__"):
-                print(describe_example(train_dataset[0], data_collator, text_tokenizer))
+            if args.should_log and train_dataset is not None:
+                print(describe_example(next(iter(train_dataset)), data_collator, text_tokenizer))
         super().__init__(
             model=model,
             args=args,
@@ -215,7 +215,7 @@ class ORPOTrainer(Trainer):
     ) -> tuple[None, Tensor | None, Tensor | None]:
         """Scores one evaluation batch into the running means; returns predictions for `compute_metrics` only."""
         inputs = self._prepare_inputs(inputs)
-        batch = _pair_batch(inputs)
+        batch = inputs["orpo"] = self._without_repeats(_pair_batch(inputs))
         counts = batch.num_nll_tokens, batch.num_pairs
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = self._run(model, inputs, counts, logit_metrics=True)
@@ -227,6 +227,14 @@ class ORPOTrainer(Trainer):
             return None, None, None
         logps = torch.stack([outputs.chosen_logps, outputs.rejected_logps], dim=1)
         return None, logps, torch.zeros(len(logps), device=logps.device)
+
+    def _without_repeats(self, batch: PairBatch) -> PairBatch:
+        """`batch` without the pairs that accelerate repeats so that all ranks have equally many in the last batch."""
+        loader = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not loader.end_of_dataloader or loader.remainder <= 0:
+            return batch
+        own = loader.remainder - self.accelerator.process_index * batch.rows.pairs
+        return batch.first(min(max(own, 0), batch.rows.pairs))
 
     def evaluation_loop(
         self,

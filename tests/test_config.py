@@ -1,0 +1,122 @@
+"""orpo.config: TRL's defaults, presets, older names, and settings that are refused."""
+
+import dataclasses
+import warnings
+
+import pytest
+from transformers import HfArgumentParser
+
+from orpo.config import ORPOConfig
+
+
+def make(tmp_path, **settings):
+    return ORPOConfig(output_dir=str(tmp_path), **settings)
+
+
+def test_defaults_are_trls(tmp_path):
+    config = make(tmp_path)
+    expected = {
+        "beta": 0.1,
+        "learning_rate": 1e-6,
+        "logging_steps": 10,
+        "gradient_checkpointing": True,
+        "max_length": 1024,
+        "max_completion_length": None,
+        "disable_dropout": True,
+        "padding_value": None,
+        "generate_during_eval": False,
+        "model_init_kwargs": None,
+        "trust_remote_code": False,
+        "dataset_num_proc": None,
+        "logging_nan_inf_filter": False,
+    }
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_every_field_of_trls_config_is_accepted(tmp_path):
+    orpo = pytest.importorskip("trl.experimental.orpo", reason="compares with TRL, which is not installed")
+    theirs = {f.name for f in dataclasses.fields(orpo.ORPOConfig)}
+    assert theirs <= {f.name for f in dataclasses.fields(ORPOConfig)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "beta", "span", "eos"),
+    [
+        ({}, 0.1, "prompt_and_chosen", True),
+        ({"preset": "paper"}, 1.0, "prompt_and_chosen", False),
+        ({"preset": "response_only"}, 0.1, "chosen", True),
+        ({"preset": "paper", "beta": 0.0, "nll_scores_eos": True}, 0.0, "prompt_and_chosen", True),
+    ],
+)
+def test_presets_and_what_overrides_them(tmp_path, settings, beta, span, eos):
+    config = make(tmp_path, **settings)
+    assert (config.beta, config.nll_span, config.nll_scores_eos) == (beta, span, eos)
+    nll = config.nll(eos_token_id=2)
+    assert nll.prompt == (span == "prompt_and_chosen") and nll.skip_token_id == (None if eos else 2)
+
+
+def test_older_names_are_mapped_with_a_warning(tmp_path):
+    with pytest.warns(FutureWarning, match="evaluation_strategy is an older name: use eval_strategy='steps'"):
+        config = make(tmp_path, evaluation_strategy="steps", eval_steps=3)
+    assert config.eval_strategy == "steps"
+    with pytest.warns(FutureWarning, match="warmup_ratio is an older name"):
+        config = make(tmp_path, warmup_ratio=0.1)
+    assert config.get_warmup_steps(200) == 20
+    with pytest.warns(FutureWarning, match="no_cuda is an older name"):
+        assert make(tmp_path, no_cuda=True).use_cpu
+    with pytest.warns(FutureWarning, match="overwrite_output_dir no longer does anything"):
+        make(tmp_path, overwrite_output_dir=True)
+    with pytest.warns(FutureWarning, match="generate_during_eval is ignored"):
+        make(tmp_path, generate_during_eval=True)
+
+
+@pytest.mark.parametrize("name", ["logging_nan_inf_filter", "remove_unused_columns"])
+def test_settings_that_would_break_training_are_switched_off(tmp_path, name):
+    with pytest.warns(FutureWarning, match=f"{name} is switched off"):
+        assert getattr(make(tmp_path, **{name: True}), name) is False
+
+
+def test_gradient_checkpointing_by_either_name_and_without_noise(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert make(tmp_path).activation_checkpointing
+        assert not make(tmp_path, gradient_checkpointing=False).activation_checkpointing
+        assert not make(tmp_path, activation_checkpointing=False).gradient_checkpointing
+
+
+def test_a_config_can_be_rebuilt(tmp_path):
+    config = make(tmp_path, preset="paper", max_length=64)
+    again = dataclasses.replace(config, learning_rate=1e-4)
+    assert (again.beta, again.max_length, again.learning_rate) == (1.0, 64, 1e-4)
+    assert config.to_json_string()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"preset": "dpo"}, "preset is 'dpo'; it has to be one of trl, paper, response_only"),
+        ({"beta": -1}, "beta is -1; it has to be 0 or more"),
+        ({"nll_weight": float("inf")}, "nll_weight is inf"),
+        ({"normalization": "none"}, "normalization is 'none'; it has to be one of global, micro_batch"),
+        ({"nll_span": "prompt"}, "nll_span is 'prompt'; it has to be one of prompt_and_chosen, chosen"),
+        ({"layout": "woven"}, "layout is 'woven'"),
+        ({"loss_backend": "jax"}, "loss_backend is 'jax'"),
+        ({"max_length": 8, "max_prompt_length": 9}, "max_prompt_length is 9 and max_length 8"),
+        ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor is 0\.1"),
+        ({"is_encoder_decoder": True}, "decoder-only"),
+    ],
+)
+def test_settings_that_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **settings)
+
+
+def test_every_field_is_an_option_with_help(tmp_path, capsys):
+    parser = HfArgumentParser(ORPOConfig)
+    (config,) = parser.parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--beta", "0.2", "--preset", "paper", "--logits_budget", "0", "--bf16", "false"]
+    )
+    assert (config.beta, config.nll_scores_eos, config.logits_budget, config.bf16) == (0.2, False, 0, False)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    assert "--nll_span" in capsys.readouterr().out

@@ -1,0 +1,141 @@
+"""orpo.train and orpo.sources: the command line from a model and a file of pairs to a trained model."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import datasets
+import pytest
+from tiny import SEVEN, make_model, make_tokenizer
+from transformers import AutoModelForCausalLM
+
+from orpo import train
+from orpo.sources import load_pairs, reader_for
+
+ROWS = [dict(zip(SEVEN, values, strict=True)) for values in zip(*SEVEN.values(), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    make_model("llama").save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    lines = "\n".join(map(json.dumps, ROWS))
+    (folder / "pairs.jsonl").write_text(lines)
+    with gzip.open(folder / "pairs.jsonl.gz", "wt") as file:
+        file.write(lines)
+    datasets.Dataset.from_list(ROWS).to_parquet(folder / "pairs.parquet")
+    (folder / "pairs.txt").write_text(lines)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def options(files, output, **changes):
+    chosen = {
+        "model_name_or_path": files / "model",
+        "dataset_name": files / "pairs.jsonl.gz",
+        "dataset_train_split": "train[2:]",
+        "dataset_test_split": "train[:2]",
+        "output_dir": output,
+        "max_steps": 2,
+        "learning_rate": "1e-3",
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "logging_steps": 1,
+        "use_cpu": True,
+        **changes,
+    }
+    return [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz", "pairs.parquet"])
+def test_local_files(name, files):
+    assert load_pairs(str(files / name)).to_list() == ROWS
+    assert load_pairs(str(files / name), "train[5:]").to_list() == ROWS[5:]
+    assert list(load_pairs(str(files / name), streaming=True)) == ROWS
+
+
+def test_a_folder_of_files(files, tmp_path):
+    for split, rows in (("train", ROWS[:5]), ("test", ROWS[5:])):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert load_pairs(str(tmp_path), "test").to_list() == ROWS[5:]
+
+
+def test_sources_that_cannot_be_read(files):
+    with pytest.raises(ValueError, match=r"pairs\.txt is of no known kind"):
+        load_pairs(str(files / "pairs.txt"))
+    with pytest.raises(ValueError, match="there is no file or folder"):
+        load_pairs(str(files / "nothing.jsonl"))
+    with pytest.raises(ValueError, match="has no split 'test'"):
+        load_pairs(str(files / "pairs.jsonl"), "test")
+    assert reader_for("a.JSON.zst") == "json" and reader_for("a.gz") is None
+
+
+def test_a_run_from_the_command_line(files, tmp_path):
+    train.main(options(files, tmp_path))
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert {"train_loss", "eval_loss", "eval_rewards/accuracies"} <= results.keys()
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert sum("eval_nll_loss" in entry for entry in history) == 3
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_a_run_goes_on_where_it_stopped(files, tmp_path):
+    train.main(options(files, tmp_path, resume_from_checkpoint="auto"))
+    train.main(options(files, tmp_path, resume_from_checkpoint="auto", max_steps=3))
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3]
+
+
+def test_lora_from_the_command_line(files, tmp_path):
+    train.main(options(files, tmp_path, use_peft=True, max_steps=1))
+    adapter = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"]) == (16, 32)
+
+
+def test_a_file_gives_defaults_that_the_line_overrides(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model_name_or_path: m\nlearning_rate: 8e-6\nbeta: 0.5\nuse_peft: true\nlora_target_modules: [q_proj]\n"
+    )
+    line = ["--config", str(file), "--beta", "0.25", "--output_dir", str(tmp_path)]
+    model_args, data_args, args = train.parse(line)
+    assert (model_args.model_name_or_path, model_args.use_peft) == ("m", True)
+    assert model_args.peft_config().target_modules == {"q_proj"}
+    assert (args.learning_rate, args.beta, data_args.dataset_train_split) == (8e-6, 0.25, "train")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("learning_rat: 1", "options that do not exist: learning_rat"), ("- beta", "a mapping of options, not a list")],
+)
+def test_files_with_mistakes(text, message, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        train.parse(["--config", str(tmp_path / "run.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--model_name_or_path", "m"], "m is given, but not --dataset_name"),
+        (["--dataset_name", "d"], "d is given, but not --model_name_or_path"),
+    ],
+)
+def test_half_a_call_is_refused(line, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        train.main([*line, "--output_dir", str(tmp_path)])
+
+
+def test_help_lists_every_kind_of_option():
+    command = [sys.executable, "-m", "orpo.train", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for option in ("--model_name_or_path", "--dataset_name", "--beta", "--learning_rate", "--config", "--lora_r"):
+        assert option in text

@@ -1,0 +1,316 @@
+"""orpo.trainer: TRL's run reproduced, exact accumulation, data and models as users bring them, and stops in words."""
+
+import json
+import re
+
+import peft
+import pytest
+import torch
+from datasets import Dataset
+from tiny import CHATML, SEVEN, make_model, make_tokenizer, reference_loss
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from orpo import ORPOConfig, ORPOTrainer
+from orpo.guard import NonFiniteError
+
+METRICS = {
+    *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
+    *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
+    *("nll_loss", "log_odds_ratio", "log_odds_chosen"),
+}
+
+
+def make_args(tmp_path, **settings):
+    defaults = {
+        "output_dir": str(tmp_path),
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return ORPOConfig(**{**defaults, **settings})
+
+
+def make_trainer(tmp_path, model=None, train_dataset=SEVEN, **settings):
+    options = {
+        k: settings.pop(k) for k in ("eval_dataset", "peft_config", "data_collator", "compute_metrics") if k in settings
+    }
+    model = make_model("llama") if model is None else model
+    tokenizer = settings.pop("tokenizer", None) or make_tokenizer()
+    return ORPOTrainer(
+        model=model, args=make_args(tmp_path, **settings), train_dataset=train_dataset, tokenizer=tokenizer, **options
+    )
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def oracle_run(shared, tmp_path, run, **changes):
+    """TRL's trace of that run, and our trainer after the same run."""
+    folder = shared / "oracle"
+    trace = json.loads((folder / "trl_trace.json").read_text())[run]
+    pairs = Dataset.from_list(json.loads((folder / "pairs.json").read_text()))
+    trainer = ORPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder / "tiny-llama"),
+        args=ORPOConfig(output_dir=str(tmp_path), **{**trace["args"], **changes}),
+        train_dataset=pairs,
+        eval_dataset=pairs.select(range(16)),
+        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+    )
+    trainer.train()
+    return trace, trainer
+
+
+def assert_same_metrics(ours, theirs, tolerance=1e-5):
+    # TRL averages logits over padding too, and evaluation losses over batches.
+    left_out = {"logits/chosen", "logits/rejected", "eval_logits/chosen", "eval_logits/rejected"}
+    left_out |= {"eval_loss", "eval_nll_loss"}
+    for name in theirs.keys() - left_out:
+        assert ours[name] == pytest.approx(theirs[name], abs=tolerance), name
+
+
+@pytest.mark.parametrize("run", ["base", "beta05", "ckpt", "clip_off"])
+def test_trls_run_is_reproduced(run, shared, tmp_path):
+    trace, trainer = oracle_run(shared, tmp_path, run)
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(steps) == len(trace["log"]) == 10
+    for ours, theirs in zip(steps, trace["log"], strict=True):
+        assert_same_metrics(ours, theirs)
+    evaluation = trainer.evaluate()
+    assert_same_metrics(evaluation, trace["eval"])
+    if run == "base":
+        assert evaluation["eval_loss"] == pytest.approx(6.149384, abs=1e-5)
+
+
+def test_accumulation_equals_the_large_batch_where_trls_does_not(shared, tmp_path):
+    trace, trainer = oracle_run(shared, tmp_path, "ga2")
+    whole = oracle_run(shared, tmp_path, "base")[1]
+    for ours, large in zip(trainer.state.log_history[:10], whole.state.log_history[:10], strict=True):
+        assert_same_metrics(ours, large)
+    assert abs(logged(trainer, "loss")[0] - trace["log"][0]["loss"]) > 1e-3
+
+
+def test_normalization_by_micro_batch_is_trls(shared, tmp_path):
+    trace, trainer = oracle_run(shared, tmp_path, "ga2", normalization="micro_batch")
+    for ours, theirs in zip(trainer.state.log_history[:10], trace["log"], strict=True):
+        assert_same_metrics(ours, theirs)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_accumulated_gradients_are_those_of_the_large_batch(size, tmp_path):
+    """Unequal lengths, with the whole step's gradient compared through one SGD step."""
+
+    def step(size):
+        trainer = make_trainer(
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=4 // size,
+            max_steps=1,
+            optim="sgd",
+            max_grad_norm=0,
+            train_dataset={name: column[:4] for name, column in SEVEN.items()},
+        )
+        trainer.train()
+        return logged(trainer, "loss"), logged(trainer, "nll_loss"), trainer.model.state_dict()
+
+    (loss, nll, weights), (large_loss, large_nll, large_weights) = step(size), step(4)
+    assert loss == pytest.approx(large_loss, rel=1e-6) and nll == pytest.approx(large_nll, rel=1e-6)
+    for name, weight in weights.items():
+        assert torch.allclose(weight, large_weights[name], atol=1e-7), name
+
+
+def test_the_seed_example_runs(tmp_path, capsys):
+    """`tokenizer=`, a dict of lists, a model as it is: the call of the talk that introduces ORPO."""
+    orpo_config = make_args(tmp_path, beta=0.1)
+    orpo_trainer = ORPOTrainer(
+        make_model("llama"),
+        args=orpo_config,
+        train_dataset=SEVEN,
+        tokenizer=make_tokenizer(),
+    )
+    orpo_trainer.train()
+    (first, *_) = [entry for entry in orpo_trainer.state.log_history if "loss" in entry]
+    assert METRICS <= first.keys()
+    assert first["loss"] == pytest.approx(first["nll_loss"] - 0.1 * first["log_odds_ratio"], rel=1e-6)
+    out = capsys.readouterr().out
+    assert "train: kept 7 of 7" in out and "what each term scores" in out
+
+
+@pytest.mark.parametrize(("preset", "span"), [("trl", True), ("response_only", False)])
+def test_first_loss_is_the_definition(preset, span, tmp_path):
+    trainer = make_trainer(tmp_path, preset=preset, beta=0.7, per_device_train_batch_size=7, max_steps=1)
+    expected = reference_loss(make_model("llama"), list(trainer.train_dataset), beta=0.7, prompt_in_nll=span)
+    trainer.train()
+    assert logged(trainer, "loss")[0] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_evaluation_weighs_tokens_and_pairs(tmp_path):
+    """Three batches of unequal size give the loss of the whole set; metrics carry the prefix."""
+    trainer = make_trainer(tmp_path, eval_dataset={"one": SEVEN, "two": SEVEN}, per_device_eval_batch_size=3)
+    metrics = trainer.evaluate()
+    expected = reference_loss(make_model("llama"), list(trainer.train_dataset)).item()
+    assert metrics["eval_one_loss"] == metrics["eval_two_loss"] == pytest.approx(expected, rel=1e-6)
+    assert {f"eval_one_{name}" for name in METRICS} <= metrics.keys()
+
+
+def test_compute_metrics_sees_log_probabilities(tmp_path):
+    def share(prediction):
+        assert prediction.predictions.shape == (7, 2)
+        return {"share": float((prediction.predictions[:, 0] > prediction.predictions[:, 1]).mean())}
+
+    trainer = make_trainer(tmp_path, eval_dataset=SEVEN, compute_metrics=share, per_device_eval_batch_size=3)
+    metrics = trainer.evaluate()
+    assert metrics["eval_share"] == pytest.approx(metrics["eval_rewards/accuracies"])
+
+
+def test_checkpoint_reloads_and_resumes(tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "seed": 7}
+    trainer = make_trainer(tmp_path / "a", **settings)
+    trainer.train()
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a/checkpoint-4")
+    for name, weight in trainer.model.state_dict().items():
+        assert torch.equal(weight, reloaded.state_dict()[name]), name
+    assert AutoTokenizer.from_pretrained(tmp_path / "a/checkpoint-4")("hello")["input_ids"]
+    # As if the run had been killed while it wrote its last checkpoint.
+    (tmp_path / "a/checkpoint-4/trainer_state.json").write_text('{"half": ')
+    resumed = make_trainer(tmp_path / "a", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert logged(resumed, "loss") == pytest.approx(logged(trainer, "loss"), rel=1e-6)
+
+
+def test_resuming_without_a_checkpoint_says_so(tmp_path):
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_model_by_name_brings_its_tokenizer(tmp_path):
+    make_model("llama").save_pretrained(tmp_path / "model")
+    make_tokenizer(chat_template=CHATML).save_pretrained(tmp_path / "model")
+    conversations = [
+        {
+            side: [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+            for side, text in (("chosen", chosen), ("rejected", rejected))
+        }
+        for prompt, chosen, rejected in zip(*SEVEN.values(), strict=True)
+    ]
+    args = make_args(tmp_path, model_init_kwargs={"dtype": "float32"})
+    trainer = ORPOTrainer(str(tmp_path / "model"), args, train_dataset=conversations)
+    trainer.train()
+    assert len(logged(trainer, "loss")) == 2
+
+
+def test_lora_trains_the_adapter_alone(tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], lora_dropout=0.1, task_type="CAUSAL_LM")
+    trainer = make_trainer(tmp_path, peft_config=config, save_strategy="steps", save_steps=2, max_steps=2)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and all("lora_" in name for name in changed)
+    assert any("lm_head" in name for name in changed)
+    assert (tmp_path / "checkpoint-2/adapter_model.safetensors").is_file()
+
+
+def test_mixed_precision_keeps_float32_weights(tmp_path):
+    trainer, plain = (make_trainer(tmp_path, bf16=bf16) for bf16 in (True, False))
+    for run in (trainer, plain):
+        run.train()
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert logged(trainer, "loss") == pytest.approx(logged(plain, "loss"), rel=2e-2)
+    assert logged(trainer, "loss") != logged(plain, "loss")
+
+
+def test_router_loss_is_added_as_trl_adds_it(tmp_path):
+    experts = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+    trainer = make_trainer(tmp_path, model=make_model("mixtral", **experts), eval_dataset=SEVEN, max_steps=1)
+    evaluation = trainer.evaluate()
+    trainer.train()
+    (entry,) = [e for e in trainer.state.log_history if "loss" in e]
+    orpo = entry["nll_loss"] - 0.1 * entry["log_odds_ratio"]
+    # A router that spreads four experts' tokens evenly has a load-balancing loss of 2 with two experts a token.
+    assert 0.5 * 1.8 < entry["loss"] - orpo < 0.5 * 3
+    orpo = evaluation["eval_nll_loss"] - 0.1 * evaluation["eval_log_odds_ratio"]
+    assert 0.5 * 1.8 < evaluation["eval_loss"] - orpo < 0.5 * 3
+
+
+def test_dropout_is_off_unless_asked_for(tmp_path):
+    off = make_trainer(tmp_path, model=make_model("gpt2", n_embd=32, n_layer=2, n_head=4))
+    assert {m.p for m in off.model.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
+    on = make_trainer(tmp_path, model=make_model("gpt2", n_embd=32, n_layer=2, n_head=4), disable_dropout=False)
+    assert {m.p for m in on.model.modules() if isinstance(m, torch.nn.Dropout)} == {0.1}
+
+
+def test_logits_metrics_belong_to_logged_steps(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=4, logging_steps=2)
+    seen = []
+    run = trainer._run
+    trainer._run = lambda *args, logit_metrics: seen.append(logit_metrics) or run(*args, logit_metrics=logit_metrics)
+    trainer.train()
+    assert seen == [False, True, False, True]
+    assert len(logged(trainer, "logits/chosen")) == 2
+
+
+def test_a_stream_trains(tmp_path):
+    stream = Dataset.from_dict(SEVEN).to_iterable_dataset()
+    trainer = make_trainer(tmp_path, train_dataset=stream, max_steps=3)
+    trainer.train()
+    assert len(logged(trainer, "loss")) == 3
+
+
+def poison(trainer, token):
+    with torch.no_grad():
+        trainer.model.get_input_embeddings().weight[token] = float("nan")
+
+
+def test_a_nan_stops_the_run_before_the_weights_change(tmp_path):
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=7)
+    used = [set(e["chosen_input_ids"] + e["rejected_input_ids"]) for e in trainer.train_dataset]
+    # A token of the sixth pair that the first five do not have; the seventh may.
+    token = min(used[5] - set().union(*used[:5]))
+    poison(trainer, token)
+    head = trainer.model.lm_head.weight.clone()
+    with pytest.raises(NonFiniteError, match="loss of step 1 on rank 0 is not finite") as error:
+        trainer.train()
+    (rows,) = re.findall(r"rows \[(.*?)\]", str(error.value))
+    assert {int(row) for row in rows.split(", ")} == {i for i, tokens in enumerate(used) if token in tokens}
+    assert torch.equal(head, trainer.model.lm_head.weight)
+    assert not logged(trainer, "loss")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"train_dataset": None}, "neither train_dataset nor eval_dataset"),
+        ({"processing_class": "both"}, "give one of them, not both"),
+        ({"args": "TrainingArguments"}, "args has to be an ORPOConfig, not TrainingArguments"),
+        ({"model_init_kwargs": {"dtype": "float32"}}, "model_init_kwargs is given, but the model is loaded already"),
+        ({"peft_config": {"r": 3}}, "peft_config has to be a peft.PeftConfig, not dict"),
+        ({"tokenizer": None}, "the model has no name to find its tokenizer by"),
+    ],
+)
+def test_calls_that_are_refused(arguments, message, tmp_path):
+    from transformers import TrainingArguments
+
+    call = {"model": make_model("llama"), "train_dataset": SEVEN, "tokenizer": make_tokenizer(), **arguments}
+    call["args"] = make_args(tmp_path, model_init_kwargs=call.pop("model_init_kwargs", None))
+    if "args" in arguments:
+        call["args"] = TrainingArguments(str(tmp_path))
+    if "processing_class" in arguments:
+        call["processing_class"] = make_tokenizer()
+    with pytest.raises(ValueError, match=message):
+        ORPOTrainer(**call)
+
+
+def test_a_collator_of_another_kind_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, data_collator=lambda rows: {"input_ids": torch.tensor([[1, 2]])})
+    with pytest.raises(ValueError, match=r"a batch has to hold 'orpo'.* gives \['input_ids'\]"):
+        trainer.train()
+
+
+def test_a_bad_dtype_name_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="dtype is 'float7'"):
+        ORPOTrainer("anything", make_args(tmp_path, model_init_kwargs={"dtype": "float7"}), train_dataset=SEVEN)
