@@ -148,13 +148,13 @@ def objective_kernel(
 
     if p == 0:
         nll_sum = tl.zeros([BLOCK], tl.float32)
-        for first in range(0, S, BLOCK):
-            offs = first + tl.arange(0, BLOCK)
-            nll_sum += tl.load(sums_ptr + 2 * S + offs, mask=offs < S, other=0.0)
+        for first_s in range(0, S, BLOCK):
+            offs_s = first_s + tl.arange(0, BLOCK)
+            nll_sum += tl.load(sums_ptr + 2 * S + offs_s, mask=offs_s < S, other=0.0)
         odds_sum = tl.zeros([BLOCK], tl.float32)
-        for first in range(0, P, BLOCK):
-            offs = first + tl.arange(0, BLOCK)
-            _, _, _, _, r_P, _, _, present_P = pair_terms(sums_ptr, offs, P, offs < P, Q_EPS)
+        for first_p in range(0, P, BLOCK):
+            offs_p = first_p + tl.arange(0, BLOCK)
+            _, _, _, _, r_P, _, _, present_P = pair_terms(sums_ptr, offs_p, P, offs_p < P, Q_EPS)
             odds_sum += tl.where(present_P, softplus(-r_P), 0.0)
         nll_loss = -tl.sum(nll_sum, 0) / num_nll_tokens
         odds_ratio_loss = tl.sum(odds_sum, 0) / num_pairs
