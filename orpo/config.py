@@ -89,6 +89,9 @@ class ORPOConfig(TrainingArguments):
         None, "Most bytes of logits alive at once. Default: 0 on accelerators, 512 MiB on a CPU."
     )
     strip_bytes: int = _setting(STRIP_BYTES, "Size of one vocabulary strip of recomputed logits, in bytes.")
+    diagnose: bool = _setting(
+        False, "Log, for a run that is stable but flat, the gradient norm of each term, delta(d) and separated pairs."
+    )
     loss_backend: str | None = _setting(None, "triton or torch. Default: by device.")
     model_init_kwargs: dict | str | None = _setting(None, "Arguments of from_pretrained.")  # noqa: RUF009
     trust_remote_code: bool = _setting(False, "Run Python code that comes with a model.")
@@ -196,4 +199,8 @@ class ORPOConfig(TrainingArguments):
             if getattr(self, name):
                 self._warn(f"{name} is switched off: {self.__dataclass_fields__[name].metadata['help']}")
                 setattr(self, name, False)
+        if self.diagnose and (self.fsdp or self.deepspeed):
+            raise ValueError(
+                "diagnose needs whole gradients, which FSDP and DeepSpeed cut up: use it on one GPU or DDP"
+            )
         _ = self.limits

@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from orpo.config import ORPOConfig
 from orpo.data import describe_example, prepare_dataset
+from orpo.diagnose import gradient_norms, pair_statistics
 from orpo.guard import NonFiniteGuard
 from orpo.layout import PairBatch, make_layout
 from orpo.metrics import WeightedMeans
@@ -171,6 +172,8 @@ class ORPOTrainer(Trainer):
         shares = batch.num_nll_tokens / tokens, batch.num_pairs / pairs
         self._train_means.add_part("nll_loss", outputs.metrics.pop("nll_loss"), shares[0])
         self._train_means.add(outputs.metrics, shares[1])
+        if self.args.diagnose:
+            self._diagnose(model, inputs, outputs, shares[1])
         loss = outputs.loss
         if outputs.aux_loss is not None:
             parts = self.current_gradient_accumulation_steps * ranks
@@ -180,13 +183,28 @@ class ORPOTrainer(Trainer):
         loss = loss * ranks
         return (loss, outputs) if return_outputs else loss
 
-    def _run(self, model: nn.Module, inputs: dict[str, Any], counts: tuple[int, int], logit_metrics: bool) -> Any:
+    def _run(
+        self, model: nn.Module, inputs: dict[str, Any], counts: tuple[int, int], logit_metrics: bool, **settings: Any
+    ) -> Any:
         """The model's forward with the loss of `inputs`, its means taken over `counts` NLL tokens and pairs."""
         rows = inputs["orpo"].to(self.args.device).rows
         # A batch may lack what a mean is over; its sum is 0 then, whatever it is divided by.
-        settings = {"num_nll_tokens": max(counts[0], 1), "num_pairs": max(counts[1], 1), **self.args.loss_settings()}
-        call = LossCall(rows, settings, logit_metrics)
+        counted = {"num_nll_tokens": max(counts[0], 1), "num_pairs": max(counts[1], 1)}
+        call = LossCall(rows, {**counted, **self.args.loss_settings(), **settings}, logit_metrics)
         return model(**{name: value for name, value in inputs.items() if name != "orpo"}, orpo=call)
+
+    def _diagnose(self, model: nn.Module, inputs: dict[str, Any], outputs: Any, share: float) -> None:
+        self._train_means.add(pair_statistics(outputs.log_odds, outputs.pair_mask), share)
+        if not (self._logs_this_step() and self.accelerator.sync_gradients):
+            return
+        # Not through DDP, whose forward expects a backward that reduces.
+        plain, batch = self.accelerator.unwrap_model(model), inputs["orpo"]
+
+        def loss_of(nll: float, odds_ratio: float) -> Tensor:
+            weights = {"nll_weight": nll * self.args.nll_weight, "beta": odds_ratio * self.args.beta}
+            return self._run(plain, inputs, (batch.num_nll_tokens, batch.num_pairs), False, **weights).loss
+
+        self._train_means.add(gradient_norms(plain, loss_of), 1.0)
 
     def _router_coefficient(self) -> float:
         return getattr(self.model.config, "router_aux_loss_coef", 0.0)
