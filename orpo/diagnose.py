@@ -17,7 +17,7 @@ SEPARATED_LOG_ODDS = 3.0
 
 
 def pair_statistics(log_odds: Tensor, pair_mask: Tensor) -> dict[str, Tensor]:
-    """Means over the pairs in `pair_mask` (P,) of delta(d) = sigmoid(-r) and of r > 3, from the log odds ratios r (P,)."""
+    """Means over the pairs in `pair_mask` (P,) of delta(d) = sigmoid(-r) and of r > 3, from the log odds r (P,)."""
     count = pair_mask.sum().clamp(min=1)
     values = {"delta": torch.sigmoid(-log_odds), "separated": (log_odds > SEPARATED_LOG_ODDS).to(log_odds.dtype)}
     return {f"diagnose/{name}": torch.where(pair_mask, value, 0.0).sum() / count for name, value in values.items()}

@@ -155,7 +155,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if model is None and data is None:
         from orpo.demo import run_demo
 
-        run_demo(output_dir=args.output_dir, seed=args.seed, device=args.device)
+        # Its own defaults stand unless the line says otherwise: the figures in the README are those of its seed.
+        given = {part.partition("=")[0] for part in argv}
+        options = {name: getattr(args, name) for name in ("output_dir", "seed") if f"--{name}" in given}
+        run_demo(device="cpu" if args.use_cpu else None, **options)
     elif model is None or data is None:
         missing, given = ("model_name_or_path", data) if model is None else ("dataset_name", model)
         raise SystemExit(f"orpo-train: {given} is given, but not --{missing}; with neither, the demonstration runs")

@@ -132,6 +132,20 @@ def test_half_a_call_is_refused(line, message, tmp_path):
         train.main([*line, "--output_dir", str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    ("line", "call"),
+    [
+        ([], {"device": None}),
+        (["--use_cpu", "--seed", "3", "--output_dir=demo"], {"device": "cpu", "seed": 3, "output_dir": "demo"}),
+    ],
+)
+def test_without_model_and_data_the_demonstration_runs(line, call, monkeypatch):
+    calls = []
+    monkeypatch.setattr("orpo.demo.run_demo", lambda **options: calls.append(options))
+    train.main(line)
+    assert calls == [call]
+
+
 def test_help_lists_every_kind_of_option(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
