@@ -182,7 +182,7 @@ def prepare_dataset(
         limits: lengths in tokens.
         name: what the report calls this data set.
         num_proc: processes that tokenize. The result is cached by ``datasets`` where the data set lies on disk.
-        report: called with the report. A streamed data set is not counted beforehand, so it has none.
+        report: called with the report. A streamed data set is not counted: nobody knows its end.
 
     Raises:
         ValueError: `data` has no form that we know, or no row is left.
@@ -196,6 +196,7 @@ def prepare_dataset(
     if isinstance(data, datasets.IterableDataset):
         columns = data.column_names or list(next(iter(data)))
         tokenized = data.map(tokenize, batched=True, with_indices=True, remove_columns=columns)
+        report(f"{name}: a stream; rows that cannot train are left out as they come, and not counted")
         return tokenized.filter(_is_kept).remove_columns("dropped")
     tokenized = data.map(
         tokenize,
@@ -216,6 +217,25 @@ def prepare_dataset(
 
 def _is_kept(example: Mapping[str, Any]) -> bool:
     return not example["dropped"]
+
+
+def check_token_ids(data: Any, vocabulary: int) -> None:
+    """Refuses a prepared data set with tokens that the model has no embedding for. A stream is not looked at.
+
+    Raises:
+        ValueError: with the largest id and the number of embeddings.
+    """
+    import pyarrow.compute as pc
+
+    if not hasattr(data, "data"):
+        return
+    for side in ("chosen", "rejected"):
+        largest = pc.max(pc.list_flatten(data.data.column(f"{side}_input_ids"))).as_py()
+        if largest is not None and largest >= vocabulary:
+            raise ValueError(
+                f"the data set holds token id {largest}, and the model has {vocabulary} embeddings: it needs its own "
+                "tokenizer, or model.resize_token_embeddings(len(tokenizer))"
+            )
 
 
 def _summary(name: str, total: int, reasons: Counter[str]) -> str:

@@ -144,8 +144,12 @@ def attach_orpo_loss(model: nn.Module) -> FusedHead:
     if "_orpo_head" not in base.__dict__:
         owner, _, attribute = names[0].rpartition(".")
         fused = FusedHead(names[0], base.get_submodule(owner), attribute, base.forward)
-        fused.transform = _read_transform(base, fused)
         _patch_model(base, fused)
+        try:
+            fused.transform = _read_transform(base, fused)
+        except BaseException:
+            _unpatch_model(base, fused)
+            raise
     _patch_head(trained_copy(head), base._orpo_head.transform)
     return base._orpo_head
 
@@ -158,10 +162,12 @@ def base_model(model: nn.Module) -> nn.Module:
 # The patched forwards reach their state through self, never through a closure: a deep copy of the model would otherwise
 # run the model that it was copied from.
 def _patch_model(model: nn.Module, fused: FusedHead) -> None:
-    def forward(self: nn.Module, *args: Any, orpo: LossCall | None = None, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: Any, orpo: LossCall | Tensor | None = None, **kwargs: Any) -> Any:
         fused = self._orpo_head
         if orpo is None:
             return fused.model_forward(*args, **kwargs)
+        if isinstance(orpo, Tensor):
+            return fused.run_to_head(orpo, args, kwargs)[1]
         hidden, outputs = fused.run_to_head(torch.zeros(1, 1, 1, device=self.device), args, kwargs)
         result = getattr(fused.owner, fused.attribute)(hidden, orpo=orpo)
         return ORPOModelOutput(**result, aux_loss=outputs.get("aux_loss"))
@@ -171,6 +177,13 @@ def _patch_model(model: nn.Module, fused: FusedHead) -> None:
     forward.__signature__ = inspect.signature(type(model).forward)
     model._orpo_head = fused
     model.forward = MethodType(forward, model)
+
+
+def _unpatch_model(model: nn.Module, fused: FusedHead) -> None:
+    """A model that is refused goes back to its owner as it came."""
+    del model.forward, model._orpo_head
+    if model.forward != fused.model_forward:
+        model.forward = fused.model_forward
 
 
 def _patch_head(head: nn.Module, transform: LogitTransform) -> None:
@@ -217,7 +230,8 @@ def _read_transform(model: nn.Module, fused: FusedHead) -> LogitTransform:
     was_training = model.training
     model.eval()
     try:
-        _, outputs = fused.run_to_head(grid, (), _tiny_inputs(model, 1, grid.shape[1]))
+        # A call of the model, not of its forward: sharded weights are gathered by hooks around the call.
+        outputs = model(**_tiny_inputs(model, 1, grid.shape[1]), orpo=grid)
     finally:
         model.train(was_training)
     logits = outputs["logits"].float().flatten()

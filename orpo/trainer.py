@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from orpo.config import ORPOConfig
-from orpo.data import describe_example, prepare_dataset
+from orpo.data import check_token_ids, describe_example, prepare_dataset
 from orpo.diagnose import gradient_norms, pair_statistics
 from orpo.guard import NonFiniteGuard
 from orpo.layout import PairBatch, make_layout
 from orpo.metrics import WeightedMeans
-from orpo.model import LossCall, attach_orpo_loss, check_fused_logps
+from orpo.model import LossCall, attach_orpo_loss, base_model, check_fused_logps
 from orpo.setup import disable_dropout, last_complete_checkpoint, load_model, load_tokenizer, wrap_peft
 
 
@@ -112,7 +112,12 @@ class ORPOTrainer(Trainer):
         )
         self._train_means, self._eval_means = WeightedMeans(), WeightedMeans()
         self._guard = NonFiniteGuard(args.process_index)
-        check_fused_logps(self.model, **args.loss_settings())
+        vocabulary = base_model(self.model).get_input_embeddings().weight.shape[0]
+        for data in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
+            check_token_ids(data, vocabulary)
+        # Under FSDP the other ranks may wait for rank 0 to give them their weights.
+        if not self.is_fsdp_enabled or self.accelerator.is_main_process:
+            check_fused_logps(self.model, **args.loss_settings())
 
     @staticmethod
     def _adapt(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:

@@ -6,7 +6,7 @@ import datasets
 import pytest
 from tiny import CHATML, NO_END, SEVEN, make_tokenizer
 
-from orpo.data import Limits, as_dataset, describe_example, prepare_dataset
+from orpo.data import Limits, as_dataset, check_token_ids, describe_example, prepare_dataset
 from orpo.layout import PaddedLayout
 
 UNLIMITED = Limits(max_length=None)
@@ -168,7 +168,7 @@ def test_streams_are_prepared_as_they_come():
     ]
     stream, lines = prepare(datasets.Dataset.from_list(rows).to_iterable_dataset())
     assert list(stream) == [one("hello", " hi", " no") | {"pair_id": 1}]
-    assert lines == []
+    assert lines == ["train: a stream; rows that cannot train are left out as they come, and not counted"]
 
 
 def test_example_shows_what_each_term_scores():
@@ -176,6 +176,15 @@ def test_example_shows_what_each_term_scores():
     text = describe_example(one("hello", " hi", " go"), PaddedLayout(pad_token_id=0), tokenizer)
     assert text.splitlines()[1].endswith("'hello hi</s>'")
     assert text.splitlines()[2].endswith("' hi</s>'") and text.splitlines()[3].endswith("' go</s>'")
+
+
+def test_tokens_without_an_embedding_are_refused():
+    prepared, _ = prepare(SEVEN)
+    largest = max(max(e["chosen_input_ids"] + e["rejected_input_ids"]) for e in prepared)
+    check_token_ids(prepared, largest + 1)
+    check_token_ids(prepare(datasets.Dataset.from_dict(SEVEN).to_iterable_dataset())[0], 1)
+    with pytest.raises(ValueError, match=f"token id {largest}, and the model has {largest} embeddings"):
+        check_token_ids(prepared, largest)
 
 
 @pytest.mark.parametrize(

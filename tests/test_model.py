@@ -193,8 +193,10 @@ def wrap_logits(model, change):
     ],
 )
 def test_what_the_fused_loss_cannot_follow_is_refused(change, message):
+    model = wrap_logits(make_model("llama"), change)
     with pytest.raises(ValueError, match=message):
-        attach_orpo_loss(wrap_logits(make_model("llama"), change))
+        attach_orpo_loss(model)
+    assert "forward" not in model.__dict__ and "_orpo_head" not in model.__dict__
 
 
 def test_a_head_called_twice_or_never_is_refused():

@@ -305,6 +305,11 @@ def test_calls_that_are_refused(arguments, message, tmp_path):
         ORPOTrainer(**call)
 
 
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the model has 64 embeddings"):
+        make_trainer(tmp_path, model=make_model("llama", vocab_size=64))
+
+
 def test_a_collator_of_another_kind_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, data_collator=lambda rows: {"input_ids": torch.tensor([[1, 2]])})
     with pytest.raises(ValueError, match=r"a batch has to hold 'orpo'.* gives \['input_ids'\]"):
