@@ -69,6 +69,18 @@ def test_the_same_seed_gives_the_same_schedule():
     assert [winner(seed) for seed in range(5)] == [winner(seed) for seed in range(5)]
 
 
+def test_one_program_of_a_large_grid_runs():
+    from kernelcheck.samples import add_kernel
+    from kernelcheck.schedules import only
+
+    x, y, out = torch.randn(3, 1000)
+    before = out.clone()
+    with only(lambda size: size - 1):
+        add_kernel[(16,)](x, y, out, 1000, BLOCK=64)
+    assert torch.equal(out[:960], before[:960])
+    assert torch.equal(out[960:], (x + y)[960:])
+
+
 def test_findings_come_through_an_interleaved_grid():
     from kernelcheck.races import MemoryFinding, checked
     from kernelcheck.samples import add_kernel

@@ -28,8 +28,9 @@ def poisoned_empty() -> Iterator[None]:
         @functools.wraps(function)
         def allocate(*args, **kwargs):
             tensor = function(*args, **kwargs)
-            # Meta and fake tensors have no storage to fill.
-            if type(tensor) is not torch.Tensor or tensor.device.type == "meta" or tensor.dtype == torch.bool:
+            # Meta and fake tensors have no storage to fill; filling a huge one would make all of it resident.
+            fillable = type(tensor) is torch.Tensor and tensor.device.type != "meta" and tensor.nbytes < 2**30
+            if not fillable or tensor.dtype == torch.bool:
                 return tensor
             if tensor.is_floating_point():
                 return tensor.detach().fill_(float("nan")).requires_grad_(tensor.requires_grad)

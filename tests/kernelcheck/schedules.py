@@ -2,6 +2,7 @@
 
     with shuffled(seed): ...        one program after another, in a random order
     with interleaved(seed): ...     several programs at once, switching before each memory access
+    with only(program): ...         one program of each launch, to reach the end of a grid too large to interpret
 
 A GPU promises no order. A kernel whose answer changes under `shuffled` relies on one; under `interleaved` a lost update
 (two programs load, both add, both store) loses for real. Same seed, same schedule. Both can be nested with
@@ -39,6 +40,41 @@ def shuffled(seed: int) -> Iterator[None]:
         original_set_idx(self, *place[program])
 
     with mock.patch.multiple(Builder, set_grid_dim=set_grid_dim, set_grid_idx=set_grid_idx):
+        yield
+
+
+@contextlib.contextmanager
+def only(choose: Callable[[int], int]) -> Iterator[None]:
+    """Run one program of each launch: number `choose(size)` of a grid with `size` programs, all on axis 0.
+
+    Reaches offsets at the end of a grid that would take hours to interpret. The kernel sees the size of the whole grid.
+    """
+    original_call = triton_interpreter.GridExecutor.__call__
+    original_set_dim, original_set_idx = Builder.set_grid_dim, Builder.set_grid_idx
+    sizes: list[int] = []
+
+    def call(self, *args, **kwargs):
+        whole = self.grid
+        if callable(whole) or len(whole) != 1:
+            raise NotImplementedError("only() takes launches with a grid of one number")
+        sizes.append(whole[0])
+        self.grid = (1,)
+        try:
+            original_call(self, *args, **kwargs)
+        finally:
+            self.grid = whole
+            sizes.pop()
+
+    def set_grid_dim(self, *_):
+        original_set_dim(self, sizes[-1], 1, 1)
+
+    def set_grid_idx(self, *_):
+        original_set_idx(self, choose(sizes[-1]), 0, 0)
+
+    with (
+        mock.patch.multiple(Builder, set_grid_dim=set_grid_dim, set_grid_idx=set_grid_idx),
+        mock.patch.multiple(triton_interpreter.GridExecutor, __call__=call),
+    ):
         yield
 
 

@@ -1,0 +1,159 @@
+"""Every kernel of the package, its memory accesses watched: inside their tensors, no races, any order, beyond int32."""
+
+import pytest
+import torch
+from kernelcheck.memory import lazily_mapped
+from orpo_kernels.head import Head
+from problems import make_problem, relative_error
+
+from orpo import orpo_loss
+
+pytestmark = pytest.mark.kernels(modes=("interpret",))
+
+BUDGETS = pytest.param(0, id="strips"), pytest.param(80_000, id="bins")
+
+
+def _loss_and_gradients(problem, budget: int) -> list[torch.Tensor]:
+    problem.requiring_grad(weight=budget != 1)
+    out = orpo_loss(
+        problem.hidden,
+        problem.weight,
+        problem.labels,
+        logits_budget=budget,
+        strip_bytes=8192,
+        backend="triton",
+        **problem.keywords,
+    )
+    out.loss.backward()
+    gradients = [t.grad for t in (problem.hidden, problem.weight, problem.bias) if t is not None and t.grad is not None]
+    return [out.loss.detach(), out.chosen_logps, out.rejected_logps, *gradients]
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_no_access_leaves_its_tensor_and_no_two_programs_meet(budget, dtype):
+    from kernelcheck.races import checked
+
+    problem = make_problem(dtype=dtype, bias=True, softcap=20.0, scale=0.8)
+    with checked():
+        loss, *_ = _loss_and_gradients(problem, budget)
+    truth, dh, dw, _ = problem.truth()
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-3
+    assert relative_error(loss, truth.loss) < tolerance
+    assert relative_error(problem.hidden.grad, dh) < tolerance
+    assert relative_error(problem.weight.grad, dw) < tolerance
+
+
+def test_a_frozen_head_is_watched_too():
+    from kernelcheck.races import checked
+
+    problem = make_problem(bias=False).requiring_grad(weight=False)
+    with checked():
+        keywords = dict(logits_budget=0, strip_bytes=8192, backend="triton")
+        orpo_loss(problem.hidden, problem.weight, problem.labels, **keywords, **problem.keywords).loss.backward()
+    assert relative_error(problem.hidden.grad, problem.truth()[1]) < 1e-6
+
+
+@pytest.mark.parametrize("schedule", ["shuffled", "interleaved"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_the_order_of_programs_changes_no_bit(schedule, budget):
+    from kernelcheck import schedules
+
+    expected = _loss_and_gradients(make_problem(bias=True), budget)
+    with getattr(schedules, schedule)(seed=5):
+        found = _loss_and_gradients(make_problem(bias=True), budget)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+# Beyond int32: tensors of more than 2^31 elements, lazily mapped, of which only the last rows are touched.
+# The last block of rows, of 4 or more, holds at least LAST of them.
+ROWS, WIDE = 2**21 + 7, 1040
+LAST = 3
+
+
+def _last_program(size: int) -> int:
+    return size - 1
+
+
+def _statistics(z_NV: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log sum_{v != y} exp z, z_y) in float64."""
+    targets = targets_N[:, None]
+    z_NV = z_NV.double()
+    return z_NV.scatter(1, targets, -torch.inf).logsumexp(1), z_NV.gather(1, targets)[:, 0]
+
+
+def test_weight_rows_beyond_int32():
+    from kernelcheck.races import checked
+    from orpo_kernels.logit_grad import logit_grad
+    from orpo_kernels.logit_stats import logit_stats
+
+    v, d, stride = 140, 32, 2**24
+    weight = lazily_mapped((v - 1) * stride + d, torch.float16).as_strided((v, d), (stride, 1))
+    weight.copy_(torch.randn(v, d, generator=torch.Generator().manual_seed(0)))
+    x = torch.randn(5, d, generator=torch.Generator().manual_seed(1)).half()
+    targets = torch.tensor([0, 60, 127, 130, 139])
+    z = x.double() @ weight.double().T
+    others, target = _statistics(z, targets)
+    with checked():
+        max_KN, sum_KN, target_N = logit_stats(x, targets, Head(weight))
+        g = logit_grad(x, targets, z.logsumexp(1).float(), torch.zeros(5), None, Head(weight))
+    torch.testing.assert_close((max_KN.double() + sum_KN.double().log()).logsumexp(0), others, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(target_N.double(), target, rtol=1e-5, atol=1e-5)
+    expected = -z.softmax(1).scatter(1, targets[:, None], 0)
+    torch.testing.assert_close(g.double(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_rows_of_hidden_states_beyond_int32():
+    from kernelcheck.races import checked
+    from kernelcheck.schedules import only
+    from orpo_kernels.logit_grad import logit_grad
+    from orpo_kernels.logit_stats import logit_stats
+
+    d, v = 1024, 40
+    x = lazily_mapped(ROWS * d, torch.float16).view(ROWS, d)
+    x[-LAST:] = torch.randn(LAST, d, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(v, d, generator=torch.Generator().manual_seed(1)).half() * d**-0.5
+    targets, zeros = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS)
+    z = x[-LAST:].double() @ weight.double().T
+    others, target = _statistics(z, targets[-LAST:])
+    with checked(), only(_last_program):
+        max_KN, sum_KN, target_N = logit_stats(x, targets, Head(weight))
+        g = logit_grad(x, targets, zeros + 5, zeros, None, Head(weight))
+    torch.testing.assert_close((max_KN + sum_KN.log())[-1, -LAST:].double(), others, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(target_N[-LAST:].double(), target, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(g[-LAST:, 1:].double(), -torch.exp(z - 5)[:, 1:], rtol=1e-2, atol=1e-5)
+
+
+def test_a_gradient_of_more_than_2_to_the_31_elements():
+    from kernelcheck.races import checked
+    from kernelcheck.schedules import only
+    from orpo_kernels.logit_grad import logit_grad
+
+    x, weight = torch.zeros(ROWS, 16).half(), torch.zeros(WIDE, 16).half()
+    targets, ones = torch.full((ROWS,), WIDE - 1), torch.ones(ROWS)
+    with checked(), only(_last_program):
+        g = logit_grad(x, targets, ones, ones * 0.25, None, Head(weight))
+    assert g.numel() > 2**31
+    assert (g[-LAST:, -1] == 0.25).all()
+    torch.testing.assert_close(g[-LAST:, -9:-1].float(), torch.full((LAST, 8), -0.36788), rtol=1e-3, atol=0)
+
+
+def test_strips_of_more_than_2_to_the_31_logits():
+    from kernelcheck.races import checked
+    from kernelcheck.schedules import only
+    from orpo_kernels.logit_grad import strip_grad
+    from orpo_kernels.logit_stats import add_strip_stats, start_strip_stats
+
+    z = lazily_mapped(ROWS * WIDE, torch.float32).view(ROWS, WIDE)
+    z[-LAST:] = torch.randn(LAST, WIDE, generator=torch.Generator().manual_seed(0))
+    kept = z[-LAST:].clone()
+    targets, zeros = torch.full((ROWS,), WIDE - 2), torch.zeros(ROWS)
+    others, target = _statistics(kept, targets[-LAST:])
+    statistics = max_1N, sum_1N, target_N = start_strip_stats(torch.empty(ROWS, 1))
+    with checked(), only(_last_program):
+        add_strip_stats(z, targets, Head(torch.empty(WIDE, 1)), statistics)
+        g = strip_grad(z, targets, zeros + 5, zeros + 0.25, None, Head(torch.empty(WIDE, 1)), torch.float32)
+    torch.testing.assert_close((max_1N + sum_1N.log())[0, -LAST:].double(), others, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(target_N[-LAST:].double(), target, rtol=1e-6, atol=1e-6)
+    assert (g[-LAST:, -2] == 0.25).all()
+    torch.testing.assert_close(g[-LAST:, -1], -torch.exp(kept[:, -1] - 5), rtol=1e-5, atol=0)
