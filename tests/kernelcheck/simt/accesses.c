@@ -37,7 +37,24 @@ void simt_global_access(const void *pointer, uint32_t size, uint32_t kind) {
     }
 }
 
+/* A store over bytes that another wave has stored since the last barrier. Values that a layout holds in several waves
+ * are stored by each of them; such a store changes nothing, which shows only after it. Until the thread that stores is
+ * interrupted nobody else runs, so its next access, or its leaving, is early enough to compare. */
+static struct { uint64_t offset; uint32_t size, wave; char before[64]; } repeated;
+
+void settle_repeated_store(void) {
+    uint32_t size = repeated.size;
+    repeated.size = 0;
+    if (size && memcmp(shared_memory + repeated.offset, repeated.before, size)) {
+        describe((void *)repeated.offset, size, STORE);
+        finding->other = repeated.wave;
+        finding->other_kind = STORE;
+        stop(SHARED_RACE);
+    }
+}
+
 void simt_shared_access(const void *pointer, uint32_t size, uint32_t kind) {
+    settle_repeated_store();
     uint64_t offset = (uint64_t)pointer - (uint64_t)shared_memory;
     if (offset + size > shared_bytes || offset > shared_bytes) {
         describe((void *)offset, size, kind);
@@ -48,7 +65,14 @@ void simt_shared_access(const void *pointer, uint32_t size, uint32_t kind) {
     for (SharedShadow *byte = shared_shadow + offset; byte < shared_shadow + offset + size; byte++) {
         int written = byte->write_epoch == epoch && byte->writer != me;
         int read = byte->read_epoch == epoch && byte->reader != me;
-        if (written || (kind == STORE && read)) {
+        if (kind == STORE && written && !read && size <= sizeof repeated.before) {
+            if (!repeated.size) {
+                repeated.offset = offset;
+                repeated.size = size;
+                repeated.wave = byte->writer;
+                memcpy(repeated.before, pointer, size);
+            }
+        } else if (written || (kind == STORE && read)) {
             describe((void *)offset, size, kind);
             finding->other = written ? byte->writer : byte->reader;
             finding->other_kind = written ? STORE : LOAD;

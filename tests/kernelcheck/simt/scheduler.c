@@ -35,6 +35,7 @@ void *simt_implicit_arguments(void) { return implicit_arguments; }
 
 /* Leave the current fibre; returns when the scheduler runs it again. */
 void wait_as(State state) {
+    settle_repeated_store();
     fibres[current].state = state;
     if (!_setjmp(fibres[current].context)) _longjmp(scheduler, 1);
 }
@@ -47,6 +48,7 @@ void stop(Outcome why) {
 
 static void first_run(void) {
     kernel(kernel_arguments);
+    settle_repeated_store();
     fibres[current].state = FINISHED;
     _longjmp(scheduler, 1);
 }
