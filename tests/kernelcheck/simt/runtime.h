@@ -63,11 +63,8 @@ typedef struct {
 
 enum { SEVERAL = 0xFFFFFFFFu };
 
-/* Shared memory: who touched each byte since the last barrier. `epoch` counts barriers.
- *
- * Waves that hold copies of the same values may all store them; so a store to a byte that another wave used is only
- * noted, and a race if the byte has changed by the next barrier. */
-typedef struct { uint32_t write_epoch, read_epoch, noted_epoch; uint16_t writer, reader; uint8_t noted; } SharedShadow;
+/* Shared memory: who touched each byte since the last barrier. `epoch` counts barriers. */
+typedef struct { uint32_t write_epoch, read_epoch; uint16_t writer, reader; } SharedShadow;
 enum { SEVERAL_WAVES = 0xFFFF };
 
 /* The launch that is running. */
@@ -85,7 +82,6 @@ void wait_as(State state);             /* leave the current fibre until the sche
 void stop(Outcome why);                /* end the launch from inside a fibre */
 void settle_repeated_store(void);      /* before another fibre runs: was the last store one that changed nothing? */
 int run_collective(Fibre *wave);       /* complete the collective at which a whole wave waits; whether there was one */
-int shared_stores_agree(void);         /* before a barrier opens: the stores noted since the last one changed nothing */
 Finding *describe(const void *address, uint32_t size, uint32_t kind);
 
 #endif
