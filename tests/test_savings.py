@@ -1,0 +1,124 @@
+"""The cost table of kernels/README.md, asserted: FLOPs from the matmuls the profiler saw, memory by allocation."""
+
+import pytest
+import torch
+from problems import make_problem
+from torch.profiler import ProfilerActivity, profile
+
+from orpo import orpo_loss, token_logprobs
+
+P, T, D, V = 4, 40, 32, 1009
+ROUND = 4096  # allocations are rounded up, and O(N) arrays are allowed
+
+
+def matmul_flops(events) -> int:
+    """2 M N K of every matrix product; the profiler's own figure leaves addmm_ out."""
+    products = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "aten::addmm_": (1, 2)}
+    seen = 0
+    for event in events:
+        if event.name in products and event.input_shapes:
+            a, b = (event.input_shapes[i] for i in products[event.name])
+            seen += 2 * a[0] * a[1] * b[1]
+    return seen
+
+
+def measure(function):
+    """(FLOPs, largest single allocation, peak of bytes alive) of a call, inside custom operators too."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as profiler:
+        function()
+    alive = peak = largest = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak, largest = max(peak, alive), max(largest, event.nbytes())
+    assert largest > 0, "the profiler recorded no memory event"
+    return matmul_flops(profiler.events()), largest, peak
+
+
+def loss_of(problem, **keywords):
+    return orpo_loss(problem.hidden, problem.weight, problem.labels, **problem.keywords, **keywords).loss
+
+
+CASES = {
+    # name: (hidden needs grad, weight needs grad, budget, units forward and backward)
+    "trained head by strips": (True, True, 0, 8),
+    "trained head in bins": (True, True, 2**20, 6),
+    "one bin": (True, True, 2**30, 6),
+    "oversized pairs": (True, True, 2**17, 6),
+    "frozen head": (True, False, 0, 4),
+    "frozen head in bins": (True, False, 2**20, 4),
+    "frozen hidden states by strips": (False, True, 0, 6),
+    "frozen hidden states in bins": (False, True, 2**20, 4),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_flops(case):
+    hidden, weight, budget, units = case
+    problem = make_problem(P, T, D, V).requiring_grad(hidden, weight)
+    nvd = problem.rows.rows_N.numel() * V * D
+    flops, *_ = measure(lambda: loss_of(problem, logits_budget=budget, strip_bytes=2**17).backward())
+    # The mean hidden state for the metrics is a product of 2 rows: 2/V of a unit.
+    assert flops / nvd == pytest.approx(units, rel=0.01)
+
+
+@pytest.mark.parametrize("budget", [0, 2**17, 2**20], ids=["strips", "oversized pairs", "bins"])
+def test_evaluation_is_one_product(budget):
+    problem = make_problem(P, T, D, V).requiring_grad()
+
+    def evaluate():
+        with torch.no_grad():
+            loss_of(problem, logits_budget=budget)
+
+    nvd = problem.rows.rows_N.numel() * V * D
+    assert measure(evaluate)[0] / nvd == pytest.approx(2, rel=0.01)
+
+
+def test_rows_that_cannot_matter_cost_nothing():
+    problem = make_problem(P, T, D, V, prompt_in_nll=False).requiring_grad()
+    n = problem.rows.rows_N.numel()
+    assert n == (problem.labels[:, 1:] != -100).sum()
+    flops, *_ = measure(lambda: loss_of(problem, logits_budget=0).backward())
+    assert flops == pytest.approx(8 * n * V * D, rel=0.01)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+def test_no_allocation_is_larger_than_a_strip(frozen):
+    # Many rows: N * V is 20 strips; what is larger than a strip may only be the gradients that were asked for.
+    problem = make_problem(8, 128, 16, 2003).requiring_grad(True, not frozen)
+    strip = 2**19
+    n = problem.rows.rows_N.numel()
+    assert n * 2003 * 4 > 20 * strip and 2003 * 16 * 4 < strip
+    _, largest, _ = measure(lambda: loss_of(problem, logits_budget=0, strip_bytes=strip).backward())
+    assert largest <= strip + ROUND
+
+
+def test_memory_by_strips():
+    problem = make_problem(8, 128, 16, 2003).requiring_grad()
+    strip, n = 2**19, problem.rows.rows_N.numel()
+    loss = loss_of(problem, logits_budget=0, strip_bytes=strip)
+    _, _, peak = measure(loss.backward)
+    results = problem.hidden.numel() * 4 + problem.weight.numel() * 4
+    per_row = n * 16 * (4 + 4) + 16 * 8 * n
+    # Elementwise work holds one cache block more, in copies of a few rows.
+    assert peak <= strip + results + per_row + 2**17
+
+
+@pytest.mark.parametrize("pairs", [4, 16])
+def test_tiles_stay_within_the_budget_whatever_the_batch(pairs):
+    problem = make_problem(pairs, T, 16, 2003).requiring_grad()
+    budget = 2**20
+    _, largest, _ = measure(lambda: loss_of(problem, logits_budget=budget).backward())
+    assert problem.rows.rows_N.numel() * 2003 * 4 > 2 * budget
+    assert largest <= budget + ROUND
+
+
+def test_token_logprobs_costs_what_the_table_says():
+    problem = make_problem(P, T, D, V)
+    rows = problem.rows
+    nvd = rows.rows_N.numel() * V * D
+    for hidden, weight, units in ((True, True, 8), (True, False, 4), (False, True, 6)):
+        x = problem.hidden.reshape(-1, D)[rows.rows_N].detach().requires_grad_(hidden)
+        w = problem.weight.detach().requires_grad_(weight)
+        flops, *_ = measure(lambda x=x, w=w: token_logprobs(x, w, rows.targets_N, strip_bytes=2**17).sum().backward())
+        assert flops / nvd == pytest.approx(units, rel=0.01)
