@@ -1,1 +1,1 @@
-"""The fused loss: three stages as Triton kernels and in torch, and the operators that drive them. See kernels/README.md."""
+"""The fused loss: three stages in Triton and in torch, and the operators that drive them. See kernels/README.md."""
