@@ -1,4 +1,4 @@
-"""Other preference losses as a few lines of torch on `token_logprobs`, as kernels/README.md shows them, against eager."""
+"""Other preference losses in a few lines on `token_logprobs`, as kernels/README.md shows them, against eager torch."""
 
 import pytest
 import torch
