@@ -1,0 +1,141 @@
+"""ORPO as others compute it, each in its own way and at its best setting for one machine, behind one call.
+
+A peer is a function ``(batch, beta) -> loss``. TRL's definition throughout: NLL over prompt and chosen answer.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from orpo import odds_ratio_loss, orpo_loss
+
+from .cases import Batch
+
+Peer = Callable[[Batch, float], Tensor]
+
+
+def _from_token_logps(logp: Tensor, batch: Batch, beta: float) -> Tensor:
+    """The objective over (2P, T - 1) log-probabilities of the next token."""
+    P = batch.labels.shape[0] // 2
+    mask = batch.labels[:, 1:] != -100
+    mean = (logp * mask).sum(1) / mask.sum(1)
+    return -logp[:P].mean() - odds_ratio_loss(mean[:P], mean[P:], beta)[0].mean()
+
+
+def ours(batch: Batch, beta: float) -> Tensor:
+    """This project's loss with its defaults."""
+    return orpo_loss(batch.hidden, batch.weight, batch.labels, nll_labels=batch.input_ids, beta=beta).loss
+
+
+def ours_by_strips(batch: Batch, beta: float) -> Tensor:
+    """This project's loss with the least memory: `logits_budget=0`."""
+    return orpo_loss(
+        batch.hidden, batch.weight, batch.labels, nll_labels=batch.input_ids, beta=beta, logits_budget=0
+    ).loss
+
+
+def eager(batch: Batch, beta: float) -> Tensor:
+    """Full logits and log_softmax, as one would write it."""
+    logits = (batch.hidden[:, :-1] @ batch.weight.T).float()
+    logp = torch.log_softmax(logits, -1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+    return _from_token_logps(logp, batch, beta)
+
+
+def trl(batch: Batch, beta: float) -> Tensor:
+    """TRL's ORPOTrainer: the steps of its concatenated_forward and get_batch_loss_metrics, with TRL's own functions."""
+    from trl.experimental.orpo import ORPOTrainer
+
+    P = batch.labels.shape[0] // 2
+    logits = batch.hidden @ batch.weight.T
+    nll = F.cross_entropy(logits[:P, :-1].reshape(-1, logits.shape[-1]), batch.input_ids[:P, 1:].reshape(-1))
+    mean = ORPOTrainer.get_batch_logps(logits, batch.labels, average_log_prob=True)
+
+    class Trainer:
+        beta = 0.0
+        accelerator = type("Accelerator", (), {"device": batch.hidden.device})
+
+    trainer = Trainer()
+    trainer.beta = beta
+    return nll - ORPOTrainer.odds_ratio_loss(trainer, mean[:P], mean[P:])[0].mean()
+
+
+def liger(batch: Batch, beta: float, compiled: bool = False) -> Tensor:
+    """Liger's fused ORPO; targets are shifted by the caller there."""
+    from liger_kernel.chunked_loss import LigerFusedLinearORPOLoss
+
+    def shifted(ids: Tensor) -> Tensor:
+        return F.pad(ids[:, 1:], (0, 1), value=-100)
+
+    loss = LigerFusedLinearORPOLoss(beta=beta, compiled=compiled)
+    return loss(batch.weight, batch.hidden, shifted(batch.labels), None, shifted(batch.input_ids))[0]
+
+
+def liger_compiled(batch: Batch, beta: float) -> Tensor:
+    """Liger's fused ORPO through torch.compile, its default."""
+    return liger(batch, beta, compiled=True)
+
+
+def cce(batch: Batch, beta: float) -> Tensor:
+    """Apple's cut cross-entropy, whose per-token output is minus the log-probability; the odds ratio on top."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    implementation = "cce" if batch.hidden.is_cuda else "torch_compile"
+    loss = linear_cross_entropy(
+        batch.hidden[:, :-1].contiguous(), batch.weight, batch.input_ids[:, 1:], reduction="none", impl=implementation
+    )
+    return _from_token_logps(-loss.float(), batch, beta)
+
+
+def torch_linear_cross_entropy(batch: Batch, beta: float) -> Tensor:
+    """torch's own fused linear cross-entropy, the odds ratio on top."""
+    rows = batch.hidden[:, :-1].flatten(0, 1)
+    loss = F.linear_cross_entropy(rows, batch.weight, batch.input_ids[:, 1:].flatten(), reduction="none")
+    return _from_token_logps(-loss.view(batch.labels.shape[0], -1).float(), batch, beta)
+
+
+def trl_chunked(batch: Batch, beta: float) -> Tensor:
+    """TRL's chunked log-probabilities, which its DPO uses and its ORPO does not, with the odds ratio on top."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    P = batch.labels.shape[0] // 2
+    # Compacted, as its callers do: all of the chosen half, the answers of the rejected half.
+    keep = batch.labels[:, 1:] != -100
+    keep[:P] = True
+    logp = ChunkedLogProbFunction.apply(
+        batch.hidden[:, :-1][keep], batch.weight, None, batch.input_ids[:, 1:][keep], 1.0, 32768, None, 1.0, ()
+    )[0]
+    full = torch.zeros(keep.shape, dtype=logp.dtype, device=logp.device).masked_scatter(keep, logp)
+    return _from_token_logps(full, batch, beta)
+
+
+_NEEDS = {
+    "trl": "trl",
+    "trl chunked": "trl",
+    "liger": "liger_kernel",
+    "liger compiled": "liger_kernel",
+    "cce": "cut_cross_entropy",
+}
+
+PEERS: dict[str, Peer] = {
+    "ours": ours,
+    "ours, strips": ours_by_strips,
+    "trl": trl,
+    "trl chunked": trl_chunked,
+    "liger": liger,
+    "liger compiled": liger_compiled,
+    "cce": cce,
+    "torch linear_cross_entropy": torch_linear_cross_entropy,
+    "torch eager": eager,
+}
+
+
+def available(name: str) -> bool:
+    """Whether the peer's package, and the function it needs, are here."""
+    if name == "torch linear_cross_entropy":
+        return hasattr(F, "linear_cross_entropy")
+    return name not in _NEEDS or importlib.util.find_spec(_NEEDS[name]) is not None
