@@ -105,7 +105,7 @@ def run_demo(
 
     shown = list(questions)[:4]
     print(f"\nHeld-out pairs ({len(heldout_pairs)})\n\n{report.table(results, settings)}\n")
-    print(report.findings(results, settings))
+    print(report.findings(results))
     print(f"\nGreedy answers to held-out questions\n\n{report.side_by_side(shown, answers, settings)}\n")
     summary = report.write_summary(
         output_dir / "summary.json",

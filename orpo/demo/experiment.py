@@ -5,9 +5,18 @@ checkpoint is trained twice by :class:`orpo.ORPOTrainer`, with beta 0 (plain fin
 same batches in the same order. What to expect is Figure 3 of the paper: fine-tuning raises the chosen and the rejected
 log-probabilities together, ORPO opens a gap between them.
 
-Why beta 1 and not the usual 0.1: beta weighs one odds ratio a pair against a next-token loss, and in 200 steps 0.1 moves
-only what is easiest to move. Measured with seed 0: held-out accuracy 0.74 for fine-tuning, 0.79 for ORPO with 0.1 (rude
-answers are banned, the manners in between stay as likely as they were) and 0.95 with 1.
+Why beta 1 and not the usual 0.1: beta weighs one odds ratio a pair against a next-token loss, and within the 250 steps
+of this run 0.1 hardly outweighs it. Lowest and highest of seeds 0, 1 and 2, on the held-out pairs:
+
+    ====================  ============  =================  ==============  ============
+    .                     before        plain fine-tuning  ORPO, beta 0.1  ORPO, beta 1
+    ====================  ============  =================  ==============  ============
+    reward accuracy       0.55 to 0.58  0.68 to 0.71       0.71 to 0.74    0.90 to 0.92
+    margin (gap, nats)    0.01          0.03               0.08 to 0.11    0.35 to 0.42
+    ====================  ============  =================  ==============  ============
+
+The price is in the table too: after ORPO with beta 1 a chosen answer is likelier than before and less likely than after
+plain fine-tuning.
 """
 
 from __future__ import annotations
@@ -44,7 +53,7 @@ METRICS_BETA = 1.0
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demonstration runs; the defaults take about two minutes on two CPU cores.
+    """What the demonstration runs; the defaults take two to three minutes on a CPU.
 
     Attributes:
         warmup_steps: steps of the warm-up on both answers of each pair.
@@ -81,7 +90,7 @@ class DemoSettings:
             "report_to": "none",
             "disable_tqdm": True,
             "bf16": False,
-            "gradient_checkpointing": False,
+            "activation_checkpointing": False,
             "seed": seed,
             "use_cpu": use_cpu,
         }

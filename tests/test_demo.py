@@ -1,0 +1,290 @@
+"""orpo/demo: the generated pairs, and a shortened run from start to finish."""
+
+import csv
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.image import imread
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import orpo.demo
+from orpo.demo import report, run_demo
+from orpo.demo.data import FRAMES, MANNERS, make_pairs, make_questions
+from orpo.demo.experiment import DemoSettings
+from orpo.demo.model import VOCAB_SIZE, build_model, train_tokenizer
+
+# 80 held-out pairs, more than one batch of evaluation.
+SHORT = DemoSettings(warmup_steps=4, steps=4, batch_size=4, evaluations=2, questions=48, held_out=16)
+STATES = ("before", "sft", "orpo")
+
+
+# The pairs
+
+
+def test_the_same_seed_makes_the_same_pairs_in_every_process():
+    code = "import json; from orpo.demo.data import make_pairs; print(json.dumps(make_pairs()))"
+    # String hashing differs from process to process; an order taken from a set would show here.
+    texts = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(texts) == 1
+    assert json.loads(texts.pop()) == [*make_pairs()]
+    assert make_pairs(seed=1) != make_pairs(seed=2)
+
+
+def test_middle_answers_are_chosen_and_rejected_equally_often():
+    train, heldout = make_pairs()
+    for rows in (train, heldout):
+        chosen = Counter((row["prompt"], row["chosen"]) for row in rows)
+        rejected = Counter((row["prompt"], row["rejected"]) for row in rows)
+        assert set(chosen.values()) == set(rejected.values()) == {1}
+        both = chosen.keys() & rejected.keys()
+        questions = len({row["prompt"] for row in rows})
+        assert len(both) == questions * (len(MANNERS) - 2)
+        # All but the two ends of each ladder.
+        assert len(chosen.keys() | rejected.keys()) == questions * len(MANNERS)
+
+
+def test_every_pair_is_one_step_of_the_ladder():
+    answers = {q["prompt"]: q["answers"] for q in make_questions()}
+    train, heldout = make_pairs()
+    for row in train + heldout:
+        sides = [answers[row["prompt"]].index(row[side]) for side in ("chosen", "rejected")]
+        assert sorted(sides) == [row["level"] - 1, row["level"]]
+        assert row["fact"] in row["chosen"] and row["fact"] in row["rejected"]
+        for side, manner in zip((row["chosen"], row["rejected"]), sides, strict=True):
+            openings, closings = FRAMES[MANNERS[manner]]
+            assert side.strip().startswith(openings) and side.endswith(closings)
+
+
+def test_a_tenth_of_the_training_questions_is_reversed_and_no_held_out_one():
+    answers = {q["prompt"]: q["answers"] for q in make_questions()}
+
+    def reversed_questions(rows):
+        return {r["prompt"] for r in rows if answers[r["prompt"]].index(r["chosen"]) < r["level"]}
+
+    train, heldout = make_pairs()
+    questions = len({row["prompt"] for row in train})
+    assert len(reversed_questions(train)) == round(0.1 * questions)
+    assert len([r for r in train if r["prompt"] in reversed_questions(train)]) == 5 * round(0.1 * questions)
+    assert not reversed_questions(heldout)
+
+
+def test_held_out_prompts_do_not_occur_in_training_and_their_facts_do():
+    train, heldout = make_pairs()
+    assert len(heldout) >= 200
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in heldout}
+    assert {row["fact"] for row in heldout} <= {row["fact"] for row in train}
+
+
+def test_no_phrase_belongs_to_two_manners():
+    phrases = Counter(phrase for frames in FRAMES.values() for half in frames for phrase in half)
+    assert tuple(FRAMES) == MANNERS
+    assert set(phrases.values()) == {1}
+
+
+def test_manners_are_about_equally_long():
+    """What is compared is a mean over tokens: a manner twice as long would be likelier for that alone."""
+    train, _ = make_pairs()
+    tokenizer = train_tokenizer(sorted({row[side] for row in train for side in ("chosen", "rejected")}))
+    lengths = {}
+    for question in make_questions():
+        for manner, ids in zip(MANNERS, tokenizer(question["answers"])["input_ids"], strict=True):
+            lengths.setdefault(manner, []).append(len(ids))
+    means = [sum(v) / len(v) for v in lengths.values()]
+    assert max(means) / min(means) < 1.5
+
+
+@pytest.mark.parametrize("held_out", [0, 10, 11])
+def test_held_out_must_leave_questions_for_training(held_out):
+    with pytest.raises(ValueError, match=f"held_out must be between 1 and 9 for 10 questions, got {held_out}"):
+        make_pairs(held_out=held_out, questions=10)
+
+
+def test_the_generator_writes_json_lines(tmp_path):
+    command = [sys.executable, "-m", "orpo.demo.data", "--output", str(tmp_path / "pairs")]
+    subprocess.run(command, check=True, capture_output=True)
+    train, heldout = make_pairs()
+    for name, rows in (("train", train), ("heldout", heldout)):
+        lines = (tmp_path / "pairs" / f"{name}.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines] == rows
+
+
+def test_the_licence_of_the_pairs_is_beside_their_generator():
+    text = (Path(orpo.demo.__file__).parent / "LICENSE").read_text()
+    assert "SPDX-License-Identifier: CC0-1.0" in text and "Statement of Purpose" in text
+
+
+# The model
+
+
+def test_the_tokenizer_gives_back_what_it_was_given():
+    tokenizer = train_tokenizer([row["prompt"] + row["chosen"] for row in make_pairs()[0]])
+    assert 300 < len(tokenizer) <= VOCAB_SIZE
+    text = "Customer: Où est la 猫?\nDesk: It is here."
+    ids = tokenizer(text)["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(ids[1:]) == text
+
+
+def test_the_model_has_about_a_million_parameters_and_follows_the_seed():
+    tokenizer = train_tokenizer([row["prompt"] + row["chosen"] for row in make_pairs()[0]])
+    models = [build_model(tokenizer, seed) for seed in (0, 0, 1)]
+    assert 0.8e6 < models[0].num_parameters() < 1.2e6
+    weights = [m.model.embed_tokens.weight for m in models]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+# A shortened run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(folder, summary) of a run of a few steps."""
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    return folder, run_demo(output_dir=folder, seed=1, device="cpu", settings=SHORT)
+
+
+def model_folder(folder: Path, state: str) -> Path:
+    return folder if state == "orpo" else folder / state
+
+
+def test_the_summary_holds_the_three_states_by_trl_names(run):
+    folder, summary = run
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    names = {"rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen"}
+    names |= {"logps/rejected", "nll_loss", "log_odds_ratio", "log_odds_chosen", "facts_right"}
+    for state in STATES:
+        assert names <= summary[state].keys()
+    assert summary["seed"] == 1 and summary["settings"]["steps"] == SHORT.steps
+    assert summary["pairs"] == {"train": 160, "heldout": 80}
+    assert summary["seconds"]["total"] > 0
+    assert summary["versions"]["torch"] == torch.__version__
+
+
+def test_the_folder_holds_pictures_pairs_and_models(run):
+    folder, _ = run
+    assert imread(folder / "curves.png").std() > 0.02
+    assert (folder / "curves.csv").read_text().count("eval") >= 6
+    train, heldout = make_pairs(held_out=SHORT.held_out, questions=SHORT.questions)
+    for name, rows in (("train", train), ("heldout", heldout)):
+        assert [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()] == rows
+    for state in STATES:
+        assert (model_folder(folder, state) / "model.safetensors").stat().st_size > 3e6
+    assert not list(folder.glob("checkpoint*"))
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_figures_equal_those_of_the_saved_model_in_plain_torch(run, state):
+    """One text at a time, in float64, from the model's own logits."""
+    folder, summary = run
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder(folder, state), dtype=torch.float64).eval()
+    rows = [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()]
+    means, nll, tokens = {"chosen": [], "rejected": []}, 0.0, 0
+    for row in rows:
+        for side in means:
+            prompt = [tokenizer.bos_token_id, *tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]]
+            answer = tokenizer(row[side], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            ids = torch.tensor([prompt + answer])
+            with torch.no_grad():
+                logps = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None])[:, 0]
+            means[side].append(logps[len(prompt) - 1 :].mean())
+            if side == "chosen":
+                nll, tokens = nll - logps.sum().item(), tokens + len(logps)
+    chosen, rejected = torch.stack(means["chosen"]), torch.stack(means["rejected"])
+    log_odds = chosen - rejected - torch.log(-torch.expm1(chosen)) + torch.log(-torch.expm1(rejected))
+    levels = torch.tensor([row["level"] for row in rows])
+    expected = {
+        "rewards/accuracies": (chosen > rejected).double().mean().item(),
+        "rewards/margins": (chosen - rejected).mean().item(),
+        "rewards/chosen": chosen.mean().item(),
+        "rewards/rejected": rejected.mean().item(),
+        "logps/chosen": chosen.mean().item(),
+        "logps/rejected": rejected.mean().item(),
+        "log_odds_chosen": log_odds.mean().item(),
+        "log_odds_ratio": torch.nn.functional.logsigmoid(log_odds).mean().item(),
+        "nll_loss": nll / tokens,
+        "margins/curt over rude": (chosen - rejected)[levels == 1].mean().item(),
+        "margins/warm over friendly": (chosen - rejected)[levels == 5].mean().item(),
+    }
+    assert {name: summary[state][name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_both_runs_trained_from_the_checkpoint_and_differently(run):
+    folder, _ = run
+    weights = [
+        AutoModelForCausalLM.from_pretrained(model_folder(folder, state)).model.embed_tokens.weight for state in STATES
+    ]
+    assert not any(torch.equal(weights[i], weights[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_the_curves_of_both_runs_begin_at_the_same_checkpoint(run):
+    folder, summary = run
+    rows = list(csv.DictReader((folder / "curves.csv").open()))
+    starts = [r for r in rows if r["split"] == "eval" and r["step"] == "0"]
+    assert [r["run"] for r in starts] == ["plain fine-tuning", "ORPO, beta 1"]
+    for row in starts:
+        assert float(row["logps/rejected"]) == pytest.approx(summary["before"]["logps/rejected"], abs=1e-6)
+    ends = [r for r in rows if r["split"] == "eval" and r["step"] == str(SHORT.steps)]
+    for row, state in zip(ends, ("sft", "orpo"), strict=True):
+        assert float(row["logps/rejected"]) == pytest.approx(summary[state]["logps/rejected"], abs=1e-6)
+
+
+def test_the_saved_answers_are_the_models_own(run):
+    folder, summary = run
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    entry = summary["answers"][3]
+    ids = tokenizer(entry["prompt"], return_tensors="pt")["input_ids"]
+    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False)
+    assert tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True).strip() == entry["orpo"]
+    assert len(summary["answers"]) == SHORT.held_out
+
+
+def test_what_is_printed_is_what_is_saved(capfd, tmp_path):
+    settings = DemoSettings(warmup_steps=1, steps=1, batch_size=2, evaluations=1, questions=6, held_out=3)
+    summary = run_demo(output_dir=tmp_path, device="cpu", settings=settings)
+    out, err = capfd.readouterr()
+    for label, metric in (("reward accuracy", "rewards/accuracies"), ("rejected log-probability", "logps/rejected")):
+        line = next(line for line in out.splitlines() if line.startswith(label))
+        assert line.split()[-3:] == [f"{summary[state][metric]:.3f}" for state in STATES]
+    assert "100%" in err and "3/3" in err
+    assert summary["answers"][0]["orpo"] in out
+    # One bar for the whole run: those of tokenizing, loading and saving would break it up.
+    assert "Loading weights" not in err and "Map" not in err and "{'loss'" not in out
+
+
+@pytest.mark.parametrize("gaps, words", [((0.01, 0.03, 0.4), "ORPO opens a gap"), ((0.1, 0.3, 0.4), "did not open")])
+def test_the_verdict_follows_the_figures(gaps, words):
+    results = {state: {"rewards/margins": gap} for state, gap in zip(STATES, gaps, strict=True)}
+    text = report.findings(results)
+    assert words in text and f"{gaps[2]:.2f} after ORPO" in text
+
+
+def test_the_same_seed_gives_the_same_run(run):
+    folder, summary = run
+    again = run_demo(output_dir=folder.parent / "again", seed=1, device="cpu", settings=SHORT)
+    for state in STATES:
+        assert again[state] == summary[state]
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda:1", "meta"])
+def test_other_devices_are_refused(device, tmp_path):
+    with pytest.raises(ValueError, match=f"device is '{device}'"):
+        run_demo(output_dir=tmp_path / "out", device=device, settings=SHORT)
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_processes_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="runs on 1 process, not on 2"):
+        run_demo(output_dir=tmp_path / "out", settings=SHORT)
