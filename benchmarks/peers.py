@@ -123,7 +123,7 @@ _NEEDS = {
 
 PEERS: dict[str, Peer] = {
     "ours": ours,
-    "ours, strips": ours_by_strips,
+    "ours (strips)": ours_by_strips,
     "trl": trl,
     "trl chunked": trl_chunked,
     "liger": liger,
