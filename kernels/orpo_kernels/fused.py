@@ -18,7 +18,7 @@ from torch import Tensor
 from . import schedule
 from .backends import load_backend
 from .head import Head, Needs
-from .matmul import accumulation_dtype
+from .matmul import accumulation_dtype, without_autocast
 from .rows import Rows
 
 
@@ -78,6 +78,7 @@ def _mean_hidden(x_ND: Tensor, rows: Rows) -> Tensor:
 
 
 @torch.library.custom_op("orpo::linear_orpo", mutates_args=())
+@without_autocast
 def linear_orpo(
     hidden_RD: Tensor,
     weight_VD: Tensor,
@@ -182,6 +183,7 @@ def _(hidden_RD, weight_VD, bias_V, rows_E, targets_E, *_, pairs, needs, logits_
 
 
 @torch.library.custom_op("orpo::linear_orpo_backward", mutates_args=())
+@without_autocast
 def linear_orpo_backward(
     grad_loss: Tensor,
     hidden_RD: Tensor,

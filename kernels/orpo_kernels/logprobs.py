@@ -14,10 +14,11 @@ from . import schedule
 from .backends import load_backend
 from .fused import check_targets
 from .head import Head, Needs
-from .matmul import accumulation_dtype
+from .matmul import accumulation_dtype, without_autocast
 
 
 @torch.library.custom_op("orpo::linear_logprobs", mutates_args=())
+@without_autocast
 def linear_logprobs(
     x_ND: Tensor,
     weight_VD: Tensor,
@@ -47,6 +48,7 @@ def _(x_ND, weight_VD, bias_V, targets_N, *, needs, **_):
 
 
 @torch.library.custom_op("orpo::linear_logprobs_backward", mutates_args=())
+@without_autocast
 def linear_logprobs_backward(
     grad_N: Tensor,
     x_ND: Tensor,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,17 @@ _SMALLEST = 2.0**-100
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 stays float64; everything else is accumulated in float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def without_autocast(operator: Callable) -> Callable:
+    """An operator's body with autocast off: it has chosen its dtypes, and autocast would narrow its fp32 products."""
+
+    @functools.wraps(operator)
+    def body(first: Tensor, *args, **keywords):
+        with torch.autocast(first.device.type, enabled=False):
+            return operator(first, *args, **keywords)
+
+    return body
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
