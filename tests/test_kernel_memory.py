@@ -30,11 +30,12 @@ def _loss_and_gradients(problem, budget: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_no_access_leaves_its_tensor_and_no_two_programs_meet(budget, dtype):
+@pytest.mark.parametrize(("dtype", "D"), [(torch.float32, 24), (torch.float16, 40)], ids=["float32", "float16"])
+def test_no_access_leaves_its_tensor_and_no_two_programs_meet(budget, dtype, D):
     from kernelcheck.races import checked
 
-    problem = make_problem(dtype=dtype, bias=True, softcap=20.0, scale=0.8)
+    # The hidden size ends inside a tile: inside the first one, inside the second one.
+    problem = make_problem(D=D, dtype=dtype, bias=True, softcap=20.0, scale=0.8)
     with checked():
         loss, *_ = _loss_and_gradients(problem, budget)
     truth, dh, dw, _ = problem.truth()

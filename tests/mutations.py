@@ -1,0 +1,155 @@
+"""Deliberate faults of the kernels, each a small edit of one file: what the tests of the kernels have to notice."""
+
+from dataclasses import dataclass
+
+KERNELS = "kernels/orpo_kernels/"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """Replace `old` by `new` in `file`; `old` must occur, and `which` says at which occurrence."""
+
+    fault: str
+    file: str
+    old: str
+    new: str
+    which: int = 0
+
+    def apply(self, text: str) -> str:
+        """The mutated text. Raises `ValueError` where the kernel has changed and the mutation no longer applies."""
+        pieces = text.split(self.old)
+        if len(pieces) - 1 <= self.which:
+            raise ValueError(
+                f"{self.fault}: {self.file} holds {len(pieces) - 1} times {self.old!r}: update mutations.py"
+            )
+        before, after = pieces[: self.which + 1], pieces[self.which + 1 :]
+        return self.old.join(before) + self.new + self.old.join(after)
+
+
+def _in(file: str, *faults: tuple) -> list[Mutation]:
+    return [Mutation(fault, KERNELS + file, *edit) for fault, *edit in faults]
+
+
+MUTATIONS = [
+    *_in(
+        "logit_stats.py",
+        ("columns past the end count", "(offs_v >= end)[None, :]", "(offs_v > end)[None, :]"),
+        ("target left in the sum", "is_target_NV | (offs_v >= end)", "(is_target_NV & False) | (offs_v >= end)"),
+        ("missing rescale of the running sum", "sum_N * tl.exp(max_N - shift_N) + tl.sum", "sum_N + tl.sum"),
+        (
+            "no guard where no logit is finite",
+            'tl.where(new_max_N == float("-inf"), 0.0, new_max_N)',
+            "new_max_N + 0.0",
+        ),
+        ("int32 offset of hidden states", "tl.minimum(offs_n, N - 1).to(tl.int64)", "tl.minimum(offs_n, N - 1)"),
+        ("int32 offset of the weight", "tl.minimum(offs_v, V - 1).to(tl.int64)", "tl.minimum(offs_v, V - 1)"),
+        ("int32 offset of a strip", "z_rows = z_ptr + offs_n.to(tl.int64)", "z_rows = z_ptr + offs_n"),
+        ("rows read past the end", "tl.minimum(offs_n, N - 1)", "offs_n"),
+        ("weight read past the end", "tl.minimum(offs_v, V - 1)", "offs_v"),
+        (
+            "swapped strides",
+            "columns[None, :] * stride_wv + (offs_d * stride_wd)",
+            "columns[None, :] * stride_wd + (offs_d * stride_wv)",
+        ),
+        (
+            "last tile of the hidden size dropped",
+            "for d in range(0, D, BLOCK_D)",
+            "for d in range(0, D - BLOCK_D + 1, BLOCK_D)",
+        ),
+        (
+            "last tile of the vocabulary dropped",
+            "for first in range(start, end, BLOCK_V)",
+            "for first in range(start, end - BLOCK_V, BLOCK_V)",
+        ),
+        (
+            "last column of a split dropped",
+            "end = tl.minimum(start + split_columns, V)",
+            "end = tl.minimum(start + split_columns, V) - 1",
+        ),
+        ("no mask over the hidden size", "mask=(offs_d < D - d)[None, :]", "mask=(offs_d < D)[None, :]"),
+        ("target stored by every split", "mask=row_mask & (targets_N >= start) & (targets_N < end)", "mask=row_mask"),
+        (
+            "statistics stored past the end",
+            "tl.store(sum_ptr + out, sum_N, mask=row_mask)",
+            "tl.store(sum_ptr + out, sum_N)",
+        ),
+        (
+            "strip's statistics not carried on",
+            "target_N = tl.load(target_ptr + offs_n, mask=row_mask, other=0.0)",
+            "target_N = tl.zeros([BLOCK_N], tl.float32)",
+        ),
+        (
+            "last tile of a strip dropped",
+            "for column in range(0, columns, BLOCK_V)",
+            "for column in range(0, columns - BLOCK_V, BLOCK_V)",
+        ),
+    ),
+    *_in(
+        "logit_grad.py",
+        ("wrong sign of the softmax", "-tl.exp(z_NV - lse_N[:, None])", "tl.exp(z_NV - lse_N[:, None])"),
+        ("softcap's derivative missing", "g_NV *= 1.0 - t_NV * t_NV", "g_NV *= 1.0"),
+        ("float16 rows unscaled", "if HAS_ROW_SCALE:", "if HAS_ROW_SCALE and not HAS_ROW_SCALE:"),
+        (
+            "int32 offset of the weight",
+            "tl.minimum(offs_v, columns - 1).to(tl.int64)",
+            "tl.minimum(offs_v, columns - 1)",
+        ),
+        ("int32 offset of hidden states", "tl.minimum(offs_n, N - 1).to(tl.int64)", "tl.minimum(offs_n, N - 1)"),
+        ("int32 offset of the gradient", "g_ptrs = g_ptr + offs_n.to(tl.int64)", "g_ptrs = g_ptr + offs_n"),
+        ("int32 offset of a strip", "offs = offs_n.to(tl.int64)", "offs = offs_n"),
+        (
+            "gradient stored past the strip's width",
+            "mask=row_mask[:, None] & (offs_v < columns)[None, :])",
+            "mask=row_mask[:, None] & (offs_v <= columns)[None, :])",
+        ),
+        (
+            "gradient not stored for the last column",
+            "mask=row_mask[:, None] & (offs_v < columns)[None, :])",
+            "mask=row_mask[:, None] & (offs_v < columns - 1)[None, :])",
+        ),
+        (
+            "strip: rows past the end",
+            "mask = row_mask[:, None] & (offs_v < columns)[None, :]",
+            "mask = (offs_n <= N)[:, None] & (offs_v < columns)[None, :]",
+        ),
+    ),
+    *_in(
+        "odds_ratio.py",
+        ("missing rescale between splits", "sum_N * tl.exp(max_N - shift_N) + part_sum_N", "sum_N + part_sum_N"),
+        ("last split dropped", "for _ in range(splits)", "for _ in range(splits - 1)"),
+        ("log of the sum without its maximum", "others_N = max_N + tl.log(sum_N)", "others_N = tl.log(sum_N)"),
+        (
+            "first token of an answer dropped",
+            "start = tl.load(offsets_ptr + s)",
+            "start = tl.load(offsets_ptr + s) + 1",
+        ),
+        ("prompt counted as answer", "tl.where(response, logp, 0.0)", "logp"),
+        ("mean length of the wrong answer", "tl.maximum(length_l, 1.0)", "tl.maximum(length_w, 1.0)"),
+        (
+            "gradients of the pair swapped",
+            "grad = grad_w if side == 0 else grad_l",
+            "grad = grad_l if side == 0 else grad_w",
+        ),
+        ("coefficients of the other answer", "offsets_ptr + side * P + p + 1", "offsets_ptr + p + 1"),
+        ("odds without the rejected answer's", "tl.log(q_w) - tl.log(q_l)", "tl.log(q_w)"),
+        ("beta twice", "beta / num_pairs * grad", "beta * beta / num_pairs * grad"),
+        (
+            "NLL of the first sequence only",
+            "mask=offs_s < S",
+            "mask=offs_s < 1",
+        ),
+    ),
+    *_in(
+        "device_math.py",
+        ("bias ignored", "if HAS_BIAS:", "if HAS_BIAS and not HAS_BIAS:"),
+        ("softcap's argument not scaled", "softcap * tanh(z_NV / softcap)", "softcap * tanh(z_NV)"),
+        ("last group of row blocks too large", "tl.minimum(rows - first, GROUP)", "GROUP"),
+        ("expm1 by subtraction", "tl.where(a > -0.5, a * p, tl.exp(a) - 1.0)", "tl.exp(a) - 1.0"),
+    ),
+    *_in(
+        "head.py",
+        ("last strip dropped", "range(0, vocabulary, width)", "range(0, vocabulary - width, width)"),
+        ("strip short by one column", "min(first + width, vocabulary)", "min(first + width, vocabulary - 1)"),
+        ("bias of the first strip", "self.bias_V[first:last]", "self.bias_V[: last - first]"),
+    ),
+]

@@ -1,0 +1,58 @@
+"""Inputs on which a kernel's numerics could go wrong without the loss on ordinary inputs showing it."""
+
+import pytest
+import torch
+from orpo_kernels.head import Head
+from orpo_kernels.rows import Rows
+from problems import make_problem, relative_error
+
+from orpo import orpo_loss
+
+pytestmark = pytest.mark.kernels
+
+
+def test_tiles_of_the_vocabulary_without_a_finite_logit(kernel_device):
+    from orpo_kernels.logit_stats import add_strip_stats, logit_stats, start_strip_stats
+    from orpo_kernels.odds_ratio import combine
+
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(5, 16, generator=generator), torch.randn(400, 16, generator=generator)
+    bias = torch.zeros(400)
+    bias[:300] = -torch.inf
+    targets = torch.tensor([300, 310, 333, 398, 399])
+    expected = (x.double() @ weight.double().T + bias).log_softmax(1)[torch.arange(5), targets]
+    x, weight, bias, targets = (t.to(kernel_device) for t in (x, weight, bias, targets))
+    head = Head(weight, bias)
+    fused, _ = combine(*logit_stats(x, targets, head))
+    torch.testing.assert_close(fused.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    statistics = start_strip_stats(x)
+    for first, last in ((0, 200), (200, 400)):
+        strip_head = head.strip(first, last)
+        add_strip_stats(x @ strip_head.weight_VD.T, targets - first, strip_head, statistics)
+    by_strips, _ = combine(*statistics)
+    torch.testing.assert_close(by_strips.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_hidden_size_that_ends_inside_a_later_tile(kernel_device):
+    problem = make_problem(D=72, device=kernel_device).requiring_grad()
+    out = orpo_loss(
+        problem.hidden, problem.weight, problem.labels, logits_budget=0, backend="triton", **problem.keywords
+    )
+    out.loss.backward()
+    truth, dh, dw, _ = problem.truth()
+    assert relative_error(out.loss, truth.loss) < 1e-6
+    assert relative_error(problem.hidden.grad, dh) < 1e-6
+    assert relative_error(problem.weight.grad, dw) < 1e-6
+
+
+@pytest.mark.parametrize("mean_logp", [-0.3, -1e-2, -1e-4, -1e-6])
+def test_log_odds_of_nearly_certain_answers_keep_their_digits(mean_logp, kernel_device):
+    from orpo_kernels.odds_ratio import objective
+
+    logp = torch.tensor([mean_logp, -2.0], device=kernel_device)
+    index, flags = torch.arange(2, device=kernel_device), torch.ones(2, dtype=torch.bool, device=kernel_device)
+    rows = Rows(index, index, index, flags, index == 0, pairs=1)
+    result = objective(logp, rows, beta=0.1, nll_weight=1.0, num_nll_tokens=1.0, num_pairs=1.0)
+    a_w, a_l = logp.double().cpu()
+    expected = (a_w - a_l) - (torch.log(-torch.expm1(a_w)) - torch.log(-torch.expm1(a_l)))
+    torch.testing.assert_close(result.log_odds_P.double().cpu(), expected[None], rtol=1e-6, atol=0)
