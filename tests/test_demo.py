@@ -263,6 +263,17 @@ def test_what_is_printed_is_what_is_saved(capfd, tmp_path):
     assert "Loading weights" not in err and "Map" not in err and "{'loss'" not in out
 
 
+def test_the_number_of_threads_is_given_back(monkeypatch, tmp_path):
+    before, during = torch.get_num_threads(), []
+    monkeypatch.setattr(orpo.demo, "_run", lambda *_: during.append(torch.get_num_threads()))
+    torch.set_num_threads(2)
+    try:
+        run_demo(output_dir=tmp_path, device="cpu", settings=SHORT)
+        assert (during, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("gaps, words", [((0.01, 0.03, 0.4), "ORPO opens a gap"), ((0.1, 0.3, 0.4), "did not open")])
 def test_the_verdict_follows_the_figures(gaps, words):
     results = {state: {"rewards/margins": gap} for state, gap in zip(STATES, gaps, strict=True)}

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from orpo.demo.experiment import DemoSettings
 
 __all__ = ["run_demo"]
@@ -44,6 +46,18 @@ def run_demo(
     Raises:
         ValueError: `device` is not there, or the run was started on several processes.
     """
+    from orpo.demo.experiment import DemoSettings, one_thread
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"the demonstration runs on 1 process, not on {os.environ['WORLD_SIZE']}: start it without a launcher"
+        )
+    where = _device(device)
+    with one_thread(where):
+        return _run(Path(output_dir), seed, where, settings or DemoSettings())
+
+
+def _run(output_dir: Path, seed: int, device: torch.device, settings: DemoSettings) -> dict:
     started = time.perf_counter()
     from tqdm.auto import tqdm
 
@@ -52,13 +66,6 @@ def run_demo(
     from orpo.demo.model import build_model, train_tokenizer
     from orpo.plots import plot_curves, write_curves_csv
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            f"the demonstration runs on 1 process, not on {os.environ['WORLD_SIZE']}: start it without a launcher"
-        )
-    settings = settings or experiment.DemoSettings()
-    device = _device(device)
-    output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     folders = {"before": output_dir / "before", "sft": output_dir / "sft", "orpo": output_dir}
 
@@ -121,7 +128,7 @@ def run_demo(
     return summary
 
 
-def _device(name: str | None):
+def _device(name: str | None) -> torch.device:
     import torch
 
     if name is None:

@@ -53,7 +53,7 @@ METRICS_BETA = 1.0
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demonstration runs; the defaults take two to three minutes on a CPU.
+    """What the demonstration runs; the defaults take about two minutes on one CPU core.
 
     Attributes:
         warmup_steps: steps of the warm-up on both answers of each pair.
@@ -133,6 +133,23 @@ def quiet() -> Iterator[None]:
         for was_on, _, on in switches:
             if was_on:
                 on()
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """One CPU thread for a run on the CPU.
+
+    The matmuls are so small that a second thread gains little, and where other programs want the cores the threads wait
+    for each other: measured on two busy cores, more than three times as long. It also keeps the figures independent of
+    the number of cores.
+    """
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

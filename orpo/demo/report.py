@@ -89,7 +89,6 @@ def write_summary(
         "seconds": dict(seconds),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
         "device_type": device.type,
-        "threads": torch.get_num_threads(),
         "versions": {
             "fused-orpo": orpo.__version__,
             "torch": torch.__version__,
