@@ -178,3 +178,15 @@ class InterpreterDriver:
 def install_driver() -> None:
     """Let launchers and autotuned kernels believe in a small H100."""
     triton.runtime.driver.set_active(InterpreterDriver(GPUTarget("cuda", 90, 32), 227 * 1024, multiprocessor_count=132))
+
+
+def install_libdevice() -> None:
+    """Give interpreted kernels of other packages the libdevice functions that numpy has; ours use none."""
+    from triton.language.extra import libdevice
+
+    def elementwise(function):
+        return lambda x, _semantic=None: tl.tensor(Handle(function(x.handle.data), x.handle.dtype), x.type)
+
+    for name in ("exp", "exp2", "expm1", "log", "log1p", "log2", "tanh"):
+        setattr(libdevice, name, elementwise(getattr(np, name)))
+    libdevice.rsqrt = elementwise(lambda data: 1 / np.sqrt(data))
