@@ -131,9 +131,11 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig
         trainer.save_metrics("eval", metrics)
     trainer.save_state()
     if trainer.is_world_process_zero() and any("nll_loss" in entry for entry in trainer.state.log_history):
-        from orpo.plots import plot_curves
+        from orpo.plots import plot_curves, write_curves_csv
 
-        plot_curves({"ORPO": trainer.state.log_history}, Path(args.output_dir) / "curves.png")
+        history = {"ORPO": trainer.state.log_history}
+        plot_curves(history, Path(args.output_dir) / "curves.png")
+        write_curves_csv(history, Path(args.output_dir) / "curves.csv")
     return trainer
 
 

@@ -83,6 +83,7 @@ def test_a_run_from_the_command_line(files, tmp_path):
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     assert sum("eval_nll_loss" in entry for entry in history) == 3
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert "log_odds_chosen" in (tmp_path / "curves.csv").read_text()
 
 
 def test_a_run_goes_on_where_it_stopped(files, tmp_path):
