@@ -393,6 +393,10 @@ def test_rows_are_checked():
         orpo_loss_from_rows(problem.hidden, problem.weight, replace(rows, rows_N=rows.rows_N[1:]))
     with pytest.raises(ValueError, match=r"rows.pairs .* got 0"):
         orpo_loss_from_rows(problem.hidden, problem.weight, replace(rows, pairs=0))
+    with pytest.raises(ValueError, match=r"rows.sequence_N .* at most 3 for 2 pairs"):
+        orpo_loss_from_rows(problem.hidden, problem.weight, replace(rows, pairs=2))
+    with pytest.raises(ValueError, match=r"rows.sequence_N has to be sorted"):
+        orpo_loss_from_rows(problem.hidden, problem.weight, replace(rows, sequence_N=rows.sequence_N.flip(0)))
 
 
 def test_odds_ratio_loss_is_trls_five():

@@ -31,6 +31,21 @@ def _none(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
+def _check_sequences(rows: Rows) -> None:
+    """Refuse rows that are not sorted by sequence: their sums would be taken over the wrong spans."""
+    if rows.sequence_N.numel() == 0:
+        return
+    last = 2 * rows.pairs - 1
+    inside = (rows.sequence_N[0] >= 0) & (rows.sequence_N[-1] <= last)
+    good = inside & (rows.sequence_N[1:] >= rows.sequence_N[:-1]).all()
+    message = f"rows.sequence_N has to be sorted, from 0 to at most {last} for {rows.pairs} pairs"
+    if good.device.type == "cpu":
+        if not good:
+            raise ValueError(message)
+    else:
+        torch._assert_async(good, message)
+
+
 def check_targets(targets: Tensor, vocabulary: int) -> None:
     """Refuse a target outside the vocabulary; on a GPU without making the host wait."""
     if targets.numel() == 0:
@@ -64,9 +79,10 @@ def _scatter_rows(dx_ND: Tensor, rows_N: Tensor, hidden_RD: Tensor, dtype: torch
 
 def _count_pairs(rows: Rows) -> Tensor:
     """Pairs with at least one response token on either side."""
-    scored_S = torch.zeros(2 * rows.pairs, dtype=torch.bool, device=rows.sequence_N.device)
-    scored_S[rows.sequence_N[rows.in_response_N]] = True
-    return (scored_S[: rows.pairs] & scored_S[rows.pairs :]).sum()
+    # Not by a boolean index, whose size the host of a GPU would have to wait for.
+    scored_S = torch.zeros(2 * rows.pairs, dtype=torch.int32, device=rows.sequence_N.device)
+    scored_S = scored_S.scatter_reduce(0, rows.sequence_N, rows.in_response_N.int(), "amax")
+    return (scored_S[: rows.pairs] * scored_S[rows.pairs :]).sum()
 
 
 def _mean_hidden(x_ND: Tensor, rows: Rows) -> Tensor:
@@ -110,6 +126,7 @@ def linear_orpo(
     if not all_rows_count:
         rows = _keep(rows)
     check_targets(rows.targets_N, weight_VD.shape[0])
+    _check_sequences(rows)
     x_ND = hidden_RD[rows.rows_N]
     dtype = accumulation_dtype(hidden_RD, weight_VD)
     settings = dict(
