@@ -79,7 +79,10 @@ class Fit:
 
     def peak_bytes(self, size: Size) -> float:
         """Memory beyond the inputs."""
-        return float(memory(size) @ self.memory)
+        # The peak is the larger of several moments, and at the counted sizes it is the one with the logits. With few rows
+        # the last moment is larger, when both gradients are there.
+        gradients = BYTES * (size.V * size.D + size.N * size.D)
+        return max(float(memory(size) @ self.memory), gradients)
 
 
 def _solve(features: np.ndarray, values: np.ndarray) -> np.ndarray:

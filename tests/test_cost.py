@@ -88,6 +88,8 @@ def test_the_fit_recovers_its_products():
     real = cost.Size(8192, 128256, 4096)
     assert fitted.traffic["k"] @ roofline.traffic(real) == pytest.approx(meter(real).counts["k"]["distinct"], rel=1e-6)
     assert fitted.peak_bytes(real) == pytest.approx(meter(real).peak_bytes, rel=1e-6)
+    few_rows = cost.Size(2, 128256, 4096)
+    assert fitted.peak_bytes(few_rows) == 2 * (128256 + 2) * 4096
     card = cost.ACCELERATORS["H100"]
     assert fitted.seconds(real, card) == pytest.approx(8 * real.N * real.V * real.D / card.flops, rel=1e-6)
     odd = [meter(size, extra=1e6 * (i % 2)) for i, size in enumerate(cost.SMALL)]
