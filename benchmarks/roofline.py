@@ -79,8 +79,8 @@ class Fit:
 
     def peak_bytes(self, size: Size) -> float:
         """Memory beyond the inputs."""
-        # The peak is the larger of several moments: at the counted sizes the one with the logits; with few rows the last
-        # one, when both gradients are there.
+        # The peak is the larger of several moments: at the counted sizes the one with the logits; with few rows the
+        # last one, when both gradients are there.
         gradients = BYTES * (size.V * size.D + size.N * size.D)
         return max(float(memory(size) @ self.memory), gradients)
 
