@@ -81,15 +81,16 @@ def test_the_fit_recovers_its_products():
 
     def meter(size: "cost.Size", extra: float = 0.0) -> SimpleNamespace:
         distinct = 6 * size.N * size.V + 2 * size.V * size.D + 4 * size.N * size.D * size.strips + 100 + extra
+        peak = 2 * (size.N * size.width + size.V * size.D + size.N * size.D) + 7
         counts = {"k": Counter(flops=8 * size.N * size.V * size.D, distinct=distinct)}
-        return SimpleNamespace(counts=counts, total=lambda: counts["k"], peak_bytes=2 * size.N * size.width + 7)
+        return SimpleNamespace(counts=counts, total=lambda: counts["k"], peak_bytes=peak)
 
     fitted = cost.fit([meter(size) for size in cost.SMALL], cost.SMALL)
     real = cost.Size(8192, 128256, 4096)
     assert fitted.traffic["k"] @ roofline.traffic(real) == pytest.approx(meter(real).counts["k"]["distinct"], rel=1e-6)
     assert fitted.peak_bytes(real) == pytest.approx(meter(real).peak_bytes, rel=1e-6)
-    few_rows = cost.Size(2, 128256, 4096)
-    assert fitted.peak_bytes(few_rows) == 2 * (128256 + 2) * 4096
+    # Never below the two gradients.
+    assert cost.Fit({}, {}, 0 * fitted.memory).peak_bytes(real) == 2 * (128256 + 8192) * 4096
     card = cost.ACCELERATORS["H100"]
     assert fitted.seconds(real, card) == pytest.approx(8 * real.N * real.V * real.D / card.flops, rel=1e-6)
     odd = [meter(size, extra=1e6 * (i % 2)) for i, size in enumerate(cost.SMALL)]
