@@ -84,7 +84,12 @@ class ORPOConfig(TrainingArguments):
     truncation_mode: str = _setting("keep_end", "The part of a cut prompt that stays: keep_end or keep_start.")
     disable_dropout: bool = _setting(True, "Switch off dropout in the model.")
     padding_value: int | None = _setting(None, "Token id that fills up a batch. Default: the tokenizer's.")
-    layout: str = _setting("padded", f"How tokens are laid out in a batch: {', '.join(LAYOUTS)}.")
+    layout: str = _setting(
+        "auto",
+        "How a batch is laid out. shared: [prompt | chosen | rejected] in one row; packed: sequences without padding; "
+        "padded: one row each; auto: shared (packed with FlashAttention) if a few pairs score the same as padded with "
+        "the model at hand, else padded.",
+    )
     logits_budget: int | None = _setting(
         None, "Most bytes of logits alive at once. Default: 0 on accelerators, 512 MiB on a CPU."
     )
@@ -179,7 +184,7 @@ class ORPOConfig(TrainingArguments):
         for name, allowed in (
             ("normalization", ("global", "micro_batch")),
             ("nll_span", NLL_SPANS),
-            ("layout", tuple(LAYOUTS)),
+            ("layout", ("auto", *LAYOUTS)),
             ("loss_backend", (None, "torch", "triton")),
         ):
             if getattr(self, name) not in allowed:

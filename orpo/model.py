@@ -1,4 +1,4 @@
-"""The loss as a part of the model: an ordinary causal language model whose forward also takes ``orpo=``.
+"""The loss as a part of the model: a causal language model whose forward also takes ``orpo=``.
 
 ``model(input_ids, ..., orpo=LossCall(rows, ...))`` runs the model's own forward up to its head, and hands the hidden
 states to ``head(hidden, orpo=...)``, which computes the loss in place of the logits. Because the loss is a call of the
@@ -20,6 +20,7 @@ from orpo_kernels.rows import Rows
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from orpo.attention import SharedPrefixMask
 from orpo.heads import effective_weight, trained_copy
 from orpo.loss import orpo_loss_from_rows
 
@@ -164,10 +165,15 @@ def base_model(model: nn.Module) -> nn.Module:
 def _patch_model(model: nn.Module, fused: FusedHead) -> None:
     def forward(self: nn.Module, *args: Any, orpo: LossCall | Tensor | None = None, **kwargs: Any) -> Any:
         fused = self._orpo_head
+        if isinstance(kwargs.get("attention_mask"), SharedPrefixMask):
+            kwargs["attention_mask"] = kwargs["attention_mask"].for_model(self)
         if orpo is None:
             return fused.model_forward(*args, **kwargs)
         if isinstance(orpo, Tensor):
             return fused.run_to_head(orpo, args, kwargs)[1]
+        if "use_cache" in self.forward.__signature__.parameters:
+            # A cache of keys and values serves nobody here, and hides from transformers that sequences are packed.
+            kwargs.setdefault("use_cache", False)
         hidden, outputs = fused.run_to_head(torch.zeros(1, 1, 1, device=self.device), args, kwargs)
         result = getattr(fused.owner, fused.attribute)(hidden, orpo=orpo)
         return ORPOModelOutput(**result, aux_loss=outputs.get("aux_loss"))

@@ -68,10 +68,16 @@ def wrap_peft(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets every ``nn.Dropout`` to 0."""
+    """Sets every dropout probability to 0: of ``nn.Dropout``, and those that modules hold as a number for functions.
+
+    OPT, BioGPT and others call ``torch.nn.functional.dropout`` with ``self.dropout``, and skip layers by ``layerdrop``.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
 
 
 def last_complete_checkpoint(folder: str | Path) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
@@ -21,6 +22,7 @@ from orpo.guard import NonFiniteGuard
 from orpo.layout import PairBatch, make_layout
 from orpo.metrics import WeightedMeans
 from orpo.model import LossCall, attach_orpo_loss, base_model, check_fused_logps
+from orpo.probe import choose_layout
 from orpo.setup import disable_dropout, last_complete_checkpoint, load_model, load_tokenizer, wrap_peft
 
 
@@ -91,10 +93,10 @@ class ORPOTrainer(Trainer):
             eval_dataset = {key: prepare(data, f"eval ({key})") for key, data in eval_dataset.items()}
         else:
             eval_dataset = prepare(eval_dataset, "eval")
-        if data_collator is None:
-            data_collator = make_layout(
-                args.layout, pad_token_id=_pad_id(args, text_tokenizer), nll=args.nll(text_tokenizer.eos_token_id)
-            )
+        layout_options = {"pad_token_id": _pad_id(args, text_tokenizer), "nll": args.nll(text_tokenizer.eos_token_id)}
+        chooses_layout = data_collator is None
+        if chooses_layout:
+            data_collator = make_layout("padded", **layout_options)
             if args.should_log and train_dataset is not None:
                 print(describe_example(next(iter(train_dataset)), data_collator, text_tokenizer))
         super().__init__(
@@ -118,6 +120,10 @@ class ORPOTrainer(Trainer):
         # Under FSDP the other ranks may wait for rank 0 to give them their weights.
         if not self.is_fsdp_enabled or self.accelerator.is_main_process:
             check_fused_logps(self.model, **args.loss_settings())
+            if chooses_layout:
+                self._choose_layout(layout_options)
+        if chooses_layout and self.is_fsdp_enabled:
+            self.data_collator = broadcast_object_list([self.data_collator])[0]
 
     @staticmethod
     def _adapt(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
@@ -126,6 +132,14 @@ class ORPOTrainer(Trainer):
             disable_dropout(model)
         attach_orpo_loss(model)
         return model
+
+    def _choose_layout(self, options: dict[str, Any]) -> None:
+        router_loss = getattr(self.model.config, "output_router_logits", False)
+        self.data_collator, why = choose_layout(
+            self.args.layout, self.model, max_length=self.args.max_length, router_loss=router_loss, **options
+        )
+        if self.args.should_log:
+            print(why)
 
     @staticmethod
     def _preparation(args: ORPOConfig, tokenizer: Any) -> Callable[[Any, str], Any]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from orpo_kernels.rows import rows_from_labels
 
-from orpo.layout import NLLSpan, PaddedLayout, PairBatch, make_layout
+from orpo.layout import NLLSpan, PackedLayout, PaddedLayout, PairBatch, SharedLayout, make_layout
 
 PAIRS = [
     {
@@ -105,3 +105,60 @@ def test_batch_moves_with_its_counts():
 def test_unknown_layout_is_refused():
     with pytest.raises(ValueError, match="layout is 'woven'; it has to be one of"):
         make_layout("woven", pad_token_id=0)
+
+
+def read(batch):
+    """What each row of the loss reads: (the tokens its sequence has up to there, the target, sequence, spans)."""
+    rows, ids, positions = batch["orpo"].rows, batch["input_ids"].flatten(), batch["position_ids"].flatten()
+    flags = rows.sequence_N.tolist(), rows.in_response_N.tolist(), rows.in_nll_N.tolist()
+    return list(
+        zip(ids[rows.rows_N].tolist(), positions[rows.rows_N].tolist(), rows.targets_N.tolist(), *flags, strict=True)
+    )
+
+
+@pytest.mark.parametrize("nll", [NLLSpan(), NLLSpan(prompt=False), NLLSpan(skip_token_id=2)])
+@pytest.mark.parametrize("layout", [PackedLayout, SharedLayout, lambda *a: PackedLayout(*a, single_row=True)])
+def test_every_layout_scores_the_same_tokens_at_the_same_positions(layout, nll):
+    padded, other = PaddedLayout(0, nll)(PAIRS), layout(0, nll)(PAIRS)
+    width = padded["input_ids"].shape[1]
+    padded["position_ids"] = torch.arange(width).expand(4, -1)
+    assert read(other) == read(padded)
+    assert (other["orpo"].num_nll_tokens, other["orpo"].num_pairs) == (
+        padded["orpo"].num_nll_tokens,
+        padded["orpo"].num_pairs,
+    )
+    assert torch.equal(other["orpo"].pair_ids, padded["orpo"].pair_ids)
+
+
+def test_shared_has_the_prompt_once_and_both_answers_behind_it():
+    batch = SharedLayout(pad_token_id=0)(PAIRS)
+    # The second pair's prompts agree on two tokens, of which the chosen side counts only one as its prompt.
+    assert batch["input_ids"].tolist() == [
+        [1, 12, 2, 12, 13, 31, 32, 33, 2],
+        [1, 10, 11, 20, 21, 2, 30, 2, 0],
+    ]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 3, 4, 0]]
+    assert batch["attention_mask"].branch_BT.tolist() == [[3, 4, 4, 5, 5, 5, 5, 5, 5], [0, 0, 0, 1, 1, 1, 2, 2, 6]]
+
+
+def test_short_pairs_fill_a_row_together():
+    short = {**PAIRS[0], "chosen_input_ids": [1, 10, 5], "rejected_input_ids": [1, 10, 6], "rejected_prompt_length": 2}
+    short["chosen_prompt_length"] = 2
+    batch = SharedLayout(pad_token_id=0)([short, PAIRS[0], short])
+    assert batch["input_ids"].tolist() == [[1, 10, 11, 20, 21, 2, 30, 2], [1, 10, 5, 6, 1, 10, 5, 6]]
+    assert batch["position_ids"][1].tolist() == [0, 1, 2, 2, 0, 1, 2, 2]
+
+
+def test_packed_restarts_positions_and_has_no_mask():
+    batch = PackedLayout(pad_token_id=0)(PAIRS)
+    assert set(batch) == {"input_ids", "position_ids", "orpo"}
+    assert batch["input_ids"].tolist() == [
+        [1, 12, 13, 31, 32, 33, 2],
+        [1, 10, 11, 20, 21, 2, 0],
+        [1, 10, 11, 30, 2, 0, 0],
+        [1, 12, 2, 0, 0, 0, 0],
+    ]
+    assert batch["position_ids"][3].tolist() == [0, 1, 2, 0, 1, 2, 3]
+    single = PackedLayout(pad_token_id=0, single_row=True)(PAIRS)
+    assert single["input_ids"].shape == (1, 21)
+    assert (single["position_ids"] == 0).sum() == 4

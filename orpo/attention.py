@@ -1,0 +1,97 @@
+"""Who attends to whom when the two answers of a pair stand behind one prompt in the same row.
+
+A token sees the tokens before it that belong to its own pair and are either prompt or of its own answer. In a layer
+with a sliding window it sees no further back than the window, counted in positions: the rejected answer's restart at
+the end of the prompt. Letters: B rows, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PROMPT, CHOSEN, REJECTED = range(3)
+_BRANCHES = 3
+
+
+@dataclass(frozen=True)
+class SharedPrefixMask:
+    """The mask of a batch in O(B T) memory; the (B, 1, T, T) form is made where the model is, when it is called.
+
+    Attributes:
+        branch_BT: int32, ``3 * pair + (PROMPT, CHOSEN or REJECTED)``. Padding has a pair number of its own: a token
+            that saw nothing would be NaN.
+        position_BT: int64, position within the sequence.
+    """
+
+    branch_BT: Tensor
+    position_BT: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SharedPrefixMask:
+        """The same mask on `device`."""
+        return SharedPrefixMask(*(t.to(device, non_blocking=non_blocking) for t in (self.branch_BT, self.position_BT)))
+
+    def pin_memory(self) -> SharedPrefixMask:
+        """The same mask in page-locked memory. torch's DataLoader calls this by name."""
+        return SharedPrefixMask(self.branch_BT.pin_memory(), self.position_BT.pin_memory())
+
+    def visible(self, window: int | None = None) -> Tensor:
+        """bool (B, T, T), [b, q, k]: token q sees token k."""
+        q, k = self.branch_BT[:, :, None], self.branch_BT[:, None, :]
+        seen = (q == k) | ((k % _BRANCHES == PROMPT) & (q // _BRANCHES == k // _BRANCHES))
+        if window is not None:
+            seen &= self.position_BT[:, :, None] - self.position_BT[:, None, :] < window
+        return seen.tril_()
+
+    def additive(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
+        """(B, 1, T, T): 0 where visible, the dtype's lowest number elsewhere.
+
+        Never boolean: eager attention adds the mask, and a 1 for "visible" would be a silently wrong logit.
+        """
+        hidden = ~self.visible(window)[:, None]
+        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min)
+
+    def block_mask(self, window: int | None = None) -> Any:
+        """The mask as flex_attention takes it: blocks that nobody sees are skipped."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        branch, position = self.branch_BT, self.position_BT
+
+        def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            bq, bk = branch[b, q], branch[b, k]
+            seen = (q >= k) & ((bq == bk) | ((bk % _BRANCHES == PROMPT) & (bq // _BRANCHES == bk // _BRANCHES)))
+            return seen if window is None else seen & (position[b, q] - position[b, k] < window)
+
+        rows, tokens = branch.shape
+        return create_block_mask(sees, rows, None, tokens, tokens, device=branch.device)
+
+    def for_model(self, model: nn.Module) -> Any:
+        """What `model` takes as ``attention_mask``: a 4-D tensor or BlockMask, or one for each type of layer."""
+        config = model.config.get_text_config()
+        window, layer_types = layer_windows(config)
+        # Where no sequence is as long as the window, every layer sees the same.
+        window = window if window is not None and window < self.branch_BT.shape[1] else None
+        if getattr(config, "_attn_implementation", None) == "flex_attention":
+            make = self.block_mask
+        else:
+            device = self.branch_BT.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+
+            def make(window: int | None) -> Tensor:
+                return self.additive(dtype, window)
+
+        if window is None or layer_types <= {"sliding_attention"}:
+            return make(window)
+        return {"full_attention": make(None), "sliding_attention": make(window)}
+
+
+def layer_windows(config: Any) -> tuple[int | None, set[str]]:
+    """(tokens that a sliding layer sees or None, the types of layer) of a model's text configuration."""
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False or layer_types == {"full_attention"}:
+        window = None
+    return window, layer_types

@@ -1,0 +1,130 @@
+"""orpo.probe: a layout is used only with models that compute the same in it, and every layout trains alike."""
+
+import copy
+
+import pytest
+import torch
+from test_architectures import ARCHITECTURES
+from tiny import SEVEN, make_model, make_tokenizer
+
+from orpo import ORPOConfig, ORPOTrainer
+from orpo.data import Limits, prepare_dataset
+from orpo.model import LossCall, attach_orpo_loss
+from orpo.probe import choose_layout
+from orpo.setup import disable_dropout
+
+# Positions by the order in memory (ALiBi, learned and counted, local windows), states, a router's loss.
+NOT_SHARED = {"bart", "bloom", "gpt_neo", "mamba", "mixtral", "mpt"}
+NOT_PACKED = NOT_SHARED - {"gpt_neo"} | {"bert", "biogpt", "falcon", "gpt_oss", "granitemoe", "opt", "xglm"}
+
+
+def trained(model, layout):
+    """(loss, gradients) of the seven pairs."""
+    examples = list(prepare_dataset(SEVEN, make_tokenizer(), Limits(), report=lambda _: None))
+    batch = layout(examples)
+    model.zero_grad()
+    out = model(orpo=LossCall(batch.pop("orpo").rows, settings={}), **batch)
+    out.loss.backward()
+    return out.loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def prepared(model_type, attention="eager"):
+    model = make_model(model_type, **ARCHITECTURES[model_type])
+    if attention != "eager":
+        model.set_attn_implementation(attention)
+    disable_dropout(model)
+    attach_orpo_loss(model)
+    return model
+
+
+def choose(name, model, **options):
+    router_loss = getattr(model.config, "output_router_logits", False)
+    return choose_layout(name, model, max_length=64, router_loss=router_loss, pad_token_id=0, **options)
+
+
+def assert_same(model, layout, padded):
+    (loss, gradient), (expected, expected_gradient) = trained(model, layout), trained(model, padded)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_every_layout_that_is_not_refused_gives_the_padded_loss_and_gradient(model_type):
+    model = prepared(model_type)
+    padded, _ = choose("padded", model)
+    for name, refused in (("shared", NOT_SHARED), ("packed", NOT_PACKED)):
+        if model_type in refused:
+            with pytest.raises(ValueError, match=rf"layout is {name!r}, which .* cannot be trained with: "):
+                choose(name, model)
+        else:
+            assert_same(model, choose(name, model)[0], padded)
+    layout, why = choose("auto", model)
+    assert type(layout).__name__ == ("PaddedLayout" if model_type in NOT_SHARED else "SharedLayout")
+    assert ("layout padded, not shared: " in why) == (model_type in NOT_SHARED)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "opt", "gemma3_text"])
+def test_the_same_with_sdpa(model_type):
+    model = prepared(model_type, "sdpa")
+    padded, _ = choose("padded", model)
+    assert_same(model, choose("shared", model)[0], padded)
+
+
+def test_gradient_checkpointing_and_training_mode():
+    model = prepared("llama", "sdpa").train()
+    padded, _ = choose("padded", model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(model, choose("shared", model)[0], padded)
+    assert model.training
+
+
+def test_a_leak_between_the_answers_is_noticed(monkeypatch):
+    model = prepared("llama")
+    assert "shared" in choose("auto", model)[1]
+    monkeypatch.setattr("orpo.attention.SharedPrefixMask.for_model", lambda self, model: None)
+    assert "log-probabilities differ" in choose("auto", model)[1]
+
+
+def test_a_boolean_mask_under_eager_attention_is_noticed(monkeypatch):
+    model = prepared("llama")
+    monkeypatch.setattr("orpo.attention.SharedPrefixMask.for_model", lambda self, model: self.visible()[:, None])
+    assert "layout padded, not shared" in choose("auto", model)[1]
+
+
+def test_a_window_that_training_will_reach_is_probed(monkeypatch):
+    model = prepared("mistral")
+    assert "layout shared" in choose("auto", model)[1]
+    # As if nobody had put the window into the mask.
+    monkeypatch.setattr("orpo.attention.layer_windows", lambda config: (None, set()))
+    assert "log-probabilities differ" in choose("auto", model)[1]
+
+
+def test_a_wrong_head_is_not_taken_for_a_wrong_layout():
+    model = prepared("llama")
+    model._orpo_head.transform = None
+    model.lm_head._orpo_transform = type(model.lm_head._orpo_transform)(scale=2.0)
+    with pytest.raises(ValueError, match=r"differ by .* from those of the model's own logits"):
+        choose("auto", model)
+
+
+def test_trainer_trains_alike_in_every_layout(tmp_path, capsys):
+    model, losses = make_model(), {}
+    for layout in ("padded", "packed", "shared", "auto"):
+        args = ORPOConfig(
+            output_dir=str(tmp_path / layout),
+            layout=layout,
+            max_steps=3,
+            per_device_train_batch_size=3,
+            logging_steps=1,
+            learning_rate=1e-2,
+            use_cpu=True,
+            save_strategy="no",
+        )
+        trainer = ORPOTrainer(
+            model=copy.deepcopy(model), args=args, train_dataset=SEVEN, processing_class=make_tokenizer()
+        )
+        trainer.train()
+        losses[layout] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert capsys.readouterr().out.count("layout ") == 1
+    for layout in ("packed", "shared", "auto"):
+        assert losses[layout] == pytest.approx(losses["padded"], rel=1e-5)
