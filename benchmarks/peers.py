@@ -5,6 +5,7 @@ A peer is a function ``(batch, beta) -> loss``. TRL's definition throughout: NLL
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 
@@ -24,18 +25,20 @@ def _from_token_logps(logp: Tensor, batch: Batch, beta: float) -> Tensor:
     P = batch.labels.shape[0] // 2
     mask = batch.labels[:, 1:] != -100
     mean = (logp * mask).sum(1) / mask.sum(1)
-    return -logp[:P].mean() - odds_ratio_loss(mean[:P], mean[P:], beta)[0].mean()
+    nll_mask = batch.nll_labels[:P, 1:] != -100
+    nll = -(logp[:P] * nll_mask).sum() / nll_mask.sum()
+    return nll - odds_ratio_loss(mean[:P], mean[P:], beta)[0].mean()
 
 
 def ours(batch: Batch, beta: float) -> Tensor:
     """This project's loss with its defaults."""
-    return orpo_loss(batch.hidden, batch.weight, batch.labels, nll_labels=batch.input_ids, beta=beta).loss
+    return orpo_loss(batch.hidden, batch.weight, batch.labels, nll_labels=batch.nll_labels, beta=beta).loss
 
 
 def ours_by_strips(batch: Batch, beta: float) -> Tensor:
     """This project's loss with the least memory: `logits_budget=0`."""
     return orpo_loss(
-        batch.hidden, batch.weight, batch.labels, nll_labels=batch.input_ids, beta=beta, logits_budget=0
+        batch.hidden, batch.weight, batch.labels, nll_labels=batch.nll_labels, beta=beta, logits_budget=0
     ).loss
 
 
@@ -46,13 +49,26 @@ def eager(batch: Batch, beta: float) -> Tensor:
     return _from_token_logps(logp, batch, beta)
 
 
+def eager_compiled(batch: Batch, beta: float) -> Tensor:
+    """The same through torch.compile."""
+    return _compiled_eager()(batch.hidden, batch.weight, batch.input_ids, batch.labels, batch.nll_labels, beta)
+
+
+@functools.cache
+def _compiled_eager() -> Callable:
+    def function(hidden, weight, input_ids, labels, nll_labels, beta):
+        return eager(Batch(hidden, weight, input_ids, labels, nll_labels), beta)
+
+    return torch.compile(function)
+
+
 def trl(batch: Batch, beta: float) -> Tensor:
     """TRL's ORPOTrainer: the steps of its concatenated_forward and get_batch_loss_metrics, with TRL's own functions."""
     from trl.experimental.orpo import ORPOTrainer
 
     P = batch.labels.shape[0] // 2
     logits = batch.hidden @ batch.weight.T
-    nll = F.cross_entropy(logits[:P, :-1].reshape(-1, logits.shape[-1]), batch.input_ids[:P, 1:].reshape(-1))
+    nll = F.cross_entropy(logits[:P, :-1].reshape(-1, logits.shape[-1]), batch.nll_labels[:P, 1:].reshape(-1))
     mean = ORPOTrainer.get_batch_logps(logits, batch.labels, average_log_prob=True)
 
     class Trainer:
@@ -72,7 +88,7 @@ def liger(batch: Batch, beta: float, compiled: bool = False) -> Tensor:
         return F.pad(ids[:, 1:], (0, 1), value=-100)
 
     loss = LigerFusedLinearORPOLoss(beta=beta, compiled=compiled)
-    return loss(batch.weight, batch.hidden, shifted(batch.labels), None, shifted(batch.input_ids))[0]
+    return loss(batch.weight, batch.hidden, shifted(batch.labels), None, shifted(batch.nll_labels))[0]
 
 
 def liger_compiled(batch: Batch, beta: float) -> Tensor:
@@ -81,36 +97,44 @@ def liger_compiled(batch: Batch, beta: float) -> Tensor:
 
 
 def cce(batch: Batch, beta: float) -> Tensor:
-    """Apple's cut cross-entropy, whose per-token output is minus the log-probability; the odds ratio on top."""
+    """Apple's cut cross-entropy, whose per-token output is minus the log-probability; the odds ratio on top.
+
+    It leaves out ignored targets, so it is given none that does not count.
+    """
     from cut_cross_entropy import linear_cross_entropy
 
     implementation = "cce" if batch.hidden.is_cuda else "torch_compile"
-    loss = linear_cross_entropy(
-        batch.hidden[:, :-1].contiguous(), batch.weight, batch.input_ids[:, 1:], reduction="none", impl=implementation
-    )
+    targets = batch.scored[:, 1:].contiguous()
+    hidden = batch.hidden[:, :-1].contiguous()
+    loss = linear_cross_entropy(hidden, batch.weight, targets, reduction="none", impl=implementation)
     return _from_token_logps(-loss.float(), batch, beta)
 
 
+def _scored_rows(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Where a row counts (2P, T - 1), its hidden states and its targets: the compaction that a careful user writes."""
+    targets = batch.scored[:, 1:]
+    keep = targets != -100
+    return keep, batch.hidden[:, :-1][keep], targets[keep]
+
+
+def _back_in_place(logp: Tensor, keep: Tensor) -> Tensor:
+    return torch.zeros(keep.shape, dtype=logp.dtype, device=logp.device).masked_scatter(keep, logp)
+
+
 def torch_linear_cross_entropy(batch: Batch, beta: float) -> Tensor:
-    """torch's own fused linear cross-entropy, the odds ratio on top."""
-    rows = batch.hidden[:, :-1].flatten(0, 1)
-    loss = F.linear_cross_entropy(rows, batch.weight, batch.input_ids[:, 1:].flatten(), reduction="none")
-    return _from_token_logps(-loss.view(batch.labels.shape[0], -1).float(), batch, beta)
+    """torch's own fused linear cross-entropy on the rows that count, the odds ratio on top."""
+    keep, hidden, targets = _scored_rows(batch)
+    loss = F.linear_cross_entropy(hidden, batch.weight, targets, reduction="none")
+    return _from_token_logps(_back_in_place(-loss.float(), keep), batch, beta)
 
 
 def trl_chunked(batch: Batch, beta: float) -> Tensor:
     """TRL's chunked log-probabilities, which its DPO uses and its ORPO does not, with the odds ratio on top."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    P = batch.labels.shape[0] // 2
-    # Compacted, as its callers do: all of the chosen half, the answers of the rejected half.
-    keep = batch.labels[:, 1:] != -100
-    keep[:P] = True
-    logp = ChunkedLogProbFunction.apply(
-        batch.hidden[:, :-1][keep], batch.weight, None, batch.input_ids[:, 1:][keep], 1.0, 32768, None, 1.0, ()
-    )[0]
-    full = torch.zeros(keep.shape, dtype=logp.dtype, device=logp.device).masked_scatter(keep, logp)
-    return _from_token_logps(full, batch, beta)
+    keep, hidden, targets = _scored_rows(batch)
+    logp = ChunkedLogProbFunction.apply(hidden, batch.weight, None, targets, 1.0, 32768, None, 1.0, ())[0]
+    return _from_token_logps(_back_in_place(logp, keep), batch, beta)
 
 
 _NEEDS = {
@@ -131,6 +155,7 @@ PEERS: dict[str, Peer] = {
     "cce": cce,
     "torch linear_cross_entropy": torch_linear_cross_entropy,
     "torch eager": eager,
+    "torch compiled": eager_compiled,
 }
 
 

@@ -1,0 +1,33 @@
+"""Stored results: one JSON object a line, appended as they are measured; the last one of a measurement stands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "results"
+# What makes two records the same measurement.
+KEY = ("group", "head", "pairs", "positions", "prompt", "padded", "dtype", "kind", "peer", "device", "V")
+
+
+def key_of(record: Mapping[str, object]) -> tuple:
+    return tuple(record.get(name) for name in KEY)
+
+
+def append(group: str, records: Iterable[Mapping[str, object]], folder: Path = FOLDER) -> None:
+    """Add `records` to the file of `group`."""
+    folder.mkdir(exist_ok=True, parents=True)
+    with open(folder / f"{group}.jsonl", "a") as file:
+        for record in records:
+            rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
+            file.write(json.dumps({"group": group, **rounded}) + "\n")
+
+
+def load(group: str, folder: Path = FOLDER) -> list[dict]:
+    """The records of `group`, each measurement once; [] where nothing was measured."""
+    path = folder / f"{group}.jsonl"
+    if not path.exists():
+        return []
+    latest = {key_of(record): record for record in map(json.loads, path.read_text().splitlines())}
+    return list(latest.values())

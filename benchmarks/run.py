@@ -1,0 +1,164 @@
+"""Measures piece by piece, each some minutes long, and stores every piece as it is done.
+
+    python -m benchmarks.run --list                      the groups, their pieces, and which are measured
+    python -m benchmarks.run --group heads               all pieces of a group that are not
+    python -m benchmarks.run --group heads --pieces 2    the next two of them
+    python -m benchmarks.run --group heads --again       measure anew what is measured
+    python -m benchmarks.report                          afterwards: RESULTS.md, pictures, the README's figures
+
+For figures to be kept, leave the machine alone. A piece that was measured at another commit counts as measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from dataclasses import dataclass
+
+import torch
+
+from . import results
+from .cases import HEADS, PROMPT_SHARES, Case, head_case, real_case
+from .measure import measure_case, stamp
+from .peers import PEERS, available
+
+MAIN = ("step", "evaluation")
+# Growth is measured on the smallest head, and one size is changed at a time.
+BASE = Case("growth", 2, 128, 64, 512, 32768)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One case in one dtype: what is measured together, in one process, peers taking turns."""
+
+    case: Case
+    dtype: str
+    kinds: tuple[str, ...]
+    rounds: int
+
+    def __str__(self) -> str:
+        c = self.case
+        shape = f"{c.pairs} x {c.positions}, prompt {c.prompt}, V {c.vocabulary}, D {c.hidden_size}"
+        return f"{c.name}: {shape}{', padded' if c.lengths else ''}, {self.dtype}, {'+'.join(self.kinds)}"
+
+
+def _growth() -> list[Case]:
+    b = BASE
+    sizes = (
+        [(b.pairs, t, t // 2, b.vocabulary) for t in (64, 128, 256, 512)]
+        + [(b.pairs, b.positions, b.prompt, v) for v in (8192, 16384, 65536, 131072)]
+        + [(b.pairs, b.positions, int(s * b.positions), b.vocabulary) for s in (0, 0.25, 0.75, 0.875)]
+    )
+    return [Case("growth", p, t, prompt, b.hidden_size, v) for p, t, prompt, v in sizes]
+
+
+LOSS_GROUPS: dict[str, list[Piece]] = {
+    # The two shapes that the first figures of this project were taken on.
+    "targets": [
+        Piece(Case(name, p, t, prompt, d, v), dtype, MAIN, 3)
+        for name, p, t, prompt, d, v in (
+            ("SmolLM2-135M", 4, 256, 96, 576, 49152),
+            ("Qwen2.5-0.5B", 2, 1024, 384, 896, 151936),
+        )
+        for dtype in ("float32", "bfloat16")
+    ],
+    # Half of a sequence is prompt: forward and backward, and evaluation, in front of every head.
+    "heads": [Piece(head_case(head, 0.5), dtype, MAIN, 3) for dtype in ("float32", "bfloat16") for head in HEADS],
+    "prompt_share": [
+        Piece(head_case(head, share), dtype, MAIN, 3)
+        for dtype in ("float32", "bfloat16")
+        for head in HEADS
+        for share in PROMPT_SHARES
+        if share != 0.5
+    ],
+    "frozen": [
+        Piece(head_case(head, 0.5), dtype, ("frozen", "forward"), 3)
+        for dtype in ("float32", "bfloat16")
+        for head in HEADS
+    ],
+    "padding": [
+        Piece(real_case(head, pairs), "float32", MAIN, 3)
+        for head in ("OPT-350M", "SmolLM2-135M")
+        for pairs in (2, 4, 8)
+    ],
+    "growth": [Piece(case, "float32", ("step",), 3) for case in _growth()],
+}
+GROUPS = (*LOSS_GROUPS, "long", "training")
+
+
+def is_measured(group: str, piece: Piece) -> bool:
+    """Whether every kind of the piece is stored, for this device."""
+    c = piece.case
+    wanted = (c.name, c.pairs, c.positions, c.prompt, c.lengths is not None, c.vocabulary, piece.dtype)
+    names = ("head", "pairs", "positions", "prompt", "padded", "V", "dtype")
+    stored = {
+        r["kind"]
+        for r in results.load(group)
+        if tuple(r[name] for name in names) == wanted and r["device"] == stamp()["device"]
+    }
+    return stored >= set(piece.kinds)
+
+
+def measure(group: str, piece: Piece, names: list[str]) -> None:
+    """Measure one piece, store and print it."""
+    start = time.perf_counter()
+    print(f"{group}: {piece}", flush=True)
+    peers = {name: PEERS[name] for name in names}
+    records = measure_case(piece.case, getattr(torch, piece.dtype), peers, piece.kinds, piece.rounds)
+    results.append(group, records)
+    for r in records:
+        figures = (
+            f"{r['median']:8.3f} s  x{r.get('ratio', float('nan')):5.2f}  {r['peak_bytes'] / 2**20:7.0f} MiB"
+            if r["status"] == "measured"
+            else r["status"]
+        )
+        print(f"  {r['kind']:11s} {r['peer']:28s} {figures}")
+    print(f"  ({time.perf_counter() - start:.0f} s)", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--group", choices=GROUPS)
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--pieces", type=int, help="measure at most so many pieces")
+    parser.add_argument("--only", default="", help="only pieces whose line in --list contains this")
+    parser.add_argument("--peers", help="comma-separated; default: all that are installed")
+    parser.add_argument("--again", action="store_true", help="also what is measured already")
+    parser.add_argument("--model", help="group training: folder of a model (default: the variable ORPO_BENCH_MODEL)")
+    parser.add_argument("--data", help="group training: pairs as JSONL or parquet, or a hub name")
+    options = parser.parse_args()
+    if options.list or not options.group:
+        for group, pieces in LOSS_GROUPS.items():
+            for piece in pieces:
+                print(f"{group:13s} {'measured' if is_measured(group, piece) else '-':9s} {piece}")
+        print(
+            "long          the length at which each peer runs out of memory\ntraining      training step and whole run"
+        )
+        return
+    if options.group == "long":
+        from . import limits
+
+        limits.run()
+        return
+    if options.group == "training":
+        from . import training
+
+        training.run(options.model, options.data)
+        return
+    names = options.peers.split(",") if options.peers else [name for name in PEERS if available(name)]
+    unknown = set(names) - set(PEERS)
+    if unknown:
+        parser.error(f"--peers names {sorted(unknown)}; there are {list(PEERS)}")
+    pieces = [
+        piece
+        for piece in LOSS_GROUPS[options.group]
+        if options.only in str(piece) and (options.again or not is_measured(options.group, piece))
+    ]
+    for piece in pieces[: options.pieces]:
+        measure(options.group, piece, names)
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main()
