@@ -172,14 +172,12 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of every function in every round, in which they take turns: a busy moment of the machine hits them all.
 
-    A round more is run first and not counted: it compiles, and touches memory for the first time.
+    Run each once before: the first call compiles, and touches memory for the first time.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for round_ in range(rounds + 1):
+    for _ in range(rounds):
         for name, function in functions.items():
-            elapsed = clock(function)
-            if round_:
-                seconds[name].append(elapsed)
+            seconds[name].append(clock(function))
     return seconds
 
 
@@ -214,6 +212,8 @@ def measure_case(
         One record for each peer and kind. A peer whose answer is wrong, or that raised, has a record that says so, and
         no time.
     """
+    # Every case compiles afresh: torch.compile gives up on a function after eight shapes.
+    torch.compiler.reset()
     batch = make_batch(case, dtype, device)
     truth = truth_of(batch)
     shape = {
@@ -255,6 +255,7 @@ def measure_case(
                     "peer": name,
                     "status": "measured",
                     **figures,
+                    "seconds": times,
                     "rounds": rounds,
                     "peak_bytes": memory[name],
                     **right[name],

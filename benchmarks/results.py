@@ -20,7 +20,7 @@ def append(group: str, records: Iterable[Mapping[str, object]], folder: Path = F
     folder.mkdir(exist_ok=True, parents=True)
     with open(folder / f"{group}.jsonl", "a") as file:
         for record in records:
-            rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
+            rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items() if k != "seconds"}
             file.write(json.dumps({"group": group, **rounded}) + "\n")
 
 

@@ -87,17 +87,17 @@ LOSS_GROUPS: dict[str, list[Piece]] = {
 GROUPS = (*LOSS_GROUPS, "long", "training")
 
 
-def is_measured(group: str, piece: Piece) -> bool:
-    """Whether every kind of the piece is stored, for this device."""
+def is_measured(group: str, piece: Piece, peers: list[str]) -> bool:
+    """Whether every kind of the piece is stored for every peer, on this device."""
     c = piece.case
     wanted = (c.name, c.pairs, c.positions, c.prompt, c.lengths is not None, c.vocabulary, piece.dtype)
     names = ("head", "pairs", "positions", "prompt", "padded", "V", "dtype")
     stored = {
-        r["kind"]
+        (r["kind"], r["peer"])
         for r in results.load(group)
         if tuple(r[name] for name in names) == wanted and r["device"] == stamp()["device"]
     }
-    return stored >= set(piece.kinds)
+    return stored >= {(kind, peer) for kind in piece.kinds for peer in peers}
 
 
 def measure(group: str, piece: Piece, names: list[str]) -> None:
@@ -128,10 +128,14 @@ def main() -> None:
     parser.add_argument("--model", help="group training: folder of a model (default: the variable ORPO_BENCH_MODEL)")
     parser.add_argument("--data", help="group training: pairs as JSONL or parquet, or a hub name")
     options = parser.parse_args()
+    names = options.peers.split(",") if options.peers else [name for name in PEERS if available(name)]
+    unknown = set(names) - set(PEERS)
+    if unknown:
+        parser.error(f"--peers names {sorted(unknown)}; there are {list(PEERS)}")
     if options.list or not options.group:
         for group, pieces in LOSS_GROUPS.items():
             for piece in pieces:
-                print(f"{group:13s} {'measured' if is_measured(group, piece) else '-':9s} {piece}")
+                print(f"{group:13s} {'measured' if is_measured(group, piece, names) else '-':9s} {piece}")
         print(
             "long          the length at which each peer runs out of memory\ntraining      training step and whole run"
         )
@@ -146,14 +150,10 @@ def main() -> None:
 
         training.run(options.model, options.data)
         return
-    names = options.peers.split(",") if options.peers else [name for name in PEERS if available(name)]
-    unknown = set(names) - set(PEERS)
-    if unknown:
-        parser.error(f"--peers names {sorted(unknown)}; there are {list(PEERS)}")
     pieces = [
         piece
         for piece in LOSS_GROUPS[options.group]
-        if options.only in str(piece) and (options.again or not is_measured(options.group, piece))
+        if options.only in str(piece) and (options.again or not is_measured(options.group, piece, names))
     ]
     for piece in pieces[: options.pieces]:
         measure(options.group, piece, names)

@@ -1,0 +1,149 @@
+"""The one command for someone with a GPU: tests, times, memory, a table and a picture.
+
+    pip install '.[test,bench]'
+    python -m benchmarks.gpu --out gpu-results
+    python -m benchmarks.gpu --device cpu --quick        the same path with tiny shapes, on any machine
+
+1. Runs the kernel tests natively (`pytest tests --kernels=cuda`) and stops where they fail.
+2. Times forward, forward and backward, evaluation and a frozen head in bfloat16, with CUDA events, interleaved, against
+   TRL, Liger, CCE and torch, each gated by its error against float64; records peak memory.
+3. Writes gpu.csv, each row stamped with device, versions and commit, and gpu.png with the roofline beside the bars.
+
+Without a GPU it says so and ends with exit status 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .cases import TINY, Case, head_case
+from .measure import measure_case, stamp, synchronize, wall_clock
+from .peers import PEERS, available
+
+HEADS = ("OPT-350M", "SmolLM2-135M", "Phi-2", "Mistral-7B-v0.3", "Llama-3-8B", "Qwen2.5-0.5B", "Gemma-2-2B")
+PAIRS, POSITIONS, PROMPT_SHARE = 4, 1024, 0.5
+LABELS = {"step": "forward and backward", "forward": "forward", "evaluation": "evaluation", "frozen": "frozen head"}
+
+
+def event_clock(function: Callable[[], object]) -> float:
+    """Seconds between two CUDA events around a call."""
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    synchronize()
+    before.record()
+    function()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) / 1e3
+
+
+def roofline_seconds(row: dict, device: str) -> float | None:
+    """Time that the matmuls of a plain loss over the rows that count take at the card's peak; None for another card.
+
+    2 N V D to evaluate, 4 with a frozen head, 6 with gradients: what ours recomputes is not in it.
+    """
+    from .roofline import ACCELERATORS
+
+    units = {"step": 6, "frozen": 4, "forward": 2, "evaluation": 2}[row["kind"]]
+    # MI300X reports itself as "AMD Instinct MI300X ...", the others as "NVIDIA H100 80GB HBM3" and the like.
+    for name, card in ACCELERATORS.items():
+        if name in device:
+            return max(
+                units * row["rows"] * row["V"] * row["D"] / card.flops,
+                units / 2 * 2 * row["V"] * row["D"] / card.bandwidth,
+            )
+    return None
+
+
+def run_tests(device: str) -> int:
+    """The kernel tests natively, or a part of them interpreted; the exit status of pytest."""
+    if device == "cuda":
+        command = ["tests", "-m", "kernels", "--kernels=cuda", "-q"]
+    else:
+        command = ["tests/test_kernel_numerics.py", "-m", "kernels", "--kernels=interpret", "-q", "-x"]
+    return subprocess.run([sys.executable, "-m", "pytest", *command], cwd=Path(__file__).parents[1]).returncode
+
+
+def write_csv(records: list[dict], path: Path) -> None:
+    """All records, every field that any of them has."""
+    fields = list(dict.fromkeys(name for record in records for name in record if name != "seconds"))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, fields, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def plot(records: list[dict], path: Path) -> None:
+    """One panel a kind: milliseconds of each peer by head, a black line where the roofline of the card is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from .pictures import colour_of
+
+    timed = [r for r in records if r["status"] == "measured"]
+    kinds, heads = list(dict.fromkeys(r["kind"] for r in timed)), list(dict.fromkeys(r["head"] for r in timed))
+    peers = list(dict.fromkeys(r["peer"] for r in timed))
+    figure, axes = plt.subplots(len(kinds), 1, figsize=(11, 3.2 * len(kinds)), squeeze=False, sharex=True)
+    for axis, kind in zip(axes[:, 0], kinds, strict=True):
+        for i, peer in enumerate(peers):
+            rows = [r for r in timed if r["kind"] == kind and r["peer"] == peer]
+            x = [heads.index(r["head"]) + (i - (len(peers) - 1) / 2) * 0.8 / len(peers) for r in rows]
+            axis.bar(x, [1e3 * r["median"] for r in rows], 0.8 / len(peers), color=colour_of(peer), label=peer)
+        for x, head in enumerate(heads):
+            row = next((r for r in timed if r["head"] == head and r["kind"] == kind), None)
+            bound = row and roofline_seconds(row, row["device"])
+            if bound:
+                axis.hlines(1e3 * bound, x - 0.45, x + 0.45, color="black", label="roofline" if x == 0 else None)
+        axis.set(yscale="log", ylabel=f"{LABELS[kind]}, ms", xticks=range(len(heads)), xticklabels=heads)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0, 0].legend(ncols=4, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0))
+    s = stamp()
+    figure.suptitle(f"{s['device']}, torch {s['torch']}, commit {s['commit']}", fontsize=9, y=0.01, va="bottom")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of gpu.csv and gpu.png")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes")
+    parser.add_argument("--heads", help="comma-separated; default: " + ", ".join(HEADS))
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--skip-tests", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("No GPU here: torch.cuda.is_available() is False. Nothing was run; --device cpu --quick tries the path.")
+        return 0
+    if not options.skip_tests and (status := run_tests(options.device)):
+        print("The kernel tests failed here, so nothing was timed.")
+        return status
+    heads = options.heads.split(",") if options.heads else HEADS
+    cases: list[Case] = [TINY] if options.quick else [head_case(h, PROMPT_SHARE, PAIRS, POSITIONS) for h in heads]
+    clock = event_clock if options.device == "cuda" else wall_clock
+    peers = {name: function for name, function in PEERS.items() if available(name)}
+    options.out.mkdir(parents=True, exist_ok=True)
+    records: list[dict] = []
+    for case in cases:
+        records += measure_case(case, torch.bfloat16, peers, LABELS, options.rounds, options.device, clock=clock)
+        # After every case, so that an interruption costs one.
+        write_csv(records, options.out / "gpu.csv")
+        for r in records:
+            if r["head"] == case.name:
+                figures = f"{1e3 * r['median']:9.2f} ms {r['peak_bytes'] / 2**20:8.0f} MiB" if "median" in r else ""
+                print(f"{r['head']:18s} {r['kind']:11s} {r['peer']:28s} {figures or r['status']}")
+    plot(records, options.out / "gpu.png")
+    print(f"written: {options.out / 'gpu.csv'}, {options.out / 'gpu.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Pictures of stored results, in colours that readers with any colour vision can tell apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from orpo.plots import COLOURS
+
+# Ours in one colour in every picture; hatching tells apart what the palette is too short for.
+PEER_COLOURS = {
+    "ours": COLOURS[0],
+    "ours (strips)": COLOURS[4],
+    "trl": COLOURS[1],
+    "trl chunked": COLOURS[5],
+    "liger": COLOURS[2],
+    "liger compiled": "#004D33",
+    "cce": COLOURS[3],
+    "torch linear_cross_entropy": "#666666",
+    "torch eager": "#999999",
+    "torch compiled": "#CCCCCC",
+}
+
+
+def colour_of(peer: str) -> str:
+    return PEER_COLOURS[peer]
+
+
+def fingerprint(records: list[dict]) -> str:
+    """Of the figures that a picture shows: stands in the picture's file, so that a test sees whether it is current."""
+    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
+
+
+def _figure():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure, path: Path, records: list[dict]) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Description": fingerprint(records)})
+    _figure().close(figure)
+
+
+def heads(records: list[dict], path: Path, caption: str) -> None:
+    """Speed of every peer relative to TRL, forward and backward, in front of every head; one panel a dtype."""
+    timed = [r for r in records if r["status"] == "measured" and r["kind"] == "step" and "ratio" in r]
+    names, dtypes = list(dict.fromkeys(r["head"] for r in timed)), sorted({r["dtype"] for r in timed}, reverse=True)
+    peers = [p for p in PEER_COLOURS if any(r["peer"] == p for r in timed)]
+    figure, axes = _figure().subplots(len(dtypes), 1, figsize=(10, 3.4 * len(dtypes)), squeeze=False)
+    for axis, dtype in zip(axes[:, 0], dtypes, strict=True):
+        for i, peer in enumerate(peers):
+            rows = [r for r in timed if r["dtype"] == dtype and r["peer"] == peer]
+            x = [names.index(r["head"]) + (i - (len(peers) - 1) / 2) * 0.84 / len(peers) for r in rows]
+            axis.bar(x, [r["ratio"] for r in rows], 0.84 / len(peers), color=colour_of(peer), label=peer)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(title=dtype, ylabel="times as fast as TRL", xticks=range(len(names)))
+        axis.set_xticklabels(names, fontsize=8)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0, 0].legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.38), frameon=False)
+    axes[-1, 0].set_xlabel(caption, fontsize=8)
+    _save(figure, path, records)
+
+
+def growth(records: list[dict], path: Path, caption: str) -> None:
+    """Time and memory against positions, vocabulary and prompt share; logarithmic but for the share."""
+    timed = [r for r in records if r["status"] == "measured"]
+    figure, axes = _figure().subplots(2, 3, figsize=(12, 7), sharex="col")
+    for column, (label, _, rows) in enumerate(sweeps(timed)):
+        for peer in [p for p in PEER_COLOURS if any(r["peer"] == p for r in rows)]:
+            line = sorted((axis_value(r, label), r) for r in rows if r["peer"] == peer)
+            for row, value in ((0, lambda r: r["median"]), (1, lambda r: r["peak_bytes"] / 2**20)):
+                axes[row, column].plot(
+                    [x for x, _ in line], [value(r) for _, r in line], marker="o", color=colour_of(peer), label=peer
+                )
+        for axis in axes[:, column]:
+            axis.set(yscale="log", xscale="linear" if label == "prompt share" else "log")
+            axis.grid(alpha=0.3, which="both")
+        axes[1, column].set_xlabel(label)
+    axes[0, 0].set_ylabel("forward and backward, s")
+    axes[1, 0].set_ylabel("peak memory, MiB")
+    axes[0, 0].legend(fontsize=7)
+    figure.suptitle(caption, fontsize=8)
+    _save(figure, path, records)
+
+
+def axis_value(record: dict, label: str) -> float:
+    """The size that a sweep changes."""
+    share = record["prompt"] / record["positions"]
+    return {"positions": record["positions"], "vocabulary": record["V"], "prompt share": share}[label]
+
+
+def sweeps(records: list[dict]) -> list[tuple[str, str, list[dict]]]:
+    """(what changes, its letter, the records in which nothing else does) of the group `growth`."""
+    half = [r for r in records if 2 * r["prompt"] == r["positions"]]
+    return [
+        ("positions", "N", [r for r in half if r["V"] == 32768]),
+        ("vocabulary", "V", [r for r in half if r["positions"] == 128]),
+        ("prompt share", "share", [r for r in records if r["V"] == 32768 and r["positions"] == 128]),
+    ]
