@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import CHATML, SEVEN, make_model, make_tokenizer, reference_loss
+from trainers import logged, make_args, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo import ORPOConfig, ORPOTrainer
@@ -18,35 +19,6 @@ METRICS = {
     *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
     *("nll_loss", "log_odds_ratio", "log_odds_chosen"),
 }
-
-
-def make_args(tmp_path, **settings):
-    defaults = {
-        "output_dir": str(tmp_path),
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    return ORPOConfig(**{**defaults, **settings})
-
-
-def make_trainer(tmp_path, model=None, train_dataset=SEVEN, **settings):
-    options = {
-        k: settings.pop(k) for k in ("eval_dataset", "peft_config", "data_collator", "compute_metrics") if k in settings
-    }
-    model = make_model("llama") if model is None else model
-    tokenizer = settings.pop("tokenizer", None) or make_tokenizer()
-    return ORPOTrainer(
-        model=model, args=make_args(tmp_path, **settings), train_dataset=train_dataset, tokenizer=tokenizer, **options
-    )
-
-
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def oracle_run(shared, tmp_path, run, **changes):
@@ -279,43 +251,3 @@ def test_a_nan_stops_the_run_before_the_weights_change(tmp_path):
     assert {int(row) for row in rows.split(", ")} == {i for i, tokens in enumerate(used) if token in tokens}
     assert torch.equal(head, trainer.model.lm_head.weight)
     assert not logged(trainer, "loss")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"train_dataset": None}, "neither train_dataset nor eval_dataset"),
-        ({"processing_class": "both"}, "give one of them, not both"),
-        ({"args": "TrainingArguments"}, "args has to be an ORPOConfig, not TrainingArguments"),
-        ({"model_init_kwargs": {"dtype": "float32"}}, "model_init_kwargs is given, but the model is loaded already"),
-        ({"peft_config": {"r": 3}}, "peft_config has to be a peft.PeftConfig, not dict"),
-        ({"tokenizer": None}, "the model has no name to find its tokenizer by"),
-    ],
-)
-def test_calls_that_are_refused(arguments, message, tmp_path):
-    from transformers import TrainingArguments
-
-    call = {"model": make_model("llama"), "train_dataset": SEVEN, "tokenizer": make_tokenizer(), **arguments}
-    call["args"] = make_args(tmp_path, model_init_kwargs=call.pop("model_init_kwargs", None))
-    if "args" in arguments:
-        call["args"] = TrainingArguments(str(tmp_path))
-    if "processing_class" in arguments:
-        call["processing_class"] = make_tokenizer()
-    with pytest.raises(ValueError, match=message):
-        ORPOTrainer(**call)
-
-
-def test_a_tokenizer_of_another_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="the model has 64 embeddings"):
-        make_trainer(tmp_path, model=make_model("llama", vocab_size=64))
-
-
-def test_a_collator_of_another_kind_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path, data_collator=lambda rows: {"input_ids": torch.tensor([[1, 2]])})
-    with pytest.raises(ValueError, match=r"a batch has to hold 'orpo'.* gives \['input_ids'\]"):
-        trainer.train()
-
-
-def test_a_bad_dtype_name_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="dtype is 'float7'"):
-        ORPOTrainer("anything", make_args(tmp_path, model_init_kwargs={"dtype": "float7"}), train_dataset=SEVEN)

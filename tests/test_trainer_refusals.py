@@ -1,0 +1,48 @@
+"""orpo.trainer: calls, tokenizers and collators that cannot train are refused in words."""
+
+import pytest
+import torch
+from tiny import SEVEN, make_model, make_tokenizer
+from trainers import make_args, make_trainer
+
+from orpo import ORPOTrainer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"train_dataset": None}, "neither train_dataset nor eval_dataset"),
+        ({"processing_class": "both"}, "give one of them, not both"),
+        ({"args": "TrainingArguments"}, "args has to be an ORPOConfig, not TrainingArguments"),
+        ({"model_init_kwargs": {"dtype": "float32"}}, "model_init_kwargs is given, but the model is loaded already"),
+        ({"peft_config": {"r": 3}}, "peft_config has to be a peft.PeftConfig, not dict"),
+        ({"tokenizer": None}, "the model has no name to find its tokenizer by"),
+    ],
+)
+def test_calls_that_are_refused(arguments, message, tmp_path):
+    from transformers import TrainingArguments
+
+    call = {"model": make_model("llama"), "train_dataset": SEVEN, "tokenizer": make_tokenizer(), **arguments}
+    call["args"] = make_args(tmp_path, model_init_kwargs=call.pop("model_init_kwargs", None))
+    if "args" in arguments:
+        call["args"] = TrainingArguments(str(tmp_path))
+    if "processing_class" in arguments:
+        call["processing_class"] = make_tokenizer()
+    with pytest.raises(ValueError, match=message):
+        ORPOTrainer(**call)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the model has 64 embeddings"):
+        make_trainer(tmp_path, model=make_model("llama", vocab_size=64))
+
+
+def test_a_collator_of_another_kind_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, data_collator=lambda rows: {"input_ids": torch.tensor([[1, 2]])})
+    with pytest.raises(ValueError, match=r"a batch has to hold 'orpo'.* gives \['input_ids'\]"):
+        trainer.train()
+
+
+def test_a_bad_dtype_name_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="dtype is 'float7'"):
+        ORPOTrainer("anything", make_args(tmp_path, model_init_kwargs={"dtype": "float7"}), train_dataset=SEVEN)
