@@ -62,7 +62,7 @@ def heads(records: list[dict], path: Path, caption: str) -> None:
         axis.set(title=dtype, ylabel="times as fast as TRL", xticks=range(len(names)))
         axis.set_xticklabels(names, fontsize=8)
         axis.grid(axis="y", alpha=0.3)
-    axes[0, 0].legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.38), frameon=False)
+    axes[0, 0].legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.32), frameon=False)
     axes[-1, 0].set_xlabel(caption, fontsize=8)
     _save(figure, path, records)
 

@@ -1,0 +1,32 @@
+"""Training step and whole run beside TRL's trainers; without a model's folder in ORPO_BENCH_MODEL, of a tiny model."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from .peers import available
+from .training import LAYOUTS, measure
+
+TRAINERS = [*(f"ours {layout}" for layout in LAYOUTS), "trl orpo", "trl sft"]
+
+
+@pytest.fixture(scope="module")
+def measured(request: pytest.FixtureRequest) -> dict:
+    """Every trainer, taking turns."""
+    if not available("trl"):
+        pytest.skip("trl is not installed (pip install '.[bench]')")
+    if request.config.getoption("--quick"):
+        records = measure(None, None, batch=2, steps=2, rounds=2, longest=200)
+    else:
+        records = measure(os.environ.get("ORPO_BENCH_MODEL"), os.environ.get("ORPO_BENCH_DATA"))
+    return {(r["kind"], r["peer"]): r for r in records}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("kind", ["training step", "whole run"])
+def test_training(kind, trainer, measured, record):
+    result = measured[kind, trainer]
+    assert result["median"] > 0
+    record(kind, result.pop("seconds"), result)

@@ -1,0 +1,211 @@
+"""Training step and whole run: ours in each layout, TRL's ORPOTrainer, and TRL's SFTTrainer on the chosen half.
+
+    python -m benchmarks.run --group training --model FOLDER --data pairs.jsonl
+    python -m benchmarks.training --quick
+
+FOLDER is any local copy of a causal language model with its tokenizer, for example SmolLM2-135M-Instruct as
+`huggingface-cli download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir FOLDER` leaves it. Without `--data` the pairs
+are random words as many as real answers have (lengths.py). All trainers get the same rows, the same batch size, the
+same start and the same order. They take turns, each for some steps from the same weights; a time is that of one
+optimizer step, data loading included. Before any time stands, ours has to give TRL's loss at the first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import random
+import tempfile
+import time
+from typing import Any
+
+import torch
+
+from . import lengths, results
+from .measure import stamp, summary, synchronize
+
+LAYOUTS = ("padded", "packed", "shared")
+BATCH, STEPS, ROUNDS = 4, 3, 3
+# Relative difference between our first loss and TRL's, in float32, beyond which one of them computes something else.
+SAME_LOSS = 1e-4
+
+
+def load(folder: str | None) -> tuple[Any, Any]:
+    """(model in float32, tokenizer) of a local folder; without one the demonstration's model of 1M parameters."""
+    if folder:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    from orpo.demo.model import build_model, train_tokenizer
+
+    tokenizer = train_tokenizer([f" {chr(97 + i)}{chr(97 + j)}" for i in range(8) for j in range(8)] * 3)
+    return build_model(tokenizer, seed=0), tokenizer
+
+
+def synthetic_pairs(tokenizer: Any, count: int, longest: int, seed: int = 0) -> list[dict[str, str]]:
+    """Pairs of random words, each word one token, as long as those of the data set."""
+    g = random.Random(seed)
+    single = [w for w in tokenizer.get_vocab() if w.startswith("Ġ") and w[1:].isascii() and w[1:].isalpha()]
+    words = sorted(word[1:] for word in single)
+
+    def text(tokens: int) -> str:
+        return "".join(f" {g.choice(words)}" for _ in range(max(tokens, 1)))
+
+    drawn = lengths.draw(count, seed, longest)
+    # Of the counted tokens one is BOS and one EOS.
+    return [dict(prompt=text(p - 1), chosen=text(c - 1), rejected=text(r - 1)) for p, c, r in drawn]
+
+
+def pairs_of(data: str | None, tokenizer: Any, count: int, longest: int) -> list[dict[str, str]]:
+    """`count` pairs of strings that no trainer cuts or drops."""
+    if data is None:
+        return synthetic_pairs(tokenizer, count, longest)
+    from orpo.formats import UnusableRow, pair_text
+    from orpo.sources import load_pairs
+
+    out: list[dict[str, str]] = []
+    for row in load_pairs(data, "train"):
+        try:
+            text = pair_text(row, tokenizer)
+        except UnusableRow:
+            continue
+        sides = [len(tokenizer(text.chosen_prompt + answer)["input_ids"]) for answer in (text.chosen, text.rejected)]
+        if text.chosen_prompt == text.rejected_prompt and max(sides) + 2 <= longest:
+            out.append(dict(prompt=text.chosen_prompt, chosen=text.chosen, rejected=text.rejected))
+        if len(out) == count:
+            return out
+    raise ValueError(f"data has {len(out)} pairs of at most {longest} tokens; {count} are needed")
+
+
+def make_trainer(kind: str, model: Any, tokenizer: Any, rows: list[dict], folder: str, batch: int, longest: int) -> Any:
+    """The trainer called `kind`, over a copy of `model`."""
+    import datasets
+
+    common = dict(
+        output_dir=folder, per_device_train_batch_size=batch, max_steps=len(rows) // batch, learning_rate=1e-5,
+        use_cpu=not torch.cuda.is_available(), bf16=False, gradient_checkpointing=False, logging_steps=1,
+        save_strategy="no", report_to="none", disable_tqdm=True, max_length=longest, seed=0,
+    )  # fmt: skip
+    data, model = datasets.Dataset.from_list(rows), copy.deepcopy(model)
+    if kind == "trl sft":
+        from trl import SFTConfig, SFTTrainer
+
+        data = data.rename_column("chosen", "completion").remove_columns("rejected")
+        arguments = SFTConfig(**common, completion_only_loss=False)
+        return SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    if kind == "trl orpo":
+        from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+        return ORPOTrainer(model, args=ORPOConfig(**common), train_dataset=data, processing_class=tokenizer)
+    from orpo import ORPOConfig, ORPOTrainer
+
+    arguments = ORPOConfig(**common, layout=kind.removeprefix("ours "))
+    return ORPOTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer)
+
+
+def train(trainer: Any) -> tuple[list[float], float, float]:
+    """(seconds of each optimizer step, seconds of the whole call, loss of the first step)."""
+    from transformers import TrainerCallback
+
+    begins, ends = [], []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            synchronize()
+            begins.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            synchronize()
+            ends.append(time.perf_counter())
+
+    trainer.add_callback(Clock())
+    start = time.perf_counter()
+    trainer.train()
+    whole = time.perf_counter() - start
+    first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    return [b - a for a, b in zip(begins, ends, strict=True)], whole, first
+
+
+def measure(
+    folder: str | None,
+    data: str | None,
+    batch: int = BATCH,
+    steps: int = STEPS,
+    rounds: int = ROUNDS,
+    longest: int = 512,
+) -> list[dict[str, object]]:
+    """One record for each trainer, for a step and for the whole call.
+
+    Raises:
+        ValueError: ours and TRL's ORPO differ in the loss of the first step.
+    """
+    model, tokenizer = load(folder)
+    rows = pairs_of(data, tokenizer, batch * steps, longest)
+    kinds = [*(f"ours {layout}" for layout in LAYOUTS), "trl orpo", "trl sft"]
+    times: dict[str, dict[str, list[float]]] = {kind: {"training step": [], "whole run": []} for kind in kinds}
+    losses: dict[str, float] = {}
+    for _ in range(rounds):
+        for kind in kinds:
+            with tempfile.TemporaryDirectory() as out:
+                seconds, whole, losses[kind] = train(make_trainer(kind, model, tokenizer, rows, out, batch, longest))
+            # The first step of a process allocates for the first time.
+            times[kind]["training step"].append(sum(seconds[1:]) / len(seconds[1:]))
+            times[kind]["whole run"].append(whole)
+    for kind in kinds[: len(LAYOUTS)]:
+        if abs(losses[kind] - losses["trl orpo"]) > SAME_LOSS * abs(losses["trl orpo"]):
+            raise ValueError(f"first loss of {kind} is {losses[kind]}, of TRL's ORPOTrainer {losses['trl orpo']}")
+    shape = {
+        "head": os.path.basename(os.path.normpath(folder)) if folder else "1M parameters",
+        "pairs": batch,
+        "positions": longest,
+        "data": os.path.basename(data) if data else "random words of real lengths",
+        "dtype": "float32",
+        "status": "measured",
+        "rounds": rounds,
+    }
+    return [
+        {
+            **shape,
+            "kind": what,
+            "peer": kind,
+            **summary(times[kind][what], times["trl orpo"][what]),
+            "seconds": times[kind][what],
+            "pairs_per_second": (batch if what == "training step" else batch * steps)
+            / summary(times[kind][what])["median"],
+            "first_loss": losses[kind],
+            **stamp(),
+        }
+        for what in ("training step", "whole run")
+        for kind in kinds
+    ]
+
+
+def show(records: list[dict]) -> None:
+    for r in records:
+        figures = f"{r['median']:8.3f} s  x{r['ratio']:5.2f}  {r['pairs_per_second']:8.2f} pairs/s"
+        print(f"{r['kind']:14s} {r['peer']:12s} {figures}")
+
+
+def run(folder: str | None, data: str | None) -> None:
+    """Measure, store and print."""
+    folder = folder or os.environ.get("ORPO_BENCH_MODEL")
+    records = measure(folder, data)
+    results.append("training", records)
+    show(records)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder of a model (default: the variable ORPO_BENCH_MODEL)")
+    parser.add_argument("--data", help="pairs as JSONL or parquet, or a hub name")
+    parser.add_argument("--quick", action="store_true", help="the 1M-parameter model, two pairs a batch, two steps")
+    options = parser.parse_args()
+    if options.quick:
+        show(measure(None, None, batch=2, steps=2, rounds=1, longest=200))
+    else:
+        run(options.model, options.data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What is committed as results is what the stored figures say (report.py), and the report hides no loss."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report, results
+
+ROOT = Path(__file__).resolve().parents[1]
+ROW = dict(group="heads", head="h", pairs=1, positions=8, prompt=4, padded=False, V=10, D=4, dtype="float32",
+           kind="step", status="measured", q20=1.0, q80=1.0, peak_bytes=2**20, error_loss=0.0, error_dx=0.0,
+           error_dw=0.0, device="x")  # fmt: skip
+
+
+def test_committed_results_are_what_the_report_writes():
+    assert (ROOT / "benchmarks" / "RESULTS.md").read_text() == report.pages(report.load_all())
+
+
+def test_figures_of_the_readme_are_the_stored_ones():
+    stored = report.load_all()
+    readme = (ROOT / "README.md").read_text()
+    assert stored["heads"]
+    assert readme == report.with_block(readme, report.readme_block(stored))
+
+
+@pytest.mark.parametrize("group", ["heads", "growth"])
+def test_pictures_are_drawn_from_the_stored_figures(group):
+    from PIL import Image
+
+    from benchmarks.pictures import fingerprint
+
+    stored = results.load(group)
+    if not stored:
+        pytest.skip(f"no results of group {group} are stored")
+    assert Image.open(results.FOLDER / f"{group}.png").info["Description"] == fingerprint(stored)
+
+
+def test_a_faster_peer_is_named_with_both_times():
+    rows = [{**ROW, "peer": "ours", "median": 2.0}, {**ROW, "peer": "ours (strips)", "median": 3.0}]
+    assert report.losses([*rows, {**ROW, "peer": "trl", "median": 1.95}]) == []
+    (line,) = report.losses([*rows, {**ROW, "peer": "trl", "median": 1.5}])
+    assert "trl 1.5 s, ours 2 s" in line
+
+
+def test_a_measurement_taken_again_replaces_the_old_one(tmp_path):
+    results.append("heads", [{**ROW, "peer": "ours", "median": 2.0}], tmp_path)
+    results.append("heads", [{**ROW, "peer": "ours", "median": 1.0, "seconds": [1.0]}], tmp_path)
+    (record,) = results.load("heads", tmp_path)
+    assert record["median"] == 1.0 and "seconds" not in record
+
+
+def test_exponents_are_recovered():
+    assert report.exponent([(x, 3 * x**1.5) for x in (1, 2, 7, 20)]) == pytest.approx(1.5)
+
+
+def test_lengths_drawn_have_the_shares_of_the_data():
+    from benchmarks import lengths
+
+    drawn = lengths.draw(4000)
+    for i, name in enumerate(lengths.QUANTILES):
+        counted = sorted(pair[i] for pair in drawn)[2000]
+        assert abs(counted - lengths.QUANTILES[name][10]) <= 0.1 * lengths.QUANTILES[name][10]
+    assert lengths.prompt_share(drawn) == pytest.approx(0.73, abs=0.03)
+    batches = [lengths.padding_share(drawn[i : i + 4]) for i in range(0, 4000, 4)]
+    assert sum(batches) / len(batches) == pytest.approx(0.46, abs=0.04)
+    with pytest.raises(ValueError, match="longest is 10; the shortest pair has 15"):
+        lengths.draw(1, longest=10)
+
+
+def test_a_wrong_peer_gets_no_time():
+    import torch
+
+    from benchmarks.cases import CASES
+    from benchmarks.measure import measure_case
+    from benchmarks.peers import eager
+
+    def wrong(batch, beta):
+        return 1.01 * eager(batch, beta)
+
+    records = measure_case(CASES["tiny padded"], torch.float32, {"right": eager, "wrong": wrong}, ["step"], 1)
+    status = {r["peer"]: r for r in records}
+    assert status["right"]["status"] == "measured" and status["right"]["error_dw"] < 1e-5
+    assert status["wrong"]["status"] == "wrong" and "median" not in status["wrong"]
+
+
+def test_without_a_gpu_the_command_says_so_and_ends_well(capsys):
+    import torch
+
+    from benchmarks import gpu
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert gpu.main([]) == 0
+    assert "No GPU here" in capsys.readouterr().out
