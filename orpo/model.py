@@ -163,6 +163,8 @@ def base_model(model: nn.Module) -> nn.Module:
 # The patched forwards reach their state through self, never through a closure: a deep copy of the model would otherwise
 # run the model that it was copied from.
 def _patch_model(model: nn.Module, fused: FusedHead) -> None:
+    signature = inspect.signature(type(model).forward)
+
     def forward(self: nn.Module, *args: Any, orpo: LossCall | Tensor | None = None, **kwargs: Any) -> Any:
         fused = self._orpo_head
         if isinstance(kwargs.get("attention_mask"), SharedPrefixMask):
@@ -171,7 +173,7 @@ def _patch_model(model: nn.Module, fused: FusedHead) -> None:
             return fused.model_forward(*args, **kwargs)
         if isinstance(orpo, Tensor):
             return fused.run_to_head(orpo, args, kwargs)[1]
-        if "use_cache" in self.forward.__signature__.parameters:
+        if "use_cache" in signature.parameters:
             # A cache of keys and values serves nobody here, and hides from transformers that sequences are packed.
             kwargs.setdefault("use_cache", False)
         hidden, outputs = fused.run_to_head(torch.zeros(1, 1, 1, device=self.device), args, kwargs)
@@ -180,7 +182,7 @@ def _patch_model(model: nn.Module, fused: FusedHead) -> None:
 
     # Generation asks the signature which arguments the model takes. functools.wraps would set __wrapped__ as well, and
     # accelerate's unwrapping would follow it past this patch.
-    forward.__signature__ = inspect.signature(type(model).forward)
+    forward.__signature__ = signature
     model._orpo_head = fused
     model.forward = MethodType(forward, model)
 
