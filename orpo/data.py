@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orpo.formats import PairText, UnusableRow, pair_text
+from orpo.formats import EMPTY_ANSWER, PROMPTS_DIFFER, PairText, UnusableRow, pair_text
+from orpo.streams import ATTRIBUTE, DropCounter, summarize
 
 COLUMNS = ("chosen_input_ids", "rejected_input_ids", "chosen_prompt_length", "rejected_prompt_length")
 
@@ -48,6 +49,11 @@ class Limits:
             )
         if self.truncation_mode not in ("keep_end", "keep_start"):
             raise ValueError(f"truncation_mode is {self.truncation_mode!r}; it has to be 'keep_end' or 'keep_start'")
+
+    @property
+    def too_long(self) -> str:
+        """Why a row is dropped whose prompt leaves no room for an answer."""
+        return f"prompt of {self.max_length:,} tokens or more"
 
     def cut_prompt(self, ids: list[int], bos_token_id: int | None) -> list[int]:
         """`ids` cut to `max_prompt_length`."""
@@ -138,10 +144,10 @@ class PairTokenizer:
         if limits.max_length is not None and max(len(p) + len(a) for p, a in sides) > limits.max_length:
             sides = [(limits.cut_prompt(p, self.tokenizer.bos_token_id), a) for p, a in sides]
             if max(len(p) for p, _ in sides) >= limits.max_length:
-                raise UnusableRow(f"prompt of {limits.max_length:,} tokens or more")
+                raise UnusableRow(limits.too_long)
             sides = [(p, a[: limits.max_length - len(p)]) for p, a in sides]
         if min(len(p) + len(a) for p, a in sides) < 2:
-            raise UnusableRow("empty answer")
+            raise UnusableRow(EMPTY_ANSWER)
         return sides
 
 
@@ -182,7 +188,7 @@ def prepare_dataset(
         limits: lengths in tokens.
         name: what the report calls this data set.
         num_proc: processes that tokenize. The result is cached by ``datasets`` where the data set lies on disk.
-        report: called with the report. A streamed data set is not counted: nobody knows its end.
+        report: called with the report. A stream is counted as it is read: :class:`orpo.streams.StreamReport` says when.
 
     Raises:
         ValueError: `data` has no form that we know, or no row is left.
@@ -196,8 +202,12 @@ def prepare_dataset(
     if isinstance(data, datasets.IterableDataset):
         columns = data.column_names or list(next(iter(data)))
         tokenized = data.map(tokenize, batched=True, with_indices=True, remove_columns=columns)
-        report(f"{name}: a stream; rows that cannot train are left out as they come, and not counted")
-        return tokenized.filter(_is_kept).remove_columns("dropped")
+        report(f"{name}: a stream; rows that cannot train are left out as they come, and counted after each epoch")
+        reasons = (EMPTY_ANSWER, PROMPTS_DIFFER, *([] if limits.max_length is None else [limits.too_long]))
+        counter = DropCounter(name, reasons)
+        prepared = tokenized.filter(counter).remove_columns("dropped")
+        setattr(prepared, ATTRIBUTE, counter)
+        return prepared
     tokenized = data.map(
         tokenize,
         batched=True,
@@ -207,7 +217,7 @@ def prepare_dataset(
         desc=f"Tokenizing the {name} set",
     )
     reasons = Counter(reason for reason in tokenized["dropped"] if reason)
-    summary = _summary(name, len(data), reasons)
+    summary = summarize(name, len(data), reasons)
     if reasons.total() == len(data):
         raise ValueError(f"no row of the {name} set can train: {summary}")
     report(summary)
@@ -236,20 +246,6 @@ def check_token_ids(data: Any, vocabulary: int) -> None:
                 f"the data set holds token id {largest}, and the model has {vocabulary} embeddings: it needs its own "
                 "tokenizer, or model.resize_token_embeddings(len(tokenizer))"
             )
-
-
-def _summary(name: str, total: int, reasons: Counter[str]) -> str:
-    """For example "train: kept 1,771 of 1,800: 4 empty answers, 25 prompts of 512 tokens or more"."""
-    text = f"{name}: kept {total - reasons.total():,} of {total:,}"
-    if not reasons:
-        return text
-    counts = (f"{n:,} {reason if n == 1 else _plural(reason)}" for reason, n in reasons.most_common())
-    return f"{text}: {', '.join(counts)}"
-
-
-def _plural(reason: str) -> str:
-    first, _, rest = reason.partition(" ")
-    return f"{reason}s" if first == "empty" else f"{first}s {rest}"
 
 
 def describe_example(example: Mapping[str, Any], layout: Callable[..., dict[str, Any]], tokenizer: Any) -> str:

@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 
 ASSISTANT = "\n\nAssistant:"
 
+EMPTY_ANSWER = "empty answer"
+PROMPTS_DIFFER = "pair whose prompts differ"
+
 
 class UnusableRow(Exception):
     """A row that cannot train; the message is the reason under which it is counted."""
@@ -42,7 +45,7 @@ def pair_text(row: Mapping[str, Any], tokenizer: Any) -> PairText:
             raise ValueError(f"a data set needs the columns 'chosen' and 'rejected'; this one has {sorted(row)}")
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if chosen is None or rejected is None:
-        raise UnusableRow("empty answer")
+        raise UnusableRow(EMPTY_ANSWER)
     if _is_conversation(chosen) and _is_conversation(rejected):
         return _conversation(prompt, list(chosen), list(rejected), tokenizer)
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
@@ -58,7 +61,7 @@ def pair_text(row: Mapping[str, Any], tokenizer: Any) -> PairText:
 
 def _refuse_empty(*answers: str) -> None:
     if not all(answer.strip() for answer in answers):
-        raise UnusableRow("empty answer")
+        raise UnusableRow(EMPTY_ANSWER)
 
 
 def _dialogue(chosen: str, rejected: str) -> PairText:
@@ -73,7 +76,7 @@ def _dialogue(chosen: str, rejected: str) -> PairText:
         splits.append((head + marker, answer))
     (chosen_prompt, chosen_answer), (rejected_prompt, rejected_answer) = splits
     if chosen_prompt != rejected_prompt:
-        raise UnusableRow("pair whose prompts differ")
+        raise UnusableRow(PROMPTS_DIFFER)
     _refuse_empty(chosen_answer, rejected_answer)
     return PairText(chosen_prompt, chosen_answer, rejected_prompt, rejected_answer, templated=False)
 
@@ -89,7 +92,7 @@ def _conversation(prompt: Any, chosen: list[Any], rejected: list[Any], tokenizer
             "set tokenizer.chat_template, or give prompt, chosen and rejected as strings"
         )
     if not chosen or not rejected:
-        raise UnusableRow("empty answer")
+        raise UnusableRow(EMPTY_ANSWER)
     if _is_conversation(prompt) and prompt:
         messages = list(prompt)
         if chosen[: len(messages)] == messages and rejected[: len(messages)] == messages:

@@ -24,6 +24,7 @@ from orpo.metrics import WeightedMeans
 from orpo.model import LossCall, attach_orpo_loss, base_model, check_fused_logps
 from orpo.probe import choose_layout
 from orpo.setup import disable_dropout, last_complete_checkpoint, load_model, load_tokenizer, wrap_peft
+from orpo.streams import StreamReport, counters
 
 
 class ORPOTrainer(Trainer):
@@ -108,7 +109,7 @@ class ORPOTrainer(Trainer):
             processing_class=processing_class,
             model_init=None if model_init is None else lambda *a: self._adapt(model_init(*a), args, peft_config),
             compute_metrics=compute_metrics,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), StreamReport(counters(train_dataset), counters(eval_dataset))],
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )

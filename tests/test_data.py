@@ -168,7 +168,7 @@ def test_streams_are_prepared_as_they_come():
     ]
     stream, lines = prepare(datasets.Dataset.from_list(rows).to_iterable_dataset())
     assert list(stream) == [one("hello", " hi", " no") | {"pair_id": 1}]
-    assert lines == ["train: a stream; rows that cannot train are left out as they come, and not counted"]
+    assert lines == ["train: a stream; rows that cannot train are left out as they come, and counted after each epoch"]
 
 
 def test_example_shows_what_each_term_scores():
