@@ -64,7 +64,8 @@ class ModelArguments:
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=self.lora_target_modules,
+            # peft knows "all-linear" as a string only; in a list it would look for a module of that name.
+            target_modules="all-linear" if self.lora_target_modules == ["all-linear"] else self.lora_target_modules,
             modules_to_save=self.lora_modules_to_save,
             task_type="CAUSAL_LM",
         )

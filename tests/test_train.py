@@ -99,6 +99,11 @@ def test_lora_from_the_command_line(files, tmp_path):
     assert (adapter["r"], adapter["lora_alpha"]) == (16, 32)
 
 
+def test_all_linear_reaches_peft_as_its_word(tmp_path):
+    line = ["--use_peft", "true", "--lora_target_modules", "all-linear", "--output_dir", str(tmp_path)]
+    assert train.parse(line)[0].peft_config().target_modules == "all-linear"
+
+
 def test_a_file_gives_defaults_that_the_line_overrides(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
