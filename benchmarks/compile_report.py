@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -109,8 +110,6 @@ def shipped_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], Any]]]:
     for (dtype_name, dtype), (head_name, full), (shape_name, (n, d, v)) in itertools.product(
         dtypes.items(), heads.items(), shapes.items()
     ):
-        if full and shape_name == "ragged":
-            continue
         case = f"{dtype_name} {head_name} {shape_name}"
         head = Head(empty(v, d, dtype=dtype), empty(v, dtype=dtype) if full else None, 1.0, 30.0 if full else None)
         x, targets, vector = empty(n, d, dtype=dtype), empty(n, dtype=torch.int64), empty(n)
@@ -129,17 +128,18 @@ def shipped_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "stage 2", lambda: odds_ratio.objective(empty(n), rows, beta=0.1, nll_weight=1.0, **counts)
 
 
-def chip_report(name: str) -> list[Row]:
-    """All shipped launches on one chip."""
+def chip_report(name: str, cases: str = "") -> list[Row]:
+    """All shipped launches on one chip whose case contains `cases`."""
     from orpo_kernels import configs
 
     chip = CHIPS[name]
 
-    def matmul_config(x_ND: torch.Tensor) -> Any:
-        return configs.matmul_config_for(x_ND.dtype, chip.is_amd, chip.major)
+    def matmul_config(x_ND: torch.Tensor, weight_VD: torch.Tensor) -> Any:
+        aligned = configs.rows_aligned(x_ND, weight_VD)
+        return configs.matmul_config_for(x_ND.dtype, chip.is_amd, chip.major, aligned)
 
     with mock.patch.object(configs, "matmul_config", matmul_config):
-        return [row for case, launch in shipped_launches(chip) for row in report(case, launch, chip)]
+        return [row for case, launch in shipped_launches(chip) if cases in case for row in report(case, launch, chip)]
 
 
 FIELDS = ("chip", "kernel", "case", "warps", "stages", "registers", "spills", "shared", "blocks", "matrix", "copies")
@@ -161,6 +161,7 @@ def cells(row: Row) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS), help="default: all")
+    parser.add_argument("--cases", default="", help="only those that contain this, such as ragged")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="chips compiled for at once")
     parser.add_argument("--csv", help="write the table there too")
     options = parser.parse_args(arguments)
@@ -168,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise SystemExit("TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it")
 
     with ProcessPoolExecutor(min(options.jobs, len(options.chips))) as pool:
-        rows = [row for result in pool.map(chip_report, options.chips) for row in result]
+        rows = [row for result in pool.map(partial(chip_report, cases=options.cases), options.chips) for row in result]
     print(f"triton {triton.__version__}; blocks: resident on one multiprocessor; shared: bytes a block")
     table = [list(FIELDS), *map(cells, rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

@@ -138,7 +138,7 @@ def count(implementation: Callable, size: Size) -> Meter:
     """One forward and backward, counted."""
     hidden, weight, labels = inputs(size)
     with (
-        mock.patch.object(configs, "matmul_config", lambda x_ND: TILE),
+        mock.patch.object(configs, "matmul_config", lambda x_ND, weight_VD: TILE),
         # Without these, what is counted is the way round that a CPU needs to the same product.
         mock.patch.object(matmul, "matmul", _gpu_matmul),
         mock.patch.object(bins, "matmul", _gpu_matmul),

@@ -42,21 +42,31 @@ _AMPERE = MatmulConfig(128, 128, 64, group_n=8, num_warps=8, num_stages=3)
 _AMD = MatmulConfig(128, 128, 32, group_n=8, num_warps=8, num_stages=2)
 # float32 operands are twice as wide, and without TF32 there is no matrix unit to feed.
 _FLOAT32 = MatmulConfig(64, 64, 32, group_n=8, num_warps=4, num_stages=2)
+# Rows that do not start at multiples of 16 elements, as far as the compiler can tell: no 16-byte copies, so that each
+# element has a pointer of its own in registers, and a larger tile would spill them.
+_UNALIGNED = MatmulConfig(64, 64, 32, group_n=8, num_warps=8, num_stages=2)
+_UNALIGNED_FLOAT32 = MatmulConfig(32, 64, 16, group_n=8, num_warps=8, num_stages=2)
 # 64 KB for executing compiled kernels on a CPU, where time goes with the number of threads.
 _SMALL = MatmulConfig(32, 64, 32, group_n=4, num_warps=4, num_stages=1)
 
 
-def matmul_config(x_ND: Tensor) -> MatmulConfig:
-    """Tile of the kernels with a matmul for operands like x_ND."""
+def matmul_config(x_ND: Tensor, weight_VD: Tensor) -> MatmulConfig:
+    """Tile of the kernels with a matmul of x_ND, contiguous, and weight_VD."""
     if not x_ND.is_cuda:
         return _SMALL
-    return matmul_config_for(
-        x_ND.dtype, torch.version.hip is not None, torch.cuda.get_device_capability(x_ND.device)[0]
-    )
+    major = torch.cuda.get_device_capability(x_ND.device)[0]
+    return matmul_config_for(x_ND.dtype, torch.version.hip is not None, major, rows_aligned(x_ND, weight_VD))
 
 
-def matmul_config_for(dtype: torch.dtype, is_amd: bool, major: int) -> MatmulConfig:
+def rows_aligned(x_ND: Tensor, weight_VD: Tensor) -> bool:
+    """Whether triton can prove that every row of both operands starts at a multiple of 16 bytes."""
+    return weight_VD.stride(1) == 1 and x_ND.shape[1] % 16 == 0 and weight_VD.stride(0) % 16 == 0
+
+
+def matmul_config_for(dtype: torch.dtype, is_amd: bool, major: int, aligned: bool = True) -> MatmulConfig:
     """Tile for a dtype on a chip, by vendor and, for NVIDIA, major compute capability."""
+    if not aligned:
+        return _UNALIGNED_FLOAT32 if dtype == torch.float32 else _UNALIGNED
     if dtype == torch.float32:
         return _FLOAT32
     if is_amd:
@@ -65,8 +75,11 @@ def matmul_config_for(dtype: torch.dtype, is_amd: bool, major: int) -> MatmulCon
 
 
 def rows_config(columns: int) -> dict[str, int]:
-    """Row blocks that sweep a strip: enough programs to fill a chip already at a few hundred rows."""
-    return dict(BLOCK_N=4, BLOCK_V=min(1024, max(16, triton.next_power_of_2(columns))), num_warps=4)
+    """Row blocks that sweep a strip: enough programs to fill a chip already at a few hundred rows.
+
+    512 columns at once; 1024 in float32 with bias and softcap spill on sm_90.
+    """
+    return dict(BLOCK_N=4, BLOCK_V=min(512, max(16, triton.next_power_of_2(columns))), num_warps=4)
 
 
 def elementwise_config() -> dict[str, int]:

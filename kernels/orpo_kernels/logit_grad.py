@@ -179,7 +179,7 @@ def logit_grad(
     (n, d), columns = x_ND.shape, head.weight_VD.shape[0]
     assert x_ND.is_contiguous() and x_ND.dtype == head.weight_VD.dtype
     g_NW = x_ND.new_empty((n, columns))
-    config = configs.matmul_config(x_ND)
+    config = configs.matmul_config(x_ND, head.weight_VD)
     logit_grad_kernel[(triton.cdiv(n, config.block_n) * triton.cdiv(columns, config.block_v),)](
         x_ND,
         head.weight_VD,

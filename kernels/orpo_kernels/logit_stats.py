@@ -140,7 +140,7 @@ def logit_stats(x_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, Te
     """Fused form: float32 (max_KN, sum_KN, target_N). x_ND is contiguous and of the weight's dtype."""
     (n, d), v = x_ND.shape, head.weight_VD.shape[0]
     assert x_ND.is_contiguous() and x_ND.dtype == head.weight_VD.dtype
-    config = configs.matmul_config(x_ND)
+    config = configs.matmul_config(x_ND, head.weight_VD)
     blocks_n = triton.cdiv(n, config.block_n)
     splits, split_columns = configs.vocabulary_splits(blocks_n, v, config.block_v, x_ND.device)
     max_KN = x_ND.new_empty((splits, n), dtype=torch.float32)
