@@ -109,7 +109,9 @@ class PairTokenizer:
             out["rejected_input_ids"].append(rejected_prompt + rejected)
             out["chosen_prompt_length"].append(len(chosen_prompt))
             out["rejected_prompt_length"].append(len(rejected_prompt))
-        return {**out, "pair_id": list(indices), "dropped": dropped}
+        # transformers groups batches by this column, where `train_sampling_strategy` asks for it.
+        length = [len(c) + len(r) for c, r in zip(out["chosen_input_ids"], out["rejected_input_ids"], strict=True)]
+        return {**out, "pair_id": list(indices), "length": length, "dropped": dropped}
 
     @staticmethod
     def _parts(text: PairText) -> tuple[str, str, str, str]:

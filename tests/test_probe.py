@@ -128,3 +128,22 @@ def test_trainer_trains_alike_in_every_layout(tmp_path, capsys):
         assert capsys.readouterr().out.count("layout ") == 1
     for layout in ("packed", "shared", "auto"):
         assert losses[layout] == pytest.approx(losses["padded"], rel=1e-5)
+
+
+def test_batches_of_similar_length_on_request(tmp_path):
+    args = ORPOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, train_sampling_strategy="group_by_length", use_cpu=True
+    )
+    data = {name: column * 8 for name, column in SEVEN.items()}
+    trainer = ORPOTrainer(model=make_model(), args=args, train_dataset=data, processing_class=make_tokenizer())
+    assert trainer.train_dataset["length"] == [
+        len(row["chosen_input_ids"]) + len(row["rejected_input_ids"]) for row in trainer.train_dataset
+    ]
+
+    def spread(order):
+        lengths = [trainer.train_dataset[i]["length"] for i in order]
+        return sum(abs(a - b) for a, b in zip(lengths[::2], lengths[1::2], strict=True))
+
+    grouped = list(trainer._get_train_sampler())
+    assert sorted(grouped) == list(range(56))
+    assert spread(grouped) < 0.2 * spread(torch.randperm(56, generator=torch.Generator().manual_seed(0)).tolist())
