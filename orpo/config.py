@@ -10,8 +10,9 @@ from orpo_kernels.head import STRIP_BYTES
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from orpo.batch import NLL_SPANS, NLLSpan
 from orpo.data import Limits
-from orpo.layout import LAYOUTS, NLL_SPANS, NLLSpan
+from orpo.layout import LAYOUTS
 
 
 @dataclass(frozen=True)

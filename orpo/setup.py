@@ -45,6 +45,14 @@ def load_tokenizer(name: str, args: ORPOConfig) -> Any:
     return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
 
 
+def pad_token_id(args: ORPOConfig, tokenizer: Any) -> int:
+    """The id that fills up a batch; any id will do, since it is masked and has no row in the loss."""
+    for value in (args.padding_value, tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if value is not None:
+            return value
+    return 0
+
+
 def wrap_peft(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
     """`model` with the adapter of `peft_config` around it.
 

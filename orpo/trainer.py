@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from orpo.batch import PairBatch, pair_batch
 from orpo.config import ORPOConfig
 from orpo.data import check_token_ids, describe_example, prepare_dataset
 from orpo.diagnose import gradient_norms, pair_statistics
 from orpo.guard import NonFiniteGuard
-from orpo.layout import PairBatch, make_layout
+from orpo.layout import make_layout
 from orpo.metrics import WeightedMeans
 from orpo.model import LossCall, attach_orpo_loss, base_model, check_fused_logps
 from orpo.probe import choose_layout
-from orpo.setup import disable_dropout, last_complete_checkpoint, load_model, load_tokenizer, wrap_peft
+from orpo.setup import disable_dropout, last_complete_checkpoint, load_model, load_tokenizer, pad_token_id, wrap_peft
 from orpo.streams import StreamReport, counters
 
 
@@ -94,7 +95,10 @@ class ORPOTrainer(Trainer):
             eval_dataset = {key: prepare(data, f"eval ({key})") for key, data in eval_dataset.items()}
         else:
             eval_dataset = prepare(eval_dataset, "eval")
-        layout_options = {"pad_token_id": _pad_id(args, text_tokenizer), "nll": args.nll(text_tokenizer.eos_token_id)}
+        layout_options = {
+            "pad_token_id": pad_token_id(args, text_tokenizer),
+            "nll": args.nll(text_tokenizer.eos_token_id),
+        }
         chooses_layout = data_collator is None
         if chooses_layout:
             data_collator = make_layout("padded", **layout_options)
@@ -168,7 +172,7 @@ class ORPOTrainer(Trainer):
         """(NLL tokens, pairs) of the optimizer step, over its micro-batches and over all ranks."""
         if self.args.normalization != "global" or not batch_samples:
             return None
-        batches = [_pair_batch(sample) for sample in batch_samples]
+        batches = [pair_batch(sample) for sample in batch_samples]
         counts = torch.tensor([[b.num_nll_tokens, b.num_pairs] for b in batches]).sum(0)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts.to(device))
@@ -183,7 +187,7 @@ class ORPOTrainer(Trainer):
         num_items_in_batch: tuple[int, int] | None = None,
     ) -> Any:
         """The loss of one micro-batch as its share of the optimizer step's loss."""
-        batch, ranks = _pair_batch(inputs), self.accelerator.num_processes
+        batch, ranks = pair_batch(inputs), self.accelerator.num_processes
         if num_items_in_batch is None:
             parts = self.current_gradient_accumulation_steps * ranks
             num_items_in_batch = (batch.num_nll_tokens * parts, batch.num_pairs * parts)
@@ -253,7 +257,7 @@ class ORPOTrainer(Trainer):
     ) -> tuple[None, Tensor | None, Tensor | None]:
         """Scores one evaluation batch into the running means; returns predictions for `compute_metrics` only."""
         inputs = self._prepare_inputs(inputs)
-        batch = inputs["orpo"] = self._without_repeats(_pair_batch(inputs))
+        batch = inputs["orpo"] = self._without_repeats(pair_batch(inputs))
         counts = batch.num_nll_tokens, batch.num_pairs
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = self._run(model, inputs, counts, logit_metrics=True)
@@ -300,21 +304,3 @@ class ORPOTrainer(Trainer):
             self._guard.flush()
             logs.update(self._train_means.reduce(self._sum_over_ranks, self.args.device))
         super().log(logs, start_time)
-
-
-def _pair_batch(inputs: dict[str, Any]) -> PairBatch:
-    batch = inputs.get("orpo")
-    if not isinstance(batch, PairBatch):
-        raise ValueError(
-            f"a batch has to hold 'orpo', a PairBatch; this data_collator gives {sorted(inputs)}. "
-            "See orpo.layout for what a collator returns"
-        )
-    return batch
-
-
-def _pad_id(args: ORPOConfig, tokenizer: Any) -> int:
-    """The id that fills up a batch; any id will do, since it is masked and has no row in the loss."""
-    for value in (args.padding_value, tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if value is not None:
-            return value
-    return 0

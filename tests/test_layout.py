@@ -4,7 +4,8 @@ import pytest
 import torch
 from orpo_kernels.rows import rows_from_labels
 
-from orpo.layout import NLLSpan, PackedLayout, PaddedLayout, PairBatch, SharedLayout, make_layout
+from orpo.batch import NLLSpan, PairBatch
+from orpo.layout import PackedLayout, PaddedLayout, SharedLayout, make_layout
 
 PAIRS = [
     {
