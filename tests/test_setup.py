@@ -1,0 +1,104 @@
+"""orpo.setup: what is loaded, and what is refused, before training."""
+
+import contextlib
+import io
+import json
+
+import pytest
+import torch
+from tiny import SEVEN, make_model, make_tokenizer
+from trainers import make_args, make_trainer
+from transformers import T5Config, T5ForConditionalGeneration
+
+from orpo import ORPOTrainer
+from orpo.setup import disable_dropout, load_model
+
+
+def test_weights_of_others_are_read_from_safetensors_unless_asked_otherwise(tmp_path):
+    model, folder = make_model(), tmp_path / "model"
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        load_model(str(folder), make_args(tmp_path))
+    loaded = load_model(str(folder), make_args(tmp_path, model_init_kwargs={"use_safetensors": False}))
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path):
+    folder, marker = tmp_path / "model", tmp_path / "code-ran"
+    make_model().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "custom", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_model(str(folder), make_args(tmp_path))
+    assert not marker.exists()
+    # The code is no model, but it runs: the marker is a witness that can speak.
+    with pytest.raises((AttributeError, ImportError)):
+        load_model(str(folder), make_args(tmp_path, trust_remote_code=True))
+    assert marker.exists()
+
+
+def test_an_encoder_decoder_is_refused_by_name_before_its_weights_are_read(tmp_path):
+    folder = tmp_path / "t5"
+    config = T5Config(vocab_size=400, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2)
+    config.save_pretrained(folder)
+    with pytest.raises(ValueError, match="t5 is an encoder-decoder"):
+        load_model(str(folder), make_args(tmp_path))
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        ORPOTrainer(
+            model=T5ForConditionalGeneration(config),
+            args=make_args(tmp_path),
+            train_dataset=SEVEN,
+            processing_class=make_tokenizer(),
+        )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("opt", {"word_embed_proj_dim": 32, "ffn_dim": 64, "dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5}),
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5}),
+    ],
+)
+def test_no_dropout_is_left_in_modules_or_in_functions(model_type, changes):
+    model = make_model(model_type, **changes).train()
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert not torch.equal(model(ids).logits, model(ids).logits)
+        disable_dropout(model)
+        trained = model(ids).logits
+        assert torch.equal(trained, model(ids).logits)
+        assert torch.allclose(trained, model.eval()(ids).logits, atol=1e-6)
+
+
+def test_the_papers_preset_leaves_end_of_sequence_out_of_the_nll_and_weighs_the_odds_with_one(tmp_path):
+    trainer = make_trainer(tmp_path, preset="paper", per_device_train_batch_size=7, max_steps=1)
+    examples = list(trainer.train_dataset)
+    model = make_model("llama")
+    nll, odds, scored = 0.0, [], 0
+    for example in examples:
+        sides = {}
+        for side in ("chosen", "rejected"):
+            ids, first = torch.tensor([example[f"{side}_input_ids"]]), example[f"{side}_prompt_length"]
+            logps = model(ids).logits[0, :-1].double().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+            answer = logps[first - 1 :].mean()
+            sides[side] = answer - torch.log(-torch.expm1(answer))
+            if side == "chosen":
+                kept = ids[0, 1:] != make_tokenizer().eos_token_id
+                nll, scored = nll - logps[kept].sum(), scored + int(kept.sum())
+        odds.append(torch.nn.functional.softplus(sides["rejected"] - sides["chosen"]))
+    assert scored < sum(len(e["chosen_input_ids"]) - 1 for e in examples)
+    expected = nll / scored + torch.stack(odds).mean()
+    trainer.train()
+    (first, *_) = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert first == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_other_ranks_print_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("orpo.ORPOConfig.should_log", property(lambda self: False))
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        make_trainer(tmp_path)
+    assert out.getvalue() == ""
