@@ -54,10 +54,9 @@ def roofline_seconds(row: dict, device: str) -> float | None:
     # MI300X reports itself as "AMD Instinct MI300X ...", the others as "NVIDIA H100 80GB HBM3" and the like.
     for name, card in ACCELERATORS.items():
         if name in device:
-            return max(
-                units * row["rows"] * row["V"] * row["D"] / card.flops,
-                units / 2 * 2 * row["V"] * row["D"] / card.bandwidth,
-            )
+            # Each of the units / 2 products reads or writes the weight once, two bytes an element.
+            weight = row["V"] * row["D"]
+            return max(units * row["rows"] * weight / card.flops, units * weight / card.bandwidth)
     return None
 
 
@@ -106,7 +105,7 @@ def plot(records: list[dict], path: Path) -> None:
         axis.grid(axis="y", alpha=0.3)
     axes[0, 0].legend(ncols=4, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0))
     s = stamp()
-    figure.suptitle(f"{s['device']}, torch {s['torch']}, commit {s['commit']}", fontsize=9, y=0.01, va="bottom")
+    axes[-1, 0].set_xlabel(f"{s['device']}, torch {s['torch']}, commit {s['commit']}", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

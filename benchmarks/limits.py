@@ -47,10 +47,10 @@ def attempt(peer: str, length: int, memory_gib: float) -> dict[str, object]:
     start = time.perf_counter()
     step(ALL[peer], batch)
     seconds = time.perf_counter() - start
-    return {**_shape(length, peer), "status": "measured", "median": seconds, "rounds": 1, **stamp()}
+    return {**_shape(length, peer, memory_gib), "status": "measured", "median": seconds, "rounds": 1, **stamp()}
 
 
-def _shape(length: int, peer: str) -> dict[str, object]:
+def _shape(length: int, peer: str, memory_gib: float = MEMORY_GIB) -> dict[str, object]:
     return {
         "head": HEAD,
         "pairs": 1,
@@ -59,7 +59,7 @@ def _shape(length: int, peer: str) -> dict[str, object]:
         "dtype": "float32",
         "kind": "step",
         "peer": peer,
-        "memory_gib": MEMORY_GIB,
+        "memory_gib": memory_gib,
     }
 
 

@@ -211,8 +211,9 @@ def readme_block(stored: dict[str, list[dict]]) -> str:
     lost = len(losses(records))
     cases = len({(r["head"], r["dtype"], r["kind"]) for r in timed})
     text = (
-        f"Loss and gradients, half of each sequence prompt, on {caption(records)}; medians. `ours (strips)` is "
-        f"`logits_budget=0`. Another is more than 5 % faster than both in {lost} of {cases} cases: "
+        f"Loss and gradients, half of each sequence prompt, on {caption(records)}; medians of "
+        "`python -m benchmarks.run --group heads`. `ours (strips)` is `logits_budget=0`. Another is more than 5 % "
+        f"faster than both in {lost} of {cases} cases: "
         "[benchmarks/RESULTS.md](benchmarks/RESULTS.md) names them, with all figures."
     )
     header = ["head", "dtype", "who", "forward + backward, s", "evaluation, s", "memory, MiB"]

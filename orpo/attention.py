@@ -25,23 +25,25 @@ class SharedPrefixMask:
         branch_BT: int32, ``3 * pair + (PROMPT, CHOSEN or REJECTED)``. Padding has a pair number of its own: a token
             that saw nothing would be NaN.
         position_BT: int64, position within the sequence.
+        longest: tokens of the longest sequence, a Python number: reading it off a device would stall it.
     """
 
     branch_BT: Tensor
     position_BT: Tensor
+    longest: int
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SharedPrefixMask:
         """The same mask on `device`."""
-        return SharedPrefixMask(*(t.to(device, non_blocking=non_blocking) for t in (self.branch_BT, self.position_BT)))
+        branch_BT, position_BT = (t.to(device, non_blocking=non_blocking) for t in (self.branch_BT, self.position_BT))
+        return SharedPrefixMask(branch_BT, position_BT, self.longest)
 
     def pin_memory(self) -> SharedPrefixMask:
         """The same mask in page-locked memory. torch's DataLoader calls this by name."""
-        return SharedPrefixMask(self.branch_BT.pin_memory(), self.position_BT.pin_memory())
+        return SharedPrefixMask(self.branch_BT.pin_memory(), self.position_BT.pin_memory(), self.longest)
 
     def visible(self, window: int | None = None) -> Tensor:
         """bool (B, T, T), [b, q, k]: token q sees token k."""
-        q, k = self.branch_BT[:, :, None], self.branch_BT[:, None, :]
-        seen = (q == k) | ((k % _BRANCHES == PROMPT) & (q // _BRANCHES == k // _BRANCHES))
+        seen = _related(self.branch_BT[:, :, None], self.branch_BT[:, None, :])
         if window is not None:
             seen &= self.position_BT[:, :, None] - self.position_BT[:, None, :] < window
         return seen.tril_()
@@ -61,8 +63,7 @@ class SharedPrefixMask:
         branch, position = self.branch_BT, self.position_BT
 
         def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            bq, bk = branch[b, q], branch[b, k]
-            seen = (q >= k) & ((bq == bk) | ((bk % _BRANCHES == PROMPT) & (bq // _BRANCHES == bk // _BRANCHES)))
+            seen = (q >= k) & _related(branch[b, q], branch[b, k])
             return seen if window is None else seen & (position[b, q] - position[b, k] < window)
 
         rows, tokens = branch.shape
@@ -72,8 +73,8 @@ class SharedPrefixMask:
         """What `model` takes as ``attention_mask``: a 4-D tensor or BlockMask, or one for each type of layer."""
         config = model.config.get_text_config()
         window, layer_types = layer_windows(config)
-        # Where no sequence is as long as the window, every layer sees the same.
-        window = window if window is not None and window < self.branch_BT.shape[1] else None
+        # Where no sequence is longer than the window, every layer sees the same.
+        window = window if window is not None and window < self.longest else None
         if getattr(config, "_attn_implementation", None) == "flex_attention":
             make = self.block_mask
         else:
@@ -86,6 +87,13 @@ class SharedPrefixMask:
         if window is None or layer_types <= {"sliding_attention"}:
             return make(window)
         return {"full_attention": make(None), "sliding_attention": make(window)}
+
+
+def _related(q_branch: Tensor, k_branch: Tensor) -> Tensor:
+    """Whether the key's token is of the query's own branch, or of its pair's prompt."""
+    return (q_branch == k_branch) | (
+        (k_branch % _BRANCHES == PROMPT) & (q_branch // _BRANCHES == k_branch // _BRANCHES)
+    )
 
 
 def layer_windows(config: Any) -> tuple[int | None, set[str]]:

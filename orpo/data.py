@@ -1,8 +1,8 @@
 """From text pairs to token pairs: boundaries, BOS and EOS, truncation, and what was dropped and why.
 
-A prepared data set has five columns: ``chosen_input_ids`` and ``rejected_input_ids`` (prompt and answer in one list),
-``chosen_prompt_length`` and ``rejected_prompt_length`` (tokens before the answer), and ``pair_id`` (the row of the data
-set as it was given).
+A prepared data set has six columns: ``chosen_input_ids`` and ``rejected_input_ids`` (prompt and answer in one list),
+``chosen_prompt_length`` and ``rejected_prompt_length`` (tokens before the answer), ``length`` (of both sequences
+together), and ``pair_id`` (the row of the data set as it was given).
 """
 
 from __future__ import annotations

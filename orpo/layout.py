@@ -152,10 +152,8 @@ class SharedLayout:
                 (chosen, _), (rejected, _) = pairs[p]
                 n, middle, end = shared[p], t + len(chosen), t + lengths[p]
                 input_ids[r, t:middle], input_ids[r, middle:end] = chosen, rejected[n:]
-                position_ids[r, t:middle], position_ids[r, middle:end] = (
-                    np.arange(len(chosen)),
-                    np.arange(n, len(rejected)),
-                )
+                position_ids[r, t:middle] = np.arange(len(chosen))
+                position_ids[r, middle:end] = np.arange(n, len(rejected))
                 branch[r, t : t + n] = 3 * p + PROMPT
                 branch[r, t + n : middle] = 3 * p + CHOSEN
                 branch[r, middle:end] = 3 * p + REJECTED
@@ -169,11 +167,11 @@ class SharedLayout:
             if s >= len(examples):
                 source[shared[p] :] += len(pairs[p][0][0]) - shared[p]
             builder.add(s, source, ids, prompt_length)
-        position_BT = torch.from_numpy(position_ids)
+        position_BT, longest = torch.from_numpy(position_ids), max(len(ids) for ids, _ in sequences)
         return {
             "input_ids": torch.from_numpy(input_ids),
             "position_ids": position_BT,
-            "attention_mask": SharedPrefixMask(torch.from_numpy(branch), position_BT),
+            "attention_mask": SharedPrefixMask(torch.from_numpy(branch), position_BT, longest),
             "orpo": builder.build(example.get("pair_id", -1) for example in examples),
         }
 

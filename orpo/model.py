@@ -219,7 +219,7 @@ def _patch_head(head: nn.Module, transform: LogitTransform) -> None:
     head.forward = MethodType(forward, head)
 
 
-def _tiny_inputs(model: nn.Module, sequences: int, length: int) -> dict[str, Tensor]:
+def tiny_inputs(model: nn.Module, sequences: int, length: int) -> dict[str, Tensor]:
     """A few token ids, the same on every rank and in every run."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
@@ -239,7 +239,7 @@ def _read_transform(model: nn.Module, fused: FusedHead) -> LogitTransform:
     model.eval()
     try:
         # A call of the model, not of its forward: sharded weights are gathered by hooks around the call.
-        outputs = model(**_tiny_inputs(model, 1, grid.shape[1]), orpo=grid)
+        outputs = model(**tiny_inputs(model, 1, grid.shape[1]), orpo=grid)
     finally:
         model.train(was_training)
     logits = outputs["logits"].float().flatten()
@@ -258,46 +258,3 @@ def _read_transform(model: nn.Module, fused: FusedHead) -> LogitTransform:
             "nor a tanh softcap; the fused loss cannot follow"
         )
     return LogitTransform(scale, softcap)
-
-
-@torch.no_grad()
-def check_fused_logps(model: nn.Module, **settings: Any) -> float:
-    """Compares fused log-probabilities of a few tokens with those from the model's own logits.
-
-    Args:
-        model: a model after :func:`attach_orpo_loss`.
-        settings: of ``orpo_loss_from_rows`` (backend, logits_budget, ...).
-
-    Returns:
-        The largest absolute difference, in nats.
-
-    Raises:
-        ValueError: they differ by more than the rounding of the model's logits explains.
-    """
-    base = base_model(model)
-    fused = base._orpo_head
-    pairs, length = 4, 6
-    inputs = _tiny_inputs(base, 2 * pairs, length)
-    ids = inputs["input_ids"]
-    sequence = torch.arange(2 * pairs, device=ids.device)
-    yes = torch.ones_like(sequence, dtype=torch.bool)
-    # One-token answers: each mean log-probability is that of one token.
-    rows = Rows(sequence * length + length - 2, ids[:, -1], sequence, yes, sequence < pairs, pairs)
-    was_training = base.training
-    base.eval()
-    try:
-        logits = model(**inputs).logits[:, -2].float()
-        out = model(**inputs, orpo=LossCall(rows, settings))
-    finally:
-        base.train(was_training)
-    own = logits.log_softmax(-1).gather(-1, ids[:, -1:])[:, 0]
-    difference = (torch.cat([out.chosen_logps, out.rejected_logps]) - own).abs().max().item()
-    weight, _ = effective_weight(trained_copy(base.get_output_embeddings()))
-    tolerance = 1e-3 + 0.5 * torch.finfo(weight.dtype).eps * logits.abs().max().item()
-    if not difference <= tolerance:
-        raise ValueError(
-            f"the fused log-probabilities of {type(base).__name__} differ from those of its own logits by up to "
-            f"{difference:.3g} nats (at most {tolerance:.3g} is rounding): its head ({fused.name}) computes something "
-            "that the fused loss does not know, and training would be silently wrong"
-        )
-    return difference

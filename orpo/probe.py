@@ -1,8 +1,9 @@
-"""Which layout a model can be trained with: found by trying it, never by a list of names.
+"""What a model computes, tried on a few tokens before training: its head, and the layouts it can be trained with.
 
-A model that looks at the order of tokens in memory (ALiBi, state-space and convolution layers, windows counted in
-tokens) would train silently wrong on answers that share a prompt. So every answer token of a few pairs is scored in the
-padded layout, from the model's own logits, and in the layout in question, before training.
+A layout is found by trying it, never by a list of names. A model that looks at the order of tokens in memory (ALiBi,
+state-space and convolution layers, windows counted in tokens) would train silently wrong on answers that share a
+prompt. So every answer token of a few pairs is scored in the padded layout, from the model's own logits, and in the
+layout in question.
 """
 
 from __future__ import annotations
@@ -15,42 +16,37 @@ from orpo_kernels.rows import Rows
 from torch import Tensor, nn
 
 from orpo.attention import layer_windows
+from orpo.heads import effective_weight, trained_copy
 from orpo.layout import make_layout
-from orpo.model import LossCall, base_model
+from orpo.model import LossCall, base_model, tiny_inputs
 
 Layout = Callable[[list[Any]], dict[str, Any]]
 
 _PROMPT, _ANSWER = 12, 8
 
 
-def choose_layout(
-    name: str, model: nn.Module, *, max_length: int | None = None, router_loss: bool = False, **options: Any
-) -> tuple[Layout, str]:
+def choose_layout(name: str, model: nn.Module, *, max_length: int | None = None, **options: Any) -> tuple[Layout, str]:
     """The layout to train `model` with, and one sentence that says why.
 
     Args:
         name: a layout, or "auto": the first that the model computes right of shared (packed with FlashAttention) and
             padded.
         model: after :func:`orpo.model.attach_orpo_loss`; its weights are read, none is changed.
-        max_length: most tokens of a sequence in training. Windows and chunks at least as long play no role.
-        router_loss: the model adds a load-balancing loss over the tokens it sees. Shared and unpadded batches show it
-            each prompt once and no padding, which changes that loss.
+        max_length: most tokens of a sequence in training. Windows and chunks that no row reaches play no role.
         options: of the layout (pad_token_id, nll).
 
     Raises:
         ValueError: `name` is a layout that `model` computes something else with.
     """
+    padded = make_layout("padded", **options)
     if name == "padded":
-        return make_layout("padded", **options), "layout padded, as asked for"
+        return padded, "layout padded, as asked for"
     flash = "flash" in (getattr(base_model(model).config, "_attn_implementation", None) or "")
     wanted = name if name != "auto" else ("packed" if flash else "shared")
-    if wanted == "packed":
-        options = {**options, "single_row": flash}
-    padded = {key: value for key, value in options.items() if key != "single_row"}
-    reason = _obstacle(wanted, flash, router_loss)
+    reason = _obstacle(wanted, flash, getattr(base_model(model).config, "output_router_logits", False))
     if reason is None:
-        layout = make_layout(wanted, **options)
-        reason = _mismatch(model, layout, make_layout("padded", **padded), max_length)
+        layout = make_layout(wanted, **options, **({"single_row": flash} if wanted == "packed" else {}))
+        reason = _mismatch(model, layout, padded, max_length)
         if reason is None:
             return layout, f"layout {wanted}: a few pairs score as in the padded layout" + (
                 "" if name == "auto" else ", as asked for"
@@ -59,11 +55,12 @@ def choose_layout(
         raise ValueError(
             f"layout is {name!r}, which {type(base_model(model)).__name__} cannot be trained with: {reason}"
         )
-    return make_layout("padded", **padded), f"layout padded, not {wanted}: {reason}"
+    return padded, f"layout padded, not {wanted}: {reason}"
 
 
 def _obstacle(wanted: str, flash: bool, router_loss: bool) -> str | None:
     if router_loss:
+        # Shared batches show the router each prompt once, packed ones no padding.
         return "the router's loss is over all tokens, and would change with the layout"
     if wanted == "shared" and flash:
         return "FlashAttention takes no mask"
@@ -73,7 +70,11 @@ def _obstacle(wanted: str, flash: bool, router_loss: bool) -> str | None:
 def _mismatch(model: nn.Module, layout: Layout, padded: Layout, max_length: int | None) -> str | None:
     """What keeps `model` from `layout`, or None."""
     base = base_model(model)
-    span = _longest_span(base.config.get_text_config(), max_length)
+    config = base.config.get_text_config()
+    span = _longest_span(config, max_length)
+    most = getattr(config, "max_position_embeddings", None)
+    if span and most is not None and span + _PROMPT + _ANSWER + 1 > most:
+        return f"a window of {span} tokens cannot be tried with a model of {most} positions"
     examples = _examples(base.get_input_embeddings().weight.shape[0], span)
     was_training = base.training
     base.eval()
@@ -95,10 +96,13 @@ def _mismatch(model: nn.Module, layout: Layout, padded: Layout, max_length: int 
 
 
 def _longest_span(config: Any, max_length: int | None) -> int:
-    """Tokens of the longest window or chunk that training will reach beyond; 0 where there is none."""
+    """Tokens of the longest window or chunk that a row of training reaches beyond; 0 where there is none.
+
+    A window that a model counts in tokens of the row, and not in positions, meets both answers: twice `max_length`.
+    """
     spans = [layer_windows(config)[0]]
     spans += [getattr(config, name, None) for name in ("attention_chunk_size", "window_size", "local_attention")]
-    reached = [s for s in spans if isinstance(s, int) and s > 0 and (max_length is None or s < max_length)]
+    reached = [s for s in spans if isinstance(s, int) and s > 0 and (max_length is None or s < 2 * max_length)]
     return max(reached, default=0)
 
 
@@ -149,3 +153,46 @@ def _answer_logps(
                 "from those of the model's own logits"
             )
     return logps, tolerance
+
+
+@torch.no_grad()
+def check_fused_logps(model: nn.Module, **settings: Any) -> float:
+    """Compares fused log-probabilities of a few tokens with those from the model's own logits.
+
+    Args:
+        model: a model after :func:`attach_orpo_loss`.
+        settings: of ``orpo_loss_from_rows`` (backend, logits_budget, ...).
+
+    Returns:
+        The largest absolute difference, in nats.
+
+    Raises:
+        ValueError: they differ by more than the rounding of the model's logits explains.
+    """
+    base = base_model(model)
+    fused = base._orpo_head
+    pairs, length = 4, 6
+    inputs = tiny_inputs(base, 2 * pairs, length)
+    ids = inputs["input_ids"]
+    sequence = torch.arange(2 * pairs, device=ids.device)
+    yes = torch.ones_like(sequence, dtype=torch.bool)
+    # One-token answers: each mean log-probability is that of one token.
+    rows = Rows(sequence * length + length - 2, ids[:, -1], sequence, yes, sequence < pairs, pairs)
+    was_training = base.training
+    base.eval()
+    try:
+        logits = model(**inputs).logits[:, -2].float()
+        out = model(**inputs, orpo=LossCall(rows, settings))
+    finally:
+        base.train(was_training)
+    own = logits.log_softmax(-1).gather(-1, ids[:, -1:])[:, 0]
+    difference = (torch.cat([out.chosen_logps, out.rejected_logps]) - own).abs().max().item()
+    weight, _ = effective_weight(trained_copy(base.get_output_embeddings()))
+    tolerance = 1e-3 + 0.5 * torch.finfo(weight.dtype).eps * logits.abs().max().item()
+    if not difference <= tolerance:
+        raise ValueError(
+            f"the fused log-probabilities of {type(base).__name__} differ from those of its own logits by up to "
+            f"{difference:.3g} nats (at most {tolerance:.3g} is rounding): its head ({fused.name}) computes something "
+            "that the fused loss does not know, and training would be silently wrong"
+        )
+    return difference

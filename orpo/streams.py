@@ -34,10 +34,6 @@ class DropCounter:
         self.counts_WR[0 if info is None else info.id, self.reasons.index(example["dropped"])] += 1
         return not example["dropped"]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> DropCounter:
-        # `datasets` copies a stream before it shuffles or shards it; a copy of the counts would never be read.
-        return self
-
     def take(self) -> tuple[int, Counter[str]]:
         """(rows read, rows dropped by reason) since the last call."""
         counts = self.counts_WR.sum(0).tolist()

@@ -22,8 +22,8 @@ from orpo.diagnose import gradient_norms, pair_statistics
 from orpo.guard import NonFiniteGuard
 from orpo.layout import make_layout
 from orpo.metrics import WeightedMeans
-from orpo.model import LossCall, attach_orpo_loss, base_model, check_fused_logps
-from orpo.probe import choose_layout
+from orpo.model import LossCall, attach_orpo_loss, base_model
+from orpo.probe import check_fused_logps, choose_layout
 from orpo.setup import disable_dropout, last_complete_checkpoint, load_model, load_tokenizer, pad_token_id, wrap_peft
 from orpo.streams import StreamReport, counters
 
@@ -95,10 +95,8 @@ class ORPOTrainer(Trainer):
             eval_dataset = {key: prepare(data, f"eval ({key})") for key, data in eval_dataset.items()}
         else:
             eval_dataset = prepare(eval_dataset, "eval")
-        layout_options = {
-            "pad_token_id": pad_token_id(args, text_tokenizer),
-            "nll": args.nll(text_tokenizer.eos_token_id),
-        }
+        pad_id, nll = pad_token_id(args, text_tokenizer), args.nll(text_tokenizer.eos_token_id)
+        layout_options = {"pad_token_id": pad_id, "nll": nll}
         chooses_layout = data_collator is None
         if chooses_layout:
             data_collator = make_layout("padded", **layout_options)
@@ -139,11 +137,9 @@ class ORPOTrainer(Trainer):
         return model
 
     def _choose_layout(self, options: dict[str, Any]) -> None:
-        router_loss = getattr(self.model.config, "output_router_logits", False)
-        self.data_collator, why = choose_layout(
-            self.args.layout, self.model, max_length=self.args.max_length, router_loss=router_loss, **options
-        )
-        if self.args.should_log:
+        args = self.args
+        self.data_collator, why = choose_layout(args.layout, self.model, max_length=args.max_length, **options)
+        if args.should_log:
             print(why)
 
     @staticmethod

@@ -13,7 +13,7 @@ POSITIONS = [[0, 1, 2, 3, 4, 3, 4, 5], [0, 1, 1, 0, 1, 1, 0, 1]]
 
 
 def make_mask():
-    return SharedPrefixMask(torch.tensor(BRANCHES, dtype=torch.int32), torch.tensor(POSITIONS))
+    return SharedPrefixMask(torch.tensor(BRANCHES, dtype=torch.int32), torch.tensor(POSITIONS), longest=6)
 
 
 def brute_force(window=None):
@@ -59,7 +59,9 @@ def test_each_model_gets_the_form_it_takes():
     assert torch.equal(plain == 0, brute_force()[:, None])
     sliding = make_mask().for_model(make_model("mistral", sliding_window=2))
     assert torch.equal(sliding == 0, brute_force(2)[:, None])
-    wide = make_mask().for_model(make_model("mistral", sliding_window=8))
+    barely = make_mask().for_model(make_model("mistral", sliding_window=5))
+    assert torch.equal(barely == 0, brute_force(5)[:, None]) and not torch.equal(barely, plain)
+    wide = make_mask().for_model(make_model("mistral", sliding_window=6))
     assert torch.equal(wide, plain)
     both = make_mask().for_model(make_model("gemma2", sliding_window=2, query_pre_attn_scalar=8))
     assert torch.equal(both["full_attention"], plain) and torch.equal(both["sliding_attention"], sliding)

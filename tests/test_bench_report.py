@@ -92,3 +92,13 @@ def test_without_a_gpu_the_command_says_so_and_ends_well(capsys):
         pytest.skip("there is a GPU")
     assert gpu.main([]) == 0
     assert "No GPU here" in capsys.readouterr().out
+
+
+def test_roofline_beside_the_bars_is_the_matmuls_at_the_cards_peak():
+    from benchmarks.gpu import roofline_seconds
+
+    row = dict(rows=8192, V=128256, D=4096)
+    assert roofline_seconds({**row, "kind": "step"}, "NVIDIA H100 80GB HBM3") == pytest.approx(26.1e-3, rel=1e-2)
+    one = roofline_seconds({**row, "rows": 1, "kind": "evaluation"}, "NVIDIA H100 80GB HBM3")
+    assert one == pytest.approx(2 * 128256 * 4096 / 3.35e12)
+    assert roofline_seconds({**row, "kind": "step"}, "some other card") is None

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 
 from orpo.data import Limits, prepare_dataset
 from orpo.layout import PaddedLayout
-from orpo.model import LogitTransform, LossCall, attach_orpo_loss, check_fused_logps
+from orpo.model import LogitTransform, LossCall, attach_orpo_loss
+from orpo.probe import check_fused_logps
 
 
 @pytest.fixture(scope="module")

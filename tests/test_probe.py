@@ -38,8 +38,7 @@ def prepared(model_type, attention="eager"):
 
 
 def choose(name, model, **options):
-    router_loss = getattr(model.config, "output_router_logits", False)
-    return choose_layout(name, model, max_length=64, router_loss=router_loss, pad_token_id=0, **options)
+    return choose_layout(name, model, max_length=64, pad_token_id=0, **options)
 
 
 def assert_same(model, layout, padded):
@@ -97,6 +96,21 @@ def test_a_window_that_training_will_reach_is_probed(monkeypatch):
     # As if nobody had put the window into the mask.
     monkeypatch.setattr("orpo.attention.layer_windows", lambda config: (None, set()))
     assert "log-probabilities differ" in choose("auto", model)[1]
+
+
+def test_a_window_longer_than_a_sequence_but_not_than_a_row_is_probed():
+    """GPT-Neo counts its window in tokens of the row, where the rejected answer stands behind the chosen one."""
+    config = {**ARCHITECTURES["gpt_neo"], "window_size": 40}
+    model = make_model("gpt_neo", **config)
+    attach_orpo_loss(model)
+    for max_length, expected in ((30, "log-probabilities differ"), (20, "layout shared")):
+        assert expected in choose_layout("auto", model, max_length=max_length, pad_token_id=0)[1]
+
+
+def test_a_window_that_no_position_reaches_beyond_cannot_be_probed():
+    model = make_model("mistral", sliding_window=60, max_position_embeddings=64)
+    attach_orpo_loss(model)
+    assert "a window of 60 tokens cannot be tried" in choose_layout("auto", model, max_length=64, pad_token_id=0)[1]
 
 
 def test_a_wrong_head_is_not_taken_for_a_wrong_layout():
