@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -167,6 +168,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"orpo-train: {given} is given, but not --{missing}; with neither, the demonstration runs")
     else:
         train(model_args, data_args, args)
+        if args.world_size > 1:
+            # Threads of the process group that still run when Python exits abort the process, now and then.
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from tiny import SEVEN, make_model, make_tokenizer
 
 from orpo import ORPOConfig, ORPOTrainer
@@ -40,6 +41,9 @@ def main(output_dir: str, pairs_per_step: int) -> None:
         weights = {name: p.double().sum().item() for name, p in trainer.model.named_parameters()}
         seen = {"wrapper": wrapper, "log": trainer.state.log_history, "eval": metrics, "weights": weights}
         Path(output_dir, "seen.json").write_text(json.dumps(seen))
+    if args.world_size > 1:
+        # Threads of the process group that still run when Python exits abort the process.
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
