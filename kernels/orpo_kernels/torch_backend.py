@@ -61,9 +61,7 @@ class LogitStrip:
 
     def blocks(self) -> list[slice]:
         """Slices of rows whose logits fit in cache."""
-        n, k = self.z_NK.shape
-        step = max(1, _BLOCK_BYTES // (4 * max(1, k)))
-        return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+        return _row_blocks(*self.z_NK.shape)
 
     def read(self, block: slice) -> Tensor:
         """The block's logits with bias, scale and softcap applied (Eq. 1); in place where the strip holds float32."""
@@ -84,13 +82,19 @@ class LogitStrip:
             self.z_NK[block].copy_(values)
 
 
+def _row_blocks(n: int, k: int) -> list[slice]:
+    """Slices of n rows, of k float32 numbers each, that fit in cache."""
+    step = max(1, _BLOCK_BYTES // (4 * max(1, k)))
+    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+
+
 def _target_products(x_ND: Tensor, targets_N: Tensor, head: Head) -> Tensor:
     """c_n = x_n . W_y of every row's target, summed in fp32 and rounded once: (N, 1) in x's dtype."""
-    step = max(1, _BLOCK_BYTES // (8 * max(1, x_ND.shape[1])))
-    blocks = zip(x_ND.split(step), targets_N.split(step), strict=True)
-    products = [(x.float() * head.weight_VD[y].float()).sum(1, keepdim=True) for x, y in blocks]
+    c_N1 = x_ND.new_empty(len(x_ND), 1)
+    for block in _row_blocks(*x_ND.shape):
+        c_N1[block] = (x_ND[block].float() * head.weight_VD[targets_N[block]].float()).sum(1, keepdim=True)
     # An infinite c would make every logit of the row inf - inf.
-    return torch.cat(products).to(x_ND.dtype).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    return c_N1.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _take_target(z: Tensor, targets_N: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -254,7 +258,9 @@ def strip_head_grad(g_NK: Tensor, operand: tuple[Tensor, Tensor], dw_KD: Tensor 
     The coefficient goes onto g, in place: a second copy of x would be the largest thing alive beside the strip.
     """
     x_ND, coef_N = operand
-    g_NK.mul_(coef_N[:, None])
+    for block in _row_blocks(*g_NK.shape):
+        # All rows at once, a bfloat16 strip would be copied whole to meet float32 coefficients.
+        g_NK[block].mul_(coef_N[block, None])
     if dw_KD is not None:
         if dw_KD.dtype == g_NK.dtype:
             torch.mm(g_NK.T, x_ND.to(g_NK.dtype), out=dw_KD)
