@@ -3,12 +3,14 @@
     orpo-train                                                       the demonstration, on what this machine has
     orpo-train --model_name_or_path M --dataset_name pairs.jsonl     a run
     orpo-train --config run.yaml --learning_rate 8e-6                the same from a file, one setting changed
+    orpo-train --config smollm2-lora                                 a shipped recipe; --list_recipes names them all
 
 Every field of ``ORPOConfig`` and of ``transformers.TrainingArguments`` is an option.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +22,10 @@ import yaml
 from transformers import HfArgumentParser
 
 from orpo.config import ORPOConfig
-from orpo.setup import has_complete_checkpoint
+from orpo.merge import merge_adapter
+from orpo.packages import require
+from orpo.recipes import describe_recipes, find_config
+from orpo.setup import has_complete_checkpoint, load_tokenizer
 from orpo.sources import load_pairs
 from orpo.trainer import ORPOTrainer
 
@@ -41,6 +46,13 @@ class ModelArguments:
     lora_modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained whole."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Load the base model in 4 bits (bitsandbytes, NF4)."})
     load_in_8bit: bool = field(default=False, metadata={"help": "Load the base model in 8 bits (bitsandbytes)."})
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantize the 4-bit constants as well."})
+    merge_adapter: bool = field(
+        default=False, metadata={"help": "Also save the whole model with the LoRA merged, in output_dir/merged."}
+    )
+    chat_template: str | None = field(
+        default=None, metadata={"help": "A Jinja chat template or a file that holds one, in place of the tokenizer's."}
+    )
 
     def init_kwargs(self) -> dict[str, Any]:
         """Arguments of ``from_pretrained``."""
@@ -48,10 +60,16 @@ class ModelArguments:
         if self.attn_implementation is not None:
             kwargs["attn_implementation"] = self.attn_implementation
         if self.load_in_4bit or self.load_in_8bit:
+            require("bitsandbytes", "load_in_4bit" if self.load_in_4bit else "load_in_8bit")
             from transformers import BitsAndBytesConfig
 
             kwargs["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=self.load_in_4bit, load_in_8bit=self.load_in_8bit, bnb_4bit_quant_type="nf4"
+                load_in_4bit=self.load_in_4bit,
+                load_in_8bit=self.load_in_8bit,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=self.use_bnb_nested_quant,
+                # Left to its default, every matmul of a quantized layer is computed in float32.
+                bnb_4bit_compute_dtype=self.dtype if self.dtype in ("bfloat16", "float16") else None,
             )
         return kwargs
 
@@ -59,6 +77,7 @@ class ModelArguments:
         """The LoRA to train, or None."""
         if not self.use_peft:
             return None
+        require("peft", "use_peft")
         from peft import LoraConfig
 
         return LoraConfig(
@@ -70,6 +89,15 @@ class ModelArguments:
             modules_to_save=self.lora_modules_to_save,
             task_type="CAUSAL_LM",
         )
+
+    def tokenizer(self, args: ORPOConfig) -> Any:
+        """The tokenizer with ``chat_template`` in place, or None for the model's own as it is."""
+        if self.chat_template is None:
+            return None
+        tokenizer = load_tokenizer(self.model_name_or_path, args)
+        is_text = "{" in self.chat_template
+        tokenizer.chat_template = self.chat_template if is_text else Path(self.chat_template).read_text("utf-8")
+        return tokenizer
 
 
 @dataclass
@@ -85,9 +113,10 @@ class DataArguments:
 
 
 def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, ORPOConfig]:
-    """The command line; ``--config file.yaml`` gives defaults that options on the line override."""
+    """The command line; ``--config``, a file or a recipe, gives defaults that options on the line override."""
     parser = HfArgumentParser((ModelArguments, DataArguments, ORPOConfig), prog="orpo-train", description=__doc__)
-    parser.add_argument("--config", help="A YAML file of options.")
+    parser.add_argument("--config", help="A YAML file of options, or the name of a recipe (--list_recipes).")
+    parser.add_argument("--list_recipes", "--list-recipes", action=_ListRecipes, nargs=0, help="Name the recipes.")
     config = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].config
     if config is not None:
         parser.set_defaults(**_read_config(config, {action.dest for action in parser._actions}))
@@ -95,13 +124,20 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, ORPOConfi
     return tuple(arguments)
 
 
-def _read_config(path: str, known: set[str]) -> dict[str, Any]:
-    """The options in a YAML file.
+class _ListRecipes(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(describe_recipes())
+        parser.exit()
+
+
+def _read_config(name: str, known: set[str]) -> dict[str, Any]:
+    """The options in a YAML file, or in a shipped recipe of that name.
 
     Raises:
-        ValueError: the file is no mapping, or holds options that do not exist.
+        ValueError: there is no such file or recipe, it is no mapping, or it holds options that do not exist.
     """
-    options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    path = find_config(name)
+    options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(options, dict):
         raise ValueError(f"{path} has to hold a mapping of options, not a {type(options).__name__}")
     unknown = sorted(set(options) - known)
@@ -112,6 +148,10 @@ def _read_config(path: str, known: set[str]) -> dict[str, Any]:
 
 def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig) -> ORPOTrainer:
     """One run: loads, trains, evaluates, saves the model, its metrics, its state and its curves in ``output_dir``."""
+    if model_args.merge_adapter and not model_args.use_peft:
+        raise ValueError("merge_adapter is given without use_peft: there is no adapter to merge")
+    if any(part in args.optim for part in ("paged", "bit", "bnb")):
+        require("bitsandbytes", f"optim {args.optim.value}")
     args.model_init_kwargs = {**model_args.init_kwargs(), **(args.model_init_kwargs or {})}
     source = {"config": data_args.dataset_config, "streaming": data_args.dataset_streaming}
     evaluates = args.do_eval or args.eval_strategy != "no" or data_args.eval_dataset_name is not None
@@ -122,6 +162,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig
         train_dataset=load_pairs(data_args.dataset_name, data_args.dataset_train_split, **source),
         eval_dataset=load_pairs(held_out, data_args.dataset_test_split, **source) if evaluates else None,
         peft_config=model_args.peft_config(),
+        processing_class=model_args.tokenizer(args),
     )
     result = trainer.train(resume_from_checkpoint=_resume_from(args))
     trainer.save_model()
@@ -138,6 +179,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig
         history = {"ORPO": trainer.state.log_history}
         plot_curves(history, Path(args.output_dir) / "curves.png")
         write_curves_csv(history, Path(args.output_dir) / "curves.csv")
+    if model_args.merge_adapter and trainer.is_world_process_zero():
+        merge_adapter(args.output_dir, Path(args.output_dir) / "merged", dtype=model_args.dtype)
     return trainer
 
 

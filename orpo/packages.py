@@ -1,0 +1,29 @@
+"""Packages that some settings need and that are not installed with this one."""
+
+from __future__ import annotations
+
+import importlib.util
+
+# What to type for a package, where it is not its name.
+_INSTALL = {"peft": "'fused-orpo[peft]'"}
+
+
+def require(package: str, setting: str) -> None:
+    """Refuses `setting` where the `package` that it needs is not installed.
+
+    Raises:
+        ImportError: with what to install, and what to do without it.
+    """
+    if not _is_installed(package):
+        raise ImportError(
+            f"{setting} needs {package}, which is not installed: pip install {_INSTALL.get(package, package)}; "
+            f"or train without {setting}"
+        )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:
+        # sys.modules holds None or a module without a spec under that name: it cannot be imported.
+        return False
