@@ -42,7 +42,10 @@ def pair_text(row: Mapping[str, Any], tokenizer: Any) -> PairText:
     """
     for side in ("chosen", "rejected"):
         if side not in row:
-            raise ValueError(f"a data set needs the columns 'chosen' and 'rejected'; this one has {sorted(row)}")
+            raise ValueError(
+                "a data set needs the columns 'chosen' and 'rejected', and 'prompt' where they are no whole dialogues; "
+                f"this one has {sorted(row)}: rename its columns"
+            )
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if chosen is None or rejected is None:
         raise UnusableRow(EMPTY_ANSWER)
@@ -89,7 +92,7 @@ def _conversation(prompt: Any, chosen: list[Any], rejected: list[Any], tokenizer
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
             "the data set holds conversations, and the tokenizer has no chat template to render them with: "
-            "set tokenizer.chat_template, or give prompt, chosen and rejected as strings"
+            "set tokenizer.chat_template (--chat_template), or give prompt, chosen and rejected as strings"
         )
     if not chosen or not rejected:
         raise UnusableRow(EMPTY_ANSWER)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 
 from orpo.config import ORPOConfig
@@ -21,8 +28,12 @@ def load_model(name: str, args: ORPOConfig) -> PreTrainedModel:
     Weights are read from safetensors unless ``model_init_kwargs`` asks otherwise: a pickle can run code as it loads.
 
     Raises:
-        ValueError: the model is an encoder-decoder, or ``dtype`` names no torch dtype.
+        ImportError: FlashAttention is asked for and not installed.
+        ValueError: there is no such folder, the model is an encoder-decoder or has no language-modeling head, or
+            ``dtype`` names no torch dtype.
     """
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"there is no folder {name} to load a model from")
     kwargs = {"trust_remote_code": args.trust_remote_code, "use_safetensors": True, **(args.model_init_kwargs or {})}
     dtype = kwargs.get("dtype")
     if isinstance(dtype, str) and dtype != "auto":
@@ -34,7 +45,26 @@ def load_model(name: str, args: ORPOConfig) -> PreTrainedModel:
     )
     if config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; this loss is for decoder-only (causal) language models")
-    return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+        raise ValueError(f"{name} is a {config.model_type} model, which has no language-modeling head to train with")
+    try:
+        model, loaded = AutoModelForCausalLM.from_pretrained(name, **kwargs, output_loading_info=True)
+    except ImportError as error:
+        if "flash" in str(error).lower():
+            error.add_note("without FlashAttention: attn_implementation sdpa")
+        raise
+    _refuse_random_head(name, model, loaded["missing_keys"])
+    return model
+
+
+def _refuse_random_head(name: str, model: PreTrainedModel, missing: Collection[str]) -> None:
+    """transformers only warns where a checkpoint lacks the head, and gives the model a random one."""
+    heads = [path for path, module in model.named_modules() if module is model.get_output_embeddings()]
+    if any(f"{head}.weight" in missing for head in heads):
+        raise ValueError(
+            f"{name} holds a model without its head ({heads[0]}), which would be trained from random weights: "
+            "give a checkpoint saved from AutoModelForCausalLM"
+        )
 
 
 def load_tokenizer(name: str, args: ORPOConfig) -> Any:
@@ -42,6 +72,8 @@ def load_tokenizer(name: str, args: ORPOConfig) -> Any:
     if not name:
         raise ValueError("processing_class is not given, and the model has no name to find its tokenizer by")
     revision = (args.model_init_kwargs or {}).get("revision")
+    if Path(name).is_dir() and not list(Path(name).glob("*token*")):
+        raise ValueError(f"{name} holds a model without its tokenizer: save it there with tokenizer.save_pretrained")
     return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
 
 

@@ -28,23 +28,33 @@ def load_pairs(name: str, split: str = "train", *, config: str | None = None, st
         streaming: read it as it is trained on, rather than beforehand.
 
     Raises:
-        ValueError: the file is of no kind that we read, or there is no such split.
+        ValueError: there is no such file, it is empty, broken or of no kind that we read, or there is no such split.
     """
     import datasets
 
     path = Path(name).expanduser()
     if path.is_file():
+        if path.stat().st_size == 0:
+            raise ValueError(f"{name} is empty; it needs rows with prompt, chosen and rejected")
         reader = reader_for(path)
         if reader is None:
             raise ValueError(f"{name} is of no known kind; it has to end in {', '.join(READERS)}, compressed or not")
         arguments: dict[str, Any] = {"path": reader, "data_files": str(path)}
-    elif name.startswith((".", "/", "~")) and not path.exists():
+    elif (name.startswith((".", "/", "~")) or reader_for(name) is not None) and not path.exists():
         raise ValueError(f"there is no file or folder {name}")
     else:
         arguments = {"path": str(path) if path.is_dir() else name, "name": config}
     try:
         return datasets.load_dataset(**arguments, split=split, streaming=streaming)
+    except (StopIteration, datasets.exceptions.DatasetGenerationError) as error:
+        # What went wrong in the file is the cause, behind a sentence that says nothing.
+        reason = error.__cause__ or "no row was found"
+        raise ValueError(f"{name} could not be read as {arguments['path']}: {reason}") from error
     except ValueError as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(
+                f"{name} has no row in {split!r}: it is empty, or has too few rows for that part"
+            ) from error
         if "split" not in str(error).lower():
             raise
         raise ValueError(f"{name} has no split {split!r}: {error}") from error

@@ -164,7 +164,11 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig
         peft_config=model_args.peft_config(),
         processing_class=model_args.tokenizer(args),
     )
-    result = trainer.train(resume_from_checkpoint=_resume_from(args))
+    try:
+        result = trainer.train(resume_from_checkpoint=_resume_from(args))
+    except torch.OutOfMemoryError as error:
+        error.add_note(_memory_advice(args, model_args))
+        raise
     trainer.save_model()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
@@ -182,6 +186,22 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig
     if model_args.merge_adapter and trainer.is_world_process_zero():
         merge_adapter(args.output_dir, Path(args.output_dir) / "merged", dtype=model_args.dtype)
     return trainer
+
+
+def _memory_advice(args: ORPOConfig, model_args: ModelArguments) -> str:
+    """What makes a run that ran out of memory smaller, of what it does not do yet."""
+    batch, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    smaller = f"per_device_train_batch_size 1 and gradient_accumulation_steps {steps * batch}, which trains the same"
+    ways = (
+        (smaller, batch > 1),
+        (f"max_length below {args.max_length}", True),
+        ("gradient_checkpointing", not args.activation_checkpointing),
+        ("use_peft", not model_args.use_peft),
+        ("load_in_4bit, with use_peft", not model_args.load_in_4bit),
+        ("an 8-bit optimizer (optim paged_adamw_8bit)", "8bit" not in args.optim and not model_args.use_peft),
+        ("several GPUs with FSDP", args.world_size == 1),
+    )
+    return "out of memory; what needs less: " + "; ".join(text for text, applies in ways if applies)
 
 
 def _resume_from(args: ORPOConfig) -> str | bool | None:

@@ -1,0 +1,145 @@
+"""What goes wrong on a first day, from the command line: each error says what to do."""
+
+import json
+import subprocess
+import sys
+
+import datasets
+import pytest
+import torch
+from tiny import SEVEN, SMALL, make_model, make_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, ViTConfig
+
+from orpo import ORPOTrainer, train
+
+ROWS = [dict(zip(SEVEN, values, strict=True)) for values in zip(*SEVEN.values(), strict=True)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def lines(rows):
+    return "\n".join(map(json.dumps, rows))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("first-day")
+    make_model("llama").save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    make_model("llama").save_pretrained(folder / "no-tokenizer")
+    LlamaModel(LlamaConfig(**SMALL)).save_pretrained(folder / "no-head")
+    ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4).save_pretrained(folder / "vit")
+    make_model("llama").save_pretrained(folder / "no-pad")
+    make_tokenizer(pad_token=None).save_pretrained(folder / "no-pad")
+    talks = [{side: [{"role": "user", "content": "a"}, {"role": "assistant", "content": row[side]}] for side in
+              ("chosen", "rejected")} for row in ROWS]  # fmt: skip
+    for name, text in {
+        "pairs.jsonl": lines(ROWS),
+        "other-columns.jsonl": lines([{"question": r["prompt"], "good": r["chosen"]} for r in ROWS]),
+        "talks.jsonl": lines(talks),
+        "empty.jsonl": "",
+        "empty.json": "[]",
+        "header.csv": "prompt,chosen,rejected\n",
+        "broken.jsonl": '{"prompt": "a", "chosen": \n nonsense',
+    }.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def run(folder, output, model="model", data="pairs.jsonl", **options):
+    options = {"output_dir": output, "max_steps": 1, "logging_steps": 1, "use_cpu": True, **options}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    train.main(["--model_name_or_path", str(folder / model), "--dataset_name", str(folder / data), *words])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("other-columns.jsonl", r"needs the columns 'chosen' .* this one has \['good', 'question'\]: rename"),
+        ("talks.jsonl", r"no chat template to render them with: set tokenizer\.chat_template \(--chat_template\)"),
+        ("empty.jsonl", "is empty; it needs rows with prompt, chosen and rejected"),
+        ("empty.json", "has no row in 'train': it is empty"),
+        ("header.csv", "has no row in 'train': it is empty"),
+        ("broken.jsonl", r"could not be read as json: .*JSON"),
+        ("pears.jsonl", "there is no file or folder"),
+    ],
+)
+def test_data(data, message, folder, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(folder, tmp_path, data=data)
+
+
+def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"there is no file or folder pears\.jsonl"):
+        run(folder, tmp_path, dataset_name="pears.jsonl")
+
+
+def test_a_part_without_rows(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"has no row in 'train\[:1%\]': .* too few rows for that part"):
+        run(folder, tmp_path, do_eval=True, dataset_test_split="train[:1%]")
+
+
+def test_a_template_on_the_command_line_helps(folder, tmp_path):
+    run(folder, tmp_path, data="talks.jsonl", chat_template="{% for m in messages %}{{ m['content'] }}</s>{% endfor %}")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("no-head", r"no-head holds a model without its head \(lm_head\), which would be trained from random weights"),
+        ("no-tokenizer", "holds a model without its tokenizer: save it there"),
+        ("vit", "vit is a vit model, which has no language-modeling head"),
+        ("nothing", "there is no folder .*nothing to load a model from"),
+    ],
+)
+def test_models(model, message, folder, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(folder, tmp_path, model=model)
+
+
+def test_a_tied_head_is_not_missing(folder, tmp_path):
+    make_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    make_tokenizer().save_pretrained(tmp_path / "tied")
+    run(tmp_path, tmp_path / "out", model="tied", dataset_name=folder / "pairs.jsonl")
+
+
+def test_no_pad_token_is_no_problem(folder, tmp_path):
+    for model in ("model", "no-pad"):
+        run(folder, tmp_path / model, model=model)
+    with_pad, without = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("model", "no-pad"))
+    for name, weight in with_pad.state_dict().items():
+        assert torch.equal(weight, without.state_dict()[name]), name
+
+
+def test_flash_attention_that_is_not_installed(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(ImportError, match="FlashAttention2") as caught:
+        run(folder, tmp_path, attn_implementation="flash_attention_2")
+    assert "attn_implementation sdpa" in caught.value.__notes__[0]
+
+
+def test_too_little_memory(folder, tmp_path, monkeypatch):
+    def step(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(ORPOTrainer, "training_step", step)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run(folder, tmp_path, per_device_train_batch_size=8)
+    (advice,) = caught.value.__notes__
+    assert "per_device_train_batch_size 1 and gradient_accumulation_steps 8" in advice
+    assert "use_peft" in advice and "gradient_checkpointing" not in advice
+
+
+def test_training_on_a_cpu_needs_no_triton(folder, tmp_path):
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from orpo import train\n"
+        f"train.main(['--model_name_or_path', {str(folder / 'model')!r}, '--dataset_name', "
+        f"{str(folder / 'pairs.jsonl')!r}, '--output_dir', {str(tmp_path)!r}, '--max_steps', '1', '--use_cpu'])\n"
+    )
+    subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (tmp_path / "model.safetensors").is_file()
