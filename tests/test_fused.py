@@ -114,10 +114,16 @@ def test_upstream_gradient_and_retained_graph(backend, budget, kernel_device):
     loss = run(problem, backend, budget, grad=False).loss
     one = torch.autograd.grad(loss, inputs, retain_graph=True)
     half = torch.autograd.grad(0.5 * loss + 3.0, inputs, retain_graph=True)
-    again = torch.autograd.grad(loss, inputs)
+    # Gradients that were handed out belong to the caller, who may overwrite them.
+    for gradient in half:
+        gradient.mul_(2)
+    # The last call frees the graph, and may use up what the others had to keep.
+    again = torch.autograd.grad(0.5 * loss, inputs)
     for a, b, c in zip(one, half, again, strict=True):
-        torch.testing.assert_close(b, 0.5 * a, rtol=1e-6, atol=1e-9)
-        assert torch.equal(a, c)
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-9)
+        assert torch.equal(0.5 * a, c)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, inputs)
 
 
 def test_second_derivatives_refuse():

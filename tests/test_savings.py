@@ -106,6 +106,14 @@ def test_memory_by_strips():
     assert peak <= strip + results + per_row + 2**17
 
 
+def test_gradient_of_a_wide_head_exists_once():
+    # Few rows: the head's gradient is the largest thing alive, and neither zeros nor a scaled copy may stand beside it.
+    problem = make_problem(1, 16, 64, 40_009).requiring_grad()
+    n = problem.rows.rows_N.numel()
+    _, _, peak = measure(lambda: loss_of(problem, logits_budget=2**30).backward())
+    assert peak <= problem.weight.numel() * 4 + n * 40_009 * 4 + 2**17
+
+
 @pytest.mark.parametrize("pairs", [4, 16])
 def test_tiles_stay_within_the_budget_whatever_the_batch(pairs):
     problem = make_problem(pairs, T, 16, 2003).requiring_grad()

@@ -257,6 +257,8 @@ _BACKWARD_SETTINGS = ("logit_scale", "logit_softcap", "logits_budget", "strip_by
 
 
 def _save_for_backward(ctx, inputs, keyword_only_inputs, output) -> None:
+    # Autograd would make a (V, D) tensor of zeros for the finished gradient among the outputs, which has no gradient.
+    ctx.set_materialize_grads(False)
     hidden_RD, weight_VD, bias_V = inputs[:3]
     ctx.save_for_backward(hidden_RD, weight_VD, bias_V, *output[7:])
     ctx.settings = {name: keyword_only_inputs[name] for name in _BACKWARD_SETTINGS}
@@ -264,9 +266,28 @@ def _save_for_backward(ctx, inputs, keyword_only_inputs, output) -> None:
 
 
 def _backward(ctx, grad_loss, *_):
-    needs = ctx.settings["needs"]
-    grads = torch.ops.orpo.linear_orpo_backward(grad_loss, *ctx.saved_tensors, **ctx.settings)
+    needs, saved = ctx.settings["needs"], ctx.saved_tensors
+    recomputed = schedule.recomputes(Needs(*needs), ctx.settings["logits_budget"])
+    if recomputed or _graph_is_kept() or type(grad_loss) is not Tensor:
+        grads = torch.ops.orpo.linear_orpo_backward(grad_loss, *saved, **ctx.settings)
+    else:
+        # Nobody will ask for the finished gradients again: a scaled copy would cost as much memory once more.
+        finished = zip(saved[-3:], saved[:3], needs, strict=True)
+        grads = [_scaled_(t, grad_loss).to(like.dtype) if wanted else None for t, like, wanted in finished]
     return *(g if wanted else None for g, wanted in zip(grads, needs, strict=True)), *(None,) * 5
+
+
+def _graph_is_kept() -> bool:
+    """Whether another backward may follow (`retain_graph`); where torch does not say, yes."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
+
+
+def _scaled_(finished: Tensor, grad_loss: Tensor) -> Tensor:
+    # On a CPU reading the factor costs nothing, and it nearly always is 1.
+    if grad_loss.is_cpu and grad_loss.item() == 1:
+        return finished
+    return finished.mul_(grad_loss)
 
 
 linear_orpo.register_autograd(_backward, setup_context=_save_for_backward)
