@@ -244,7 +244,11 @@ def measure_case(
     gc.collect()
     for kind in kinds:
         functions = {name: partial(KINDS[kind], peers[name], batch) for name in right}
-        memory = {name: peak_memory(function) for name, function in functions.items()}
+        memory = {}
+        for name, function in functions.items():
+            # Gradients that the call before left would be freed within this one, and hide as many bytes of its own.
+            batch.requiring_grad()
+            memory[name] = peak_memory(function)
         seconds = interleaved(functions, rounds, clock)
         for name, times in seconds.items():
             figures = summary(times, seconds.get(baseline))

@@ -143,16 +143,17 @@ def long_table(records: list[dict]) -> str:
 
 
 def training_table(records: list[dict]) -> str:
-    """Time and pairs per second of each trainer."""
-    header = ["model", "data", "batch", "what", "who", "median (20 to 80 %)", "times as fast as TRL", "pairs/s"]
+    """Time, pairs per second and memory of each trainer."""
+    header = ["model", "data", "batch", "dtype", "what", "who", "median (20 to 80 %)", "times as fast as TRL"]
     return table(
-        header,
+        [*header, "pairs/s", "resident, GiB"],
         [
             [
-                *(str(r[name]) for name in ("head", "data", "pairs", "kind", "peer")),
+                *(str(r[name]) for name in ("head", "data", "pairs", "dtype", "kind", "peer")),
                 f"{r['median']:.3g} s ({r['q20']:.3g} to {r['q80']:.3g})",
                 f"{r['ratio']:.2f}",
                 f"{r['pairs_per_second']:.2f}",
+                f"{r['peak_resident_bytes'] / 2**30:.1f}" if r.get("peak_resident_bytes") else "",
             ]
             for r in records
         ],

@@ -148,7 +148,8 @@ def main() -> None:
     if options.group == "training":
         from . import training
 
-        training.run(options.model, options.data)
+        training.run(options.model, options.data, ("float32", "bfloat16"), (), training.ROUNDS)
+        training.run(options.model, None, (), (10, 30, 50, 70, 90), 2)
         return
     pieces = [
         piece

@@ -1,19 +1,24 @@
 """Training step and whole run: ours in each layout, TRL's ORPOTrainer, and TRL's SFTTrainer on the chosen half.
 
-    python -m benchmarks.run --group training --model FOLDER --data pairs.jsonl
+    python -m benchmarks.run --group training --model FOLDER --data pairs.jsonl     all of it, float32 and bfloat16
+    python -m benchmarks.training --model FOLDER --data pairs.jsonl --dtype bfloat16
+    python -m benchmarks.training --model FOLDER --shares 10,50,90                  random words, so much of them prompt
     python -m benchmarks.training --quick
 
 FOLDER is any local copy of a causal language model with its tokenizer, for example SmolLM2-135M-Instruct as
 `huggingface-cli download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir FOLDER` leaves it. Without `--data` the pairs
 are random words as many as real answers have (lengths.py). All trainers get the same rows, the same batch size, the
 same start and the same order. They take turns, each for some steps from the same weights; a time is that of one
-optimizer step, data loading included. Before any time stands, ours has to give TRL's loss at the first step.
+optimizer step, data loading included. Before any time stands, ours has to give TRL's loss at the first step. Memory is
+the most that a process of its own held resident over the same steps, interpreter, weights and optimizer included.
+bfloat16 is `bf16=True`, mixed precision over float32 weights, for all.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import multiprocessing
 import os
 import random
 import tempfile
@@ -26,9 +31,12 @@ from . import lengths, results
 from .measure import stamp, summary, synchronize
 
 LAYOUTS = ("padded", "packed", "shared")
-BATCH, STEPS, ROUNDS = 4, 3, 3
-# Relative difference between our first loss and TRL's, in float32, beyond which one of them computes something else.
-SAME_LOSS = 1e-4
+KINDS = (*(f"ours {layout}" for layout in LAYOUTS), "trl orpo", "trl sft")
+BATCH, STEPS, ROUNDS, LONGEST = 4, 3, 3, 512
+# Relative difference between our first loss and TRL's beyond which one of them computes something else.
+SAME_LOSS = {"float32": 1e-4, "bfloat16": 2e-2}
+# Tokens of a sequence where the share of the prompt is given.
+SHARED_TOTAL = 256
 
 
 def load(folder: str | None) -> tuple[Any, Any]:
@@ -43,8 +51,10 @@ def load(folder: str | None) -> tuple[Any, Any]:
     return build_model(tokenizer, seed=0), tokenizer
 
 
-def synthetic_pairs(tokenizer: Any, count: int, longest: int, seed: int = 0) -> list[dict[str, str]]:
-    """Pairs of random words, each word one token, as long as those of the data set."""
+def synthetic_pairs(
+    tokenizer: Any, count: int, longest: int, seed: int = 0, share: int | None = None
+) -> list[dict[str, str]]:
+    """Pairs of random words, each word one token, as long as those of the data set, or with `share` % of prompt."""
     g = random.Random(seed)
     single = [w for w in tokenizer.get_vocab() if w.startswith("Ġ") and w[1:].isascii() and w[1:].isalpha()]
     words = sorted(word[1:] for word in single)
@@ -52,7 +62,11 @@ def synthetic_pairs(tokenizer: Any, count: int, longest: int, seed: int = 0) -> 
     def text(tokens: int) -> str:
         return "".join(f" {g.choice(words)}" for _ in range(max(tokens, 1)))
 
-    drawn = lengths.draw(count, seed, longest)
+    if share is None:
+        drawn = lengths.draw(count, seed, longest)
+    else:
+        prompt = SHARED_TOTAL * share // 100
+        drawn = [(prompt, SHARED_TOTAL - prompt, SHARED_TOTAL - prompt)] * count
     # Of the counted tokens one is BOS and one EOS.
     return [dict(prompt=text(p - 1), chosen=text(c - 1), rejected=text(r - 1)) for p, c, r in drawn]
 
@@ -78,13 +92,15 @@ def pairs_of(data: str | None, tokenizer: Any, count: int, longest: int) -> list
     raise ValueError(f"data has {len(out)} pairs of at most {longest} tokens; {count} are needed")
 
 
-def make_trainer(kind: str, model: Any, tokenizer: Any, rows: list[dict], folder: str, batch: int, longest: int) -> Any:
+def make_trainer(
+    kind: str, model: Any, tokenizer: Any, rows: list[dict], folder: str, batch: int, longest: int, dtype: str
+) -> Any:
     """The trainer called `kind`, over a copy of `model`."""
     import datasets
 
     common = dict(
         output_dir=folder, per_device_train_batch_size=batch, max_steps=len(rows) // batch, learning_rate=1e-5,
-        use_cpu=not torch.cuda.is_available(), bf16=False, gradient_checkpointing=False, logging_steps=1,
+        use_cpu=not torch.cuda.is_available(), bf16=dtype == "bfloat16", gradient_checkpointing=False, logging_steps=1,
         save_strategy="no", report_to="none", disable_tqdm=True, max_length=longest, seed=0,
     )  # fmt: skip
     data, model = datasets.Dataset.from_list(rows), copy.deepcopy(model)
@@ -127,40 +143,80 @@ def train(trainer: Any) -> tuple[list[float], float, float]:
     return [b - a for a, b in zip(begins, ends, strict=True)], whole, first
 
 
+def peak_resident(kind: str, source: dict[str, Any], batch: int, longest: int, dtype: str) -> int:
+    """Most bytes that a process of its own holds resident while it trains on the rows; 0 where /proc is not Linux's."""
+    # A fork would start with this process's memory.
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_train_alone, (kind, source, batch, longest, dtype, torch.get_num_threads()))
+
+
+def _train_alone(kind: str, source: dict[str, Any], batch: int, longest: int, dtype: str, threads: int) -> int:
+    torch.set_num_threads(threads)
+    model, tokenizer, rows = load_all(**source)
+    with tempfile.TemporaryDirectory() as out:
+        train(make_trainer(kind, model, tokenizer, rows, out, batch, longest, dtype))
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return 0
+
+
+def load_all(folder: str | None, data: str | None, count: int, longest: int, share: int | None) -> tuple:
+    model, tokenizer = load(folder)
+    if share is not None:
+        return model, tokenizer, synthetic_pairs(tokenizer, count, longest, share=share)
+    return model, tokenizer, pairs_of(data, tokenizer, count, longest)
+
+
 def measure(
     folder: str | None,
     data: str | None,
     batch: int = BATCH,
     steps: int = STEPS,
     rounds: int = ROUNDS,
-    longest: int = 512,
+    longest: int = LONGEST,
+    dtype: str = "float32",
+    share: int | None = None,
+    kinds: tuple[str, ...] = KINDS,
+    memory: bool = False,
 ) -> list[dict[str, object]]:
     """One record for each trainer, for a step and for the whole call.
+
+    Args:
+        share: percent of each sequence that is prompt, in random words; None takes `data`.
+        kinds: the trainers, "trl orpo" among them.
+        memory: whether each trainer runs once more in a process of its own, to see what it holds.
 
     Raises:
         ValueError: ours and TRL's ORPO differ in the loss of the first step.
     """
-    model, tokenizer = load(folder)
-    rows = pairs_of(data, tokenizer, batch * steps, longest)
-    kinds = [*(f"ours {layout}" for layout in LAYOUTS), "trl orpo", "trl sft"]
+    source = dict(folder=folder, data=data, count=batch * steps, longest=longest, share=share)
+    model, tokenizer, rows = load_all(**source)
     times: dict[str, dict[str, list[float]]] = {kind: {"training step": [], "whole run": []} for kind in kinds}
     losses: dict[str, float] = {}
     for _ in range(rounds):
         for kind in kinds:
             with tempfile.TemporaryDirectory() as out:
-                seconds, whole, losses[kind] = train(make_trainer(kind, model, tokenizer, rows, out, batch, longest))
+                trainer = make_trainer(kind, model, tokenizer, rows, out, batch, longest, dtype)
+                seconds, whole, losses[kind] = train(trainer)
             # The first step of a process allocates for the first time.
             times[kind]["training step"].append(sum(seconds[1:]) / len(seconds[1:]))
             times[kind]["whole run"].append(whole)
-    for kind in kinds[: len(LAYOUTS)]:
-        if abs(losses[kind] - losses["trl orpo"]) > SAME_LOSS * abs(losses["trl orpo"]):
+    for kind in kinds:
+        off = abs(losses[kind] - losses["trl orpo"])
+        if kind.startswith("ours") and off > SAME_LOSS[dtype] * abs(losses["trl orpo"]):
             raise ValueError(f"first loss of {kind} is {losses[kind]}, of TRL's ORPOTrainer {losses['trl orpo']}")
+    held = {kind: peak_resident(kind, source, batch, longest, dtype) if memory else 0 for kind in kinds}
+    words = f"random words, {share} % prompt" if share is not None else "random words of real lengths"
     shape = {
         "head": os.path.basename(os.path.normpath(folder)) if folder else "1M parameters",
         "pairs": batch,
-        "positions": longest,
-        "data": os.path.basename(data) if data else "random words of real lengths",
-        "dtype": "float32",
+        "positions": longest if share is None else SHARED_TOTAL,
+        "prompt": share,
+        "data": os.path.basename(data) if data and share is None else words,
+        "dtype": dtype,
         "status": "measured",
         "rounds": rounds,
     }
@@ -174,6 +230,7 @@ def measure(
             "pairs_per_second": (batch if what == "training step" else batch * steps)
             / summary(times[kind][what])["median"],
             "first_loss": losses[kind],
+            "peak_resident_bytes": held[kind],
             **stamp(),
         }
         for what in ("training step", "whole run")
@@ -187,24 +244,34 @@ def show(records: list[dict]) -> None:
         print(f"{r['kind']:14s} {r['peer']:12s} {figures}")
 
 
-def run(folder: str | None, data: str | None) -> None:
-    """Measure, store and print."""
+def run(folder: str | None, data: str | None, dtypes: tuple[str, ...], shares: tuple[int, ...], rounds: int) -> None:
+    """Measure, store and print: the data in each dtype, or random words of each share, in float32."""
     folder = folder or os.environ.get("ORPO_BENCH_MODEL")
-    records = measure(folder, data)
-    results.append("training", records)
-    show(records)
+    for dtype in () if shares else dtypes:
+        records = measure(folder, data, dtype=dtype, rounds=rounds, memory=True)
+        results.append("training", records)
+        show(records)
+    for share in shares:
+        few = ("ours shared", "ours packed", "trl orpo", "trl sft")
+        records = measure(folder, None, share=share, rounds=rounds, steps=2, kinds=few)
+        results.append("training", records)
+        show(records)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a model (default: the variable ORPO_BENCH_MODEL)")
     parser.add_argument("--data", help="pairs as JSONL or parquet, or a hub name")
+    parser.add_argument("--dtype", default="float32,bfloat16", help="float32, bfloat16, or both with a comma")
+    parser.add_argument("--shares", default="", help="percent of prompt in random words, with commas, instead of data")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--quick", action="store_true", help="the 1M-parameter model, two pairs a batch, two steps")
     options = parser.parse_args()
     if options.quick:
         show(measure(None, None, batch=2, steps=2, rounds=1, longest=200))
-    else:
-        run(options.model, options.data)
+        return
+    shares = tuple(int(share) for share in options.shares.split(",") if share)
+    run(options.model, options.data, tuple(options.dtype.split(",")), shares, options.rounds)
 
 
 if __name__ == "__main__":

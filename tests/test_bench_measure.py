@@ -1,0 +1,40 @@
+"""benchmarks.measure and step_profile: memory does not depend on what was measured before, time goes to its part."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.measure import measure_case, peak_memory
+from benchmarks.peers import PEERS
+from benchmarks.step_profile import OTHER, attribute
+
+
+def test_peak_is_what_is_alive_at_once():
+    def two_then_one():
+        first = torch.empty(1 << 20, dtype=torch.uint8)
+        second = torch.empty(1 << 20, dtype=torch.uint8)
+        del first, second
+        return torch.empty(1 << 19, dtype=torch.uint8)
+
+    assert peak_memory(two_then_one) == pytest.approx(1 << 21, rel=0.01)
+
+
+def test_order_of_peers_does_not_change_their_memory():
+    case = Case("tiny", pairs=2, positions=32, prompt=8, vocabulary=20_000, hidden_size=64)
+    peers = {"trl like": PEERS["torch eager"], "again": PEERS["torch eager"], "third": PEERS["torch eager"]}
+    records = measure_case(case, torch.float32, peers, ["step"], rounds=1, baseline="again")
+    peaks = [r["peak_bytes"] for r in records]
+    gradient = 4 * case.vocabulary * case.hidden_size
+    assert max(peaks) - min(peaks) < gradient / 10
+
+
+def test_time_goes_to_what_asked_for_it():
+    def event(name, microseconds, parent=None):
+        return SimpleNamespace(name=name, self_cpu_time_total=microseconds, cpu_parent=parent)
+
+    loss = event("orpo::linear_orpo", 1e6)
+    events = [loss, event("aten::mm", 2e6, loss), event("aten::mm", 4e6), event("aten::silu", 8e6)]
+    # A matmul inside the loss has a name of its own, but the loss is what asked for it.
+    assert attribute(events) == {"head and loss": 3.0, "linear layers": 4.0, OTHER: 8.0}
