@@ -4,6 +4,7 @@
     orpo-train --model_name_or_path M --dataset_name pairs.jsonl     a run
     orpo-train --config run.yaml --learning_rate 8e-6                the same from a file, one setting changed
     orpo-train --config smollm2-lora                                 a shipped recipe; --list_recipes names them all
+    orpo-train --print-config fsdp2 > fsdp2.yaml                     for accelerate launch --config_file fsdp2.yaml
 
 Every field of ``ORPOConfig`` and of ``transformers.TrainingArguments`` is an option.
 """
@@ -22,6 +23,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from orpo.config import ORPOConfig
+from orpo.launch import launch_config
 from orpo.merge import merge_adapter
 from orpo.packages import require
 from orpo.recipes import describe_recipes, find_config
@@ -117,6 +119,9 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, ORPOConfi
     parser = HfArgumentParser((ModelArguments, DataArguments, ORPOConfig), prog="orpo-train", description=__doc__)
     parser.add_argument("--config", help="A YAML file of options, or the name of a recipe (--list_recipes).")
     parser.add_argument("--list_recipes", "--list-recipes", action=_ListRecipes, nargs=0, help="Name the recipes.")
+    parser.add_argument(
+        "--print_config", "--print-config", action=_PrintConfig, help="Print a configuration of accelerate launch."
+    )
     config = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].config
     if config is not None:
         parser.set_defaults(**_read_config(config, {action.dest for action in parser._actions}))
@@ -127,6 +132,15 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, ORPOConfi
 class _ListRecipes(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         print(describe_recipes())
+        parser.exit()
+
+
+class _PrintConfig(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, _: Any, name: Any, *__: Any) -> None:
+        try:
+            print(launch_config(name), end="")
+        except ValueError as error:
+            parser.error(str(error))
         parser.exit()
 
 

@@ -11,13 +11,13 @@ import pytest
 SCRIPT = Path(__file__).with_name("run_ranks.py")
 
 
-def run(folder, ranks):
+def run(folder, ranks, *arguments):
     folder.mkdir()
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     done = subprocess.run(
-        [*launcher, str(SCRIPT), str(folder), "4"],
+        [*launcher, str(SCRIPT), str(folder), "4", *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -31,6 +31,20 @@ def test_two_ranks_equal_one(tmp_path):
     """Answers of unequal length, an accumulation window of four or two micro-batches, and an odd evaluation set."""
     (one, _), (two, printed) = run(tmp_path / "one", 1), run(tmp_path / "two", 2)
     assert (one["wrapper"], two["wrapper"]) == ("LlamaForCausalLM", "DistributedDataParallel")
+    assert_same_run(one, two)
+    assert printed.count("train: kept 8 of 8") == 1
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_fsdp2_equals_one_process(head, tmp_path):
+    one, _ = run(tmp_path / "one", 1, head)
+    two, _ = run(tmp_path / "two", 2, head, "FULL_STATE_DICT")
+    # accelerate falls back to DDP in silence: both layers and the root have to be sharded.
+    assert two["sharded"] >= 3 and one["sharded"] == 0
+    assert_same_run(one, two)
+
+
+def assert_same_run(one, two):
     compared = [(a, b) for a, b in zip(one["log"], two["log"], strict=True) if "loss" in a]
     assert len(compared) == 3
     for mine, other in [*compared, (one["eval"], two["eval"])]:
@@ -39,4 +53,3 @@ def test_two_ranks_equal_one(tmp_path):
                 continue
             assert other[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-5, abs=1e-5)
-    assert printed.count("train: kept 8 of 8") == 1
