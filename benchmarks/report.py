@@ -219,7 +219,31 @@ def readme_block(stored: dict[str, list[dict]]) -> str:
     )
     header = ["head", "dtype", "who", "forward + backward, s", "evaluation, s", "memory, MiB"]
     picture = "![speed against TRL, by head](benchmarks/results/heads.png)"
-    return "\n\n".join([MARKS[0], picture, text, table(header, rows), MARKS[1]])
+    parts = [MARKS[0], picture, text, table(header, rows), *readme_training(stored["training"]), MARKS[1]]
+    return "\n\n".join(parts)
+
+
+def readme_training(records: list[dict]) -> list[str]:
+    """Paragraph and table of training steps on real data; nothing where none was measured."""
+    steps = [r for r in records if r["kind"] == "training step" and r.get("prompt") is None]
+    if not steps:
+        return []
+    text = (
+        f"Training steps of {steps[0]['head']} on HH-RLHF, {steps[0]['pairs']} pairs a batch, on {caption(steps)}; "
+        "`trl sft` is TRL's SFTTrainer on the chosen answers alone. Resident is what a whole process holds."
+    )
+    header = ["dtype", "trainer", "step, s", "times as fast as TRL's ORPOTrainer", "resident, GiB"]
+    rows = [
+        [
+            r["dtype"],
+            r["peer"],
+            f"{r['median']:.1f}",
+            f"{r['ratio']:.2f}",
+            f"{r['peak_resident_bytes'] / 2**30:.1f}" if r.get("peak_resident_bytes") else "",
+        ]
+        for r in steps
+    ]
+    return [text, table(header, rows)]
 
 
 def with_block(readme: str, block: str) -> str:

@@ -76,8 +76,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--trainers", default="ours shared,trl sft", help="with commas; as in benchmarks.training")
     options = parser.parse_args()
-    model, tokenizer, rows = load_all(options.model, options.data, BATCH * STEPS, LONGEST, None)
     for kind in options.trainers.split(","):
+        model, tokenizer, rows = load_all(options.model, options.data, BATCH * STEPS, LONGEST, None)
         with tempfile.TemporaryDirectory() as out:
             seconds = profile(make_trainer(kind, model, tokenizer, rows, out, BATCH, LONGEST, options.dtype))
         whole = sum(seconds.values())
