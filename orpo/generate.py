@@ -1,0 +1,248 @@
+"""Answers of a model to prompts.
+
+    orpo-generate out --prompt "How do I boil an egg?"
+    orpo-generate out --prompts prompts.jsonl --output answers.jsonl --temperature 0.7 --seed 1
+
+The model is a folder, a folder of an adapter, or a model of the hub. Prompts are the lines of a text file, or the
+column ``prompt`` of a data set in any form that orpo-train reads, as strings or as lists of messages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from orpo.packages import require
+from orpo.sources import load_pairs
+
+Messages = list[dict[str, str]]
+
+
+def render(prompt: str | Messages, tokenizer: Any, chat_template: bool | None = None, system: str | None = None) -> str:
+    """The text that the model continues.
+
+    Args:
+        prompt: a string, or messages of which the last is not the assistant's.
+        chat_template: whether a string becomes a user's turn. Default: where the tokenizer has a template.
+        system: a system message before the turn.
+
+    Raises:
+        ValueError: messages, or a system message, without a chat template.
+    """
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if chat_template is None:
+        chat_template = has_template
+    if isinstance(prompt, str) and not chat_template:
+        if system is not None:
+            raise ValueError("system is given, but a prompt without a chat template has no place for it")
+        return prompt
+    if not has_template:
+        raise ValueError("the tokenizer has no chat template: give prompts as strings, without a chat template")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if system is not None:
+        messages = [{"role": "system", "content": system}, *messages]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str | Messages],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    batch_size: int = 8,
+    seed: int = 0,
+    chat_template: bool | None = None,
+    system: str | None = None,
+    progress: bool = False,
+) -> list[str]:
+    """The model's answer to each prompt, in their order, without special tokens.
+
+    Prompts are tokenized as in training: a plain string with BOS in front, a chat template's text as it is. A batch is
+    filled up on the left. Greedy answers do not depend on the batch size but for rounding; sampled ones repeat with the
+    same `seed`, prompts and `batch_size`. The global random state is left as it was.
+
+    Args:
+        model: a causal language model of transformers, or an adapter around one.
+        tokenizer: its tokenizer.
+        prompts: strings or lists of messages.
+        max_new_tokens: most tokens of an answer.
+        temperature: 0 takes the most likely token each time.
+        top_p: sample from the most likely tokens that together have this probability.
+        batch_size: prompts at a time.
+        seed: of the sampling.
+        chat_template, system: as in :func:`render`.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: a setting is out of its range, or a prompt cannot be rendered.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}; it has to be 0 or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it has to be above 0 and at most 1")
+    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it has to be at least 1")
+    texts = [render(prompt, tokenizer, chat_template, system) for prompt in prompts]
+    ids = [_tokens(text, prompt, tokenizer, chat_template) for text, prompt in zip(texts, prompts, strict=True)]
+    # Prompts of similar length share a batch: what fills it up is computed like any token.
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    ends = _end_ids(model, tokenizer)
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, *ends) if i is not None), 0)
+    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        # A model's own generation settings must not add a cut that nobody asked for.
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    answers = [""] * len(ids)
+    was_training = model.training
+    model.eval()
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            for first in tqdm(range(0, len(order), batch_size), disable=not progress):
+                batch = order[first : first + batch_size]
+                longest = max(len(ids[i]) for i in batch)
+                rows = [[pad] * (longest - len(ids[i])) + ids[i] for i in batch]
+                mask = [[0] * (longest - len(ids[i])) + [1] * len(ids[i]) for i in batch]
+                out = model.generate(
+                    input_ids=torch.tensor(rows, device=model.device),
+                    attention_mask=torch.tensor(mask, device=model.device),
+                    max_new_tokens=max_new_tokens,
+                    eos_token_id=ends or None,
+                    pad_token_id=pad,
+                    **sampling,
+                )
+                decoded = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+                for i, answer in zip(batch, decoded, strict=True):
+                    answers[i] = answer
+    finally:
+        model.train(was_training)
+    return answers
+
+
+def _tokens(text: str, prompt: str | Messages, tokenizer: Any, chat_template: bool | None) -> list[int]:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    templated = not isinstance(prompt, str) or (
+        bool(getattr(tokenizer, "chat_template", None)) if chat_template is None else chat_template
+    )
+    bos = tokenizer.bos_token_id
+    if not templated and bos is not None and ids[:1] != [bos]:
+        ids = [bos, *ids]
+    if not ids:
+        raise ValueError(f"prompt {prompt!r} has no token, and the tokenizer no BOS to begin with")
+    return ids
+
+
+def _end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, and those of the model's own generation settings."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    own = own if isinstance(own, list) else [own]
+    return sorted({i for i in (*own, tokenizer.eos_token_id) if i is not None})
+
+
+def load(name: str, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False) -> tuple:
+    """(model, tokenizer) of a folder, an adapter's folder or a name on the hub, ready to generate.
+
+    Raises:
+        ImportError: the folder holds an adapter, and peft is not installed.
+        ValueError: there is no such folder.
+    """
+    folder = Path(name).expanduser()
+    if name.startswith((".", "/", "~")) and not folder.is_dir():
+        raise ValueError(f"there is no folder {name} to load a model from")
+    # Weights as safetensors only: a pickle can run code as it loads.
+    options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+    if (folder / "adapter_config.json").is_file():
+        require("peft", f"the adapter in {name}")
+        from peft import AutoPeftModelForCausalLM
+
+        model = AutoPeftModelForCausalLM.from_pretrained(str(folder), **options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(str(folder) if folder.is_dir() else name, **options)
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(folder) if folder.is_dir() else name, trust_remote_code=trust_remote_code
+    )
+    if device is None:
+        device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    return model.to(device), tokenizer
+
+
+def read_prompts(name: str, split: str = "train") -> list[str | Messages]:
+    """The prompts of a text file, a line each, or the column ``prompt`` of a data set.
+
+    Raises:
+        ValueError: the file holds none, or the data set has no such column.
+    """
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".txt" and path.is_file():
+        prompts: list[Any] = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        data = load_pairs(name, split)
+        if "prompt" not in data.column_names:
+            raise ValueError(f"{name} has the columns {data.column_names}; prompts are read from one named 'prompt'")
+        prompts = list(data["prompt"])
+    if not prompts:
+        raise ValueError(f"{name} holds no prompt")
+    return prompts
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command ``orpo-generate``."""
+    parser = argparse.ArgumentParser(
+        prog="orpo-generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="a folder, a folder of an adapter, or a model of the hub")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="one prompt")
+    what.add_argument("--prompts", help="a text file, a line each, or a data set with a column 'prompt'")
+    parser.add_argument("--split", default="train", help='of the data set, for example "test[:20]"')
+    parser.add_argument("--output", help="a JSONL file of prompt and answer; default: the screen")
+    parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token each time")
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--system", help="a system message before each prompt")
+    parser.add_argument("--no_chat_template", action="store_true", help="give prompts to the model as they are")
+    parser.add_argument("--dtype", default="auto", help="of the weights: auto, float32, bfloat16, float16")
+    parser.add_argument("--device", help="cpu, cuda, ...; default: an accelerator if there is one")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    options = parser.parse_args(argv)
+    prompts = [options.prompt] if options.prompt is not None else read_prompts(options.prompts, options.split)
+    model, tokenizer = load(
+        options.model, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
+    )
+    names = ("max_new_tokens", "temperature", "top_p", "batch_size", "seed", "system")
+    settings = {name: getattr(options, name) for name in names}
+    template = False if options.no_chat_template else None
+    answers = generate(
+        model, tokenizer, prompts, chat_template=template, progress=options.output is not None, **settings
+    )
+    if options.output is None:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            if len(prompts) > 1:
+                print(f">>> {prompt if isinstance(prompt, str) else prompt[-1]['content']}")
+            print(answer)
+        return
+    with open(options.output, "w", encoding="utf-8") as file:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            record = {"prompt": prompt, "answer": answer, "model": options.model, **settings}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    print(f"{len(answers)} answers in {options.output}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""orpo.generate: what is continued, how batches are filled up, when an answer ends, and the command."""
+
+import json
+
+import peft
+import pytest
+import torch
+from tiny import CHATML, make_model, make_tokenizer
+
+from orpo.generate import generate, load, main, read_prompts, render
+
+PROMPTS = ["hello", "how are you, my dear friend", "What is your name?", "hello hello hello hello"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("llama")
+
+
+@pytest.fixture
+def folder(tmp_path, model):
+    model.save_pretrained(tmp_path / "m")
+    make_tokenizer().save_pretrained(tmp_path / "m")
+    return tmp_path / "m"
+
+
+def greedy(model, ids, steps, ends):
+    """Token by token, without cache, batch or padding."""
+    ids = list(ids)
+    start = len(ids)
+    for _ in range(steps):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] in ends:
+            break
+    return ids[start:]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_greedy_answers_are_the_most_likely_tokens(batch_size, model):
+    tokenizer = make_tokenizer()
+    answers = generate(model, tokenizer, PROMPTS, max_new_tokens=7, batch_size=batch_size)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+        expected = greedy(model, ids, 7, {tokenizer.eos_token_id})
+        assert answer == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_an_answer_ends_at_either_end_token(model):
+    tokenizer = make_tokenizer()
+    ids = [tokenizer.bos_token_id, *tokenizer("hello", add_special_tokens=False)["input_ids"]]
+    tokens = greedy(model, ids, 5, set())
+    before = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = [tokens[2]]
+    try:
+        (answer,) = generate(model, tokenizer, ["hello"], max_new_tokens=5)
+    finally:
+        model.generation_config.eos_token_id = before
+    first = tokens.index(tokens[2])
+    assert answer == tokenizer.decode(tokens[: first + 1], skip_special_tokens=True)
+
+
+def test_seeds_repeat_and_leave_the_random_state_alone(model):
+    tokenizer = make_tokenizer()
+    settings = dict(max_new_tokens=12, temperature=1.0)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    one = generate(model, tokenizer, PROMPTS, seed=1, **settings)
+    assert torch.rand(1) == expected
+    assert one == generate(model, tokenizer, PROMPTS, seed=1, **settings)
+    assert one != generate(model, tokenizer, PROMPTS, seed=2, **settings)
+
+
+def test_a_small_top_p_is_greedy(model):
+    tokenizer = make_tokenizer()
+    sampled = generate(model, tokenizer, PROMPTS, max_new_tokens=6, temperature=1.0, top_p=1e-6)
+    assert sampled == generate(model, tokenizer, PROMPTS, max_new_tokens=6)
+
+
+def test_training_goes_on_in_training_mode(model):
+    model.train()
+    try:
+        generate(model, make_tokenizer(), ["hello"], max_new_tokens=1)
+        assert model.training
+    finally:
+        model.eval()
+
+
+def test_chat_template():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHATML
+    turn = render("hello", tokenizer)
+    assert turn == render([{"role": "user", "content": "hello"}], tokenizer) and turn != "hello"
+    assert turn.endswith("assistant\n")
+    assert render("hello", tokenizer, chat_template=False) == "hello"
+    assert "be kind" in render("hello", tokenizer, system="be kind")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"chat_template": True}, "no chat template"),
+        ({"system": "be kind"}, "system is given"),
+    ],
+)
+def test_refusals(settings, words, model):
+    with pytest.raises(ValueError, match=words):
+        generate(model, make_tokenizer(), ["hello"], **settings)
+
+
+def test_a_prompt_without_a_token_is_refused(model):
+    with pytest.raises(ValueError, match="has no token"):
+        generate(model, make_tokenizer(bos_token=None), [""])
+
+
+def test_prompts_from_files(tmp_path):
+    (tmp_path / "p.txt").write_text("one\n\ntwo\n")
+    assert read_prompts(str(tmp_path / "p.txt")) == ["one", "two"]
+    messages = [{"role": "user", "content": "one"}]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": messages}) + "\n")
+    assert read_prompts(str(tmp_path / "p.jsonl")) == [messages]
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "one"}) + "\n")
+    with pytest.raises(ValueError, match="'prompt'"):
+        read_prompts(str(tmp_path / "q.jsonl"))
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        read_prompts(str(tmp_path / "empty.txt"))
+
+
+def test_the_command_writes_prompt_and_answer(folder, tmp_path, model, capsys):
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    out = tmp_path / "answers.jsonl"
+    line = [str(folder), "--device", "cpu", "--max_new_tokens", "5"]
+    main([*line, "--prompts", str(tmp_path / "p.txt"), "--output", str(out)])
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    expected = generate(model, make_tokenizer(), PROMPTS, max_new_tokens=5)
+    assert [(r["prompt"], r["answer"]) for r in records] == list(zip(PROMPTS, expected, strict=True))
+    assert records[0]["temperature"] == 0.0 and records[0]["model"] == str(folder)
+    main([*line, "--prompt", PROMPTS[0]])
+    assert capsys.readouterr().out == expected[0] + "\n"
+
+
+def test_an_adapters_folder_answers_as_the_adapted_model(folder, tmp_path):
+    model, tokenizer = load(str(folder), device="cpu")
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    adapted.eval()
+    expected = generate(adapted, tokenizer, PROMPTS, max_new_tokens=5)
+    adapted.save_pretrained(tmp_path / "a")
+    tokenizer.save_pretrained(tmp_path / "a")
+    again, _ = load(str(tmp_path / "a"), device="cpu")
+    assert generate(again, tokenizer, PROMPTS, max_new_tokens=5) == expected
+    assert expected != generate(load(str(folder), device="cpu")[0], tokenizer, PROMPTS, max_new_tokens=5)
+
+
+def test_a_missing_folder_is_named():
+    with pytest.raises(ValueError, match=r"no folder \./nowhere"):
+        load("./nowhere")
