@@ -225,12 +225,13 @@ def readme_block(stored: dict[str, list[dict]]) -> str:
 
 def readme_training(records: list[dict]) -> list[str]:
     """Paragraph and table of training steps on real data; nothing where none was measured."""
-    steps = [r for r in records if r["kind"] == "training step" and r.get("prompt") is None]
+    steps = [r for r in records if r["kind"] == "training step" and not r["data"].startswith("random words")]
     if not steps:
         return []
     text = (
-        f"Training steps of {steps[0]['head']} on HH-RLHF, {steps[0]['pairs']} pairs a batch, on {caption(steps)}; "
-        "`trl sft` is TRL's SFTTrainer on the chosen answers alone. Resident is what a whole process holds."
+        f"Training steps of {steps[0]['head']} on `{steps[0]['data']}`, {steps[0]['pairs']} pairs a batch, on "
+        f"{caption(steps)}; medians of `python -m benchmarks.training --model FOLDER --data FILE`. `trl sft` is TRL's "
+        "SFTTrainer on the chosen answers alone. Resident is what a whole process holds."
     )
     header = ["dtype", "trainer", "step, s", "times as fast as TRL's ORPOTrainer", "resident, GiB"]
     rows = [

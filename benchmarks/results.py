@@ -8,7 +8,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "results"
 # What makes two records the same measurement.
-KEY = ("group", "head", "pairs", "positions", "prompt", "padded", "dtype", "kind", "peer", "device", "V")
+KEY = ("group", "head", "pairs", "positions", "prompt", "padded", "dtype", "kind", "peer", "device", "V", "data")
 
 
 def key_of(record: Mapping[str, object]) -> tuple:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import time
 from dataclasses import dataclass
 
@@ -125,7 +126,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only pieces whose line in --list contains this")
     parser.add_argument("--peers", help="comma-separated; default: all that are installed")
     parser.add_argument("--again", action="store_true", help="also what is measured already")
-    parser.add_argument("--model", help="group training: folder of a model (default: the variable ORPO_BENCH_MODEL)")
+    parser.add_argument(
+        "--model",
+        default=os.environ.get("ORPO_BENCH_MODEL"),
+        help="group training: folder of a model (default: the variable ORPO_BENCH_MODEL)",
+    )
     parser.add_argument("--data", help="group training: pairs as JSONL or parquet, or a hub name")
     options = parser.parse_args()
     names = options.peers.split(",") if options.peers else [name for name in PEERS if available(name)]
@@ -148,8 +153,8 @@ def main() -> None:
     if options.group == "training":
         from . import training
 
-        training.run(options.model, options.data, ("float32", "bfloat16"), (), training.ROUNDS)
-        training.run(options.model, None, (), (10, 30, 50, 70, 90), 2)
+        training.run(options.model, options.data)
+        training.run_shares(options.model)
         return
     pieces = [
         piece

@@ -23,6 +23,7 @@ import os
 import random
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ BATCH, STEPS, ROUNDS, LONGEST = 4, 3, 3, 512
 SAME_LOSS = {"float32": 1e-4, "bfloat16": 2e-2}
 # Tokens of a sequence where the share of the prompt is given.
 SHARED_TOTAL = 256
+SHARES = (10, 30, 50, 70, 90)
 
 
 def load(folder: str | None) -> tuple[Any, Any]:
@@ -208,14 +210,15 @@ def measure(
         off = abs(losses[kind] - losses["trl orpo"])
         if kind.startswith("ours") and off > SAME_LOSS[dtype] * abs(losses["trl orpo"]):
             raise ValueError(f"first loss of {kind} is {losses[kind]}, of TRL's ORPOTrainer {losses['trl orpo']}")
-    held = {kind: peak_resident(kind, source, batch, longest, dtype) if memory else 0 for kind in kinds}
+    held = {kind: peak_resident(kind, source, batch, longest, dtype) for kind in kinds} if memory else {}
     words = f"random words, {share} % prompt" if share is not None else "random words of real lengths"
     shape = {
         "head": os.path.basename(os.path.normpath(folder)) if folder else "1M parameters",
         "pairs": batch,
         "positions": longest if share is None else SHARED_TOTAL,
         "prompt": share,
-        "data": os.path.basename(data) if data and share is None else words,
+        # With its folder: a file of pairs may be called anything.
+        "data": "/".join(Path(data).parts[-2:]) if data and share is None else words,
         "dtype": dtype,
         "status": "measured",
         "rounds": rounds,
@@ -230,7 +233,7 @@ def measure(
             "pairs_per_second": (batch if what == "training step" else batch * steps)
             / summary(times[kind][what])["median"],
             "first_loss": losses[kind],
-            "peak_resident_bytes": held[kind],
+            "peak_resident_bytes": held.get(kind),
             **stamp(),
         }
         for what in ("training step", "whole run")
@@ -244,23 +247,28 @@ def show(records: list[dict]) -> None:
         print(f"{r['kind']:14s} {r['peer']:12s} {figures}")
 
 
-def run(folder: str | None, data: str | None, dtypes: tuple[str, ...], shares: tuple[int, ...], rounds: int) -> None:
-    """Measure, store and print: the data in each dtype, or random words of each share, in float32."""
-    folder = folder or os.environ.get("ORPO_BENCH_MODEL")
-    for dtype in () if shares else dtypes:
-        records = measure(folder, data, dtype=dtype, rounds=rounds, memory=True)
-        results.append("training", records)
-        show(records)
+def run(folder: str | None, data: str | None, dtypes: tuple[str, ...] = tuple(SAME_LOSS), rounds: int = ROUNDS) -> None:
+    """Measure, store and print every trainer on the data, in each dtype."""
+    for dtype in dtypes:
+        keep(measure(folder, data, dtype=dtype, rounds=rounds, memory=True))
+
+
+def run_shares(folder: str | None, shares: tuple[int, ...] = SHARES, rounds: int = ROUNDS) -> None:
+    """The same on random words, for each share of prompt, in float32."""
+    kinds = tuple(kind for kind in KINDS if kind != "ours padded")
     for share in shares:
-        few = ("ours shared", "ours packed", "trl orpo", "trl sft")
-        records = measure(folder, None, share=share, rounds=rounds, steps=2, kinds=few)
-        results.append("training", records)
-        show(records)
+        keep(measure(folder, None, share=share, rounds=rounds, steps=2, kinds=kinds))
+
+
+def keep(records: list[dict]) -> None:
+    results.append("training", records)
+    show(records)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder of a model (default: the variable ORPO_BENCH_MODEL)")
+    own = os.environ.get("ORPO_BENCH_MODEL")
+    parser.add_argument("--model", default=own, help="folder of a model (default: the variable ORPO_BENCH_MODEL)")
     parser.add_argument("--data", help="pairs as JSONL or parquet, or a hub name")
     parser.add_argument("--dtype", default="float32,bfloat16", help="float32, bfloat16, or both with a comma")
     parser.add_argument("--shares", default="", help="percent of prompt in random words, with commas, instead of data")
@@ -270,8 +278,10 @@ def main() -> None:
     if options.quick:
         show(measure(None, None, batch=2, steps=2, rounds=1, longest=200))
         return
-    shares = tuple(int(share) for share in options.shares.split(",") if share)
-    run(options.model, options.data, tuple(options.dtype.split(",")), shares, options.rounds)
+    if options.shares:
+        run_shares(options.model, tuple(int(share) for share in options.shares.split(",")), options.rounds)
+    else:
+        run(options.model, options.data, tuple(options.dtype.split(",")), options.rounds)
 
 
 if __name__ == "__main__":

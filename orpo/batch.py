@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from orpo_kernels.rows import Rows
 from torch import Tensor
 
@@ -132,3 +133,12 @@ def pair_batch(inputs: Mapping[str, Any]) -> PairBatch:
             "See orpo.layout for what a collator returns"
         )
     return batch
+
+
+def without_repeats(batch: PairBatch, accelerator: Accelerator) -> PairBatch:
+    """`batch` without the pairs that accelerate repeats so that all ranks have equally many in the last batch."""
+    loader = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not loader.end_of_dataloader or loader.remainder <= 0:
+        return batch
+    own = loader.remainder - accelerator.process_index * batch.rows.pairs
+    return batch.first(min(max(own, 0), batch.rows.pairs))

@@ -12,15 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import GenerationConfig
 
 from orpo.packages import require
+from orpo.setup import load_model, load_tokenizer
 from orpo.sources import load_pairs
 
 Messages = list[dict[str, str]]
@@ -37,19 +39,22 @@ def render(prompt: str | Messages, tokenizer: Any, chat_template: bool | None = 
     Raises:
         ValueError: messages, or a system message, without a chat template.
     """
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if chat_template is None:
-        chat_template = has_template
-    if isinstance(prompt, str) and not chat_template:
+    if not _is_turn(prompt, tokenizer, chat_template):
         if system is not None:
             raise ValueError("system is given, but a prompt without a chat template has no place for it")
         return prompt
-    if not has_template:
+    if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the tokenizer has no chat template: give prompts as strings, without a chat template")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system is not None:
         messages = [{"role": "system", "content": system}, *messages]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def _is_turn(prompt: str | Messages, tokenizer: Any, chat_template: bool | None) -> bool:
+    """Whether the chat template renders `prompt`, its own special tokens included."""
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    return not isinstance(prompt, str) or (has_template if chat_template is None else chat_template)
 
 
 @torch.no_grad()
@@ -78,7 +83,8 @@ def generate(
         tokenizer: its tokenizer.
         prompts: strings or lists of messages.
         max_new_tokens: most tokens of an answer.
-        temperature: 0 takes the most likely token each time.
+        temperature: 0 takes the most likely token each time. Of the generation settings that a model brings, only its
+            end tokens hold.
         top_p: sample from the most likely tokens that together have this probability.
         batch_size: prompts at a time.
         seed: of the sampling.
@@ -101,16 +107,21 @@ def generate(
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     ends = _end_ids(model, tokenizer)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, *ends) if i is not None), 0)
-    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature > 0:
-        # A model's own generation settings must not add a cut that nobody asked for.
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    # top_k has a default of 50.
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    settings = GenerationConfig(
+        do_sample=temperature > 0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+        **sampling,
+    )
     answers = [""] * len(ids)
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with _generation_settings(model, settings), torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             for first in tqdm(range(0, len(order), batch_size), disable=not progress):
                 batch = order[first : first + batch_size]
@@ -120,10 +131,6 @@ def generate(
                 out = model.generate(
                     input_ids=torch.tensor(rows, device=model.device),
                     attention_mask=torch.tensor(mask, device=model.device),
-                    max_new_tokens=max_new_tokens,
-                    eos_token_id=ends or None,
-                    pad_token_id=pad,
-                    **sampling,
                 )
                 decoded = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
                 for i, answer in zip(batch, decoded, strict=True):
@@ -133,13 +140,24 @@ def generate(
     return answers
 
 
+@contextmanager
+def _generation_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """`settings` in place of the model's own. Passed to ``generate``, they would be filled up from the model's."""
+    # An adapter hands its settings to the model inside, and leaves them there.
+    holders = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
+    own = [holder.generation_config for holder in holders]
+    try:
+        for holder in holders:
+            holder.generation_config = settings
+        yield
+    finally:
+        for holder, before in zip(holders, own, strict=True):
+            holder.generation_config = before
+
+
 def _tokens(text: str, prompt: str | Messages, tokenizer: Any, chat_template: bool | None) -> list[int]:
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    templated = not isinstance(prompt, str) or (
-        bool(getattr(tokenizer, "chat_template", None)) if chat_template is None else chat_template
-    )
-    bos = tokenizer.bos_token_id
-    if not templated and bos is not None and ids[:1] != [bos]:
+    ids, bos = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id
+    if not _is_turn(prompt, tokenizer, chat_template) and bos is not None and ids[:1] != [bos]:
         ids = [bos, *ids]
     if not ids:
         raise ValueError(f"prompt {prompt!r} has no token, and the tokenizer no BOS to begin with")
@@ -158,23 +176,17 @@ def load(name: str, *, dtype: str = "auto", device: str | None = None, trust_rem
 
     Raises:
         ImportError: the folder holds an adapter, and peft is not installed.
-        ValueError: there is no such folder.
+        ValueError: there is no such folder, or no language model with its head and tokenizer in it.
     """
-    folder = Path(name).expanduser()
-    if name.startswith((".", "/", "~")) and not folder.is_dir():
-        raise ValueError(f"there is no folder {name} to load a model from")
-    # Weights as safetensors only: a pickle can run code as it loads.
-    options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
-    if (folder / "adapter_config.json").is_file():
+    if (Path(name) / "adapter_config.json").is_file():
         require("peft", f"the adapter in {name}")
         from peft import AutoPeftModelForCausalLM
 
-        model = AutoPeftModelForCausalLM.from_pretrained(str(folder), **options)
+        options = {"use_safetensors": True, "trust_remote_code": trust_remote_code}
+        model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     else:
-        model = AutoModelForCausalLM.from_pretrained(str(folder) if folder.is_dir() else name, **options)
-    tokenizer = AutoTokenizer.from_pretrained(
-        str(folder) if folder.is_dir() else name, trust_remote_code=trust_remote_code
-    )
+        model = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     if device is None:
         device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     return model.to(device), tokenizer
@@ -221,6 +233,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", help="cpu, cuda, ...; default: an accelerator if there is one")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     options = parser.parse_args(argv)
+    if options.output is not None and not Path(options.output).absolute().parent.is_dir():
+        # Said now, not when the answers are there and cannot be written.
+        parser.error(f"--output is {options.output}, in a folder that does not exist")
     prompts = [options.prompt] if options.prompt is not None else read_prompts(options.prompts, options.split)
     model, tokenizer = load(
         options.model, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code

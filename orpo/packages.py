@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 
-# What to type for a package, where it is not its name.
-_INSTALL = {"peft": "'fused-orpo[peft]'"}
-
 
 def require(package: str, setting: str) -> None:
     """Refuses `setting` where the `package` that it needs is not installed.
 
     Raises:
-        ImportError: with what to install, and what to do without it.
+        ImportError: with what to install.
     """
     if not _is_installed(package):
-        raise ImportError(
-            f"{setting} needs {package}, which is not installed: pip install {_INSTALL.get(package, package)}; "
-            f"or train without {setting}"
-        )
+        raise ImportError(f"{setting} needs {package}, which is not installed: pip install {package}")
 
 
 def _is_installed(package: str) -> bool:

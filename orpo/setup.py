@@ -20,12 +20,14 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from orpo.config import ORPOConfig
+from orpo.packages import require
 
 
-def load_model(name: str, args: ORPOConfig) -> PreTrainedModel:
+def load_model(name: str, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
     """The causal language model called `name`, a folder or a model of the hub.
 
-    Weights are read from safetensors unless ``model_init_kwargs`` asks otherwise: a pickle can run code as it loads.
+    Weights are read from safetensors unless `options`, the arguments of ``from_pretrained``, ask otherwise: a pickle
+    can run code as it loads.
 
     Raises:
         ImportError: FlashAttention is asked for and not installed.
@@ -34,11 +36,11 @@ def load_model(name: str, args: ORPOConfig) -> PreTrainedModel:
     """
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise ValueError(f"there is no folder {name} to load a model from")
-    kwargs = {"trust_remote_code": args.trust_remote_code, "use_safetensors": True, **(args.model_init_kwargs or {})}
+    kwargs = {"trust_remote_code": trust_remote_code, "use_safetensors": True, **options}
     dtype = kwargs.get("dtype")
     if isinstance(dtype, str) and dtype != "auto":
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype is {dtype!r} in model_init_kwargs; it has to be 'auto' or a torch dtype")
+            raise ValueError(f"dtype is {dtype!r}; it has to be 'auto' or a torch dtype")
         kwargs["dtype"] = getattr(torch, dtype)
     config = AutoConfig.from_pretrained(
         name, revision=kwargs.get("revision"), trust_remote_code=kwargs["trust_remote_code"]
@@ -67,14 +69,17 @@ def _refuse_random_head(name: str, model: PreTrainedModel, missing: Collection[s
         )
 
 
-def load_tokenizer(name: str, args: ORPOConfig) -> Any:
-    """The tokenizer that belongs to the model called `name`."""
+def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """The tokenizer that belongs to the model called `name`.
+
+    Raises:
+        ValueError: `name` is empty, or a folder without a tokenizer.
+    """
     if not name:
         raise ValueError("processing_class is not given, and the model has no name to find its tokenizer by")
-    revision = (args.model_init_kwargs or {}).get("revision")
     if Path(name).is_dir() and not list(Path(name).glob("*token*")):
         raise ValueError(f"{name} holds a model without its tokenizer: save it there with tokenizer.save_pretrained")
-    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def pad_token_id(args: ORPOConfig, tokenizer: Any) -> int:
@@ -92,10 +97,9 @@ def wrap_peft(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module
         ImportError: peft is not installed.
         ValueError: `peft_config` is none, or the model has an adapter already.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError("peft_config is given, but peft is not installed: pip install 'fused-orpo[peft]'") from error
+    require("peft", "peft_config")
+    import peft
+
     if not isinstance(peft_config, peft.PeftConfig):
         raise ValueError(f"peft_config has to be a peft.PeftConfig, not {type(peft_config).__name__}")
     if isinstance(model, peft.PeftModel):

@@ -96,7 +96,9 @@ class ModelArguments:
         """The tokenizer with ``chat_template`` in place, or None for the model's own as it is."""
         if self.chat_template is None:
             return None
-        tokenizer = load_tokenizer(self.model_name_or_path, args)
+        tokenizer = load_tokenizer(
+            self.model_name_or_path, trust_remote_code=args.trust_remote_code, revision=self.model_revision
+        )
         is_text = "{" in self.chat_template
         tokenizer.chat_template = self.chat_template if is_text else Path(self.chat_template).read_text("utf-8")
         return tokenizer
@@ -164,8 +166,10 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig
     """One run: loads, trains, evaluates, saves the model, its metrics, its state and its curves in ``output_dir``."""
     if model_args.merge_adapter and not model_args.use_peft:
         raise ValueError("merge_adapter is given without use_peft: there is no adapter to merge")
-    if any(part in args.optim for part in ("paged", "bit", "bnb")):
-        require("bitsandbytes", f"optim {args.optim.value}")
+    optim = args.optim.value
+    # adamw_torch_8bit and its like are torchao's.
+    if "torch" not in optim and any(part in optim for part in ("paged", "bit", "bnb")):
+        require("bitsandbytes", f"optim {optim}")
     args.model_init_kwargs = {**model_args.init_kwargs(), **(args.model_init_kwargs or {})}
     source = {"config": data_args.dataset_config, "streaming": data_args.dataset_streaming}
     evaluates = args.do_eval or args.eval_strategy != "no" or data_args.eval_dataset_name is not None

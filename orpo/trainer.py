@@ -10,12 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from orpo.batch import PairBatch, pair_batch
+from orpo.batch import pair_batch, without_repeats
 from orpo.config import ORPOConfig
 from orpo.data import check_token_ids, describe_example, prepare_dataset
 from orpo.diagnose import gradient_norms, pair_statistics
@@ -25,6 +24,7 @@ from orpo.metrics import WeightedMeans
 from orpo.model import LossCall, attach_orpo_loss, base_model
 from orpo.probe import check_fused_logps, choose_layout
 from orpo.setup import disable_dropout, last_complete_checkpoint, load_model, load_tokenizer, pad_token_id, wrap_peft
+from orpo.sharding import agreed, keep_outputs_exact
 from orpo.streams import StreamReport, counters
 
 
@@ -79,15 +79,18 @@ class ORPOTrainer(Trainer):
             # torch's DataParallel would cut the row arrays in pieces.
             args._n_gpu = 1
         name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+        options = args.model_init_kwargs or {}
         if isinstance(model, str):
-            model = load_model(model, args)
-        elif args.model_init_kwargs:
+            model = load_model(model, trust_remote_code=args.trust_remote_code, **options)
+        elif options:
             raise ValueError("model_init_kwargs is given, but the model is loaded already")
         if model is not None:
             model = self._adapt(model, args, peft_config)
         processing_class = tokenizer if processing_class is None else processing_class
         if processing_class is None:
-            processing_class = load_tokenizer(name, args)
+            processing_class = load_tokenizer(
+                name, trust_remote_code=args.trust_remote_code, revision=options.get("revision")
+            )
         text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
         prepare = self._preparation(args, text_tokenizer)
         train_dataset = prepare(train_dataset, "train")
@@ -120,13 +123,9 @@ class ORPOTrainer(Trainer):
         vocabulary = base_model(self.model).get_input_embeddings().weight.shape[0]
         for data in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
             check_token_ids(data, vocabulary)
-        # Under FSDP the other ranks may wait for rank 0 to give them their weights.
-        if not self.is_fsdp_enabled or self.accelerator.is_main_process:
-            check_fused_logps(self.model, **args.loss_settings())
-            if chooses_layout:
-                self._choose_layout(layout_options)
-        if chooses_layout and self.is_fsdp_enabled:
-            self.data_collator = broadcast_object_list([self.data_collator])[0]
+        keep_outputs_exact(self.accelerator)
+        layout = agreed(self.accelerator, lambda: self._probe(layout_options if chooses_layout else None))
+        self.data_collator = layout or self.data_collator
 
     @staticmethod
     def _adapt(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
@@ -136,11 +135,16 @@ class ORPOTrainer(Trainer):
         attach_orpo_loss(model)
         return model
 
-    def _choose_layout(self, options: dict[str, Any]) -> None:
+    def _probe(self, layout_options: dict[str, Any] | None) -> Any:
+        """The layout to train in, or None where there is nothing to choose."""
         args = self.args
-        self.data_collator, why = choose_layout(args.layout, self.model, max_length=args.max_length, **options)
+        check_fused_logps(self.model, **args.loss_settings())
+        if layout_options is None:
+            return None
+        layout, why = choose_layout(args.layout, self.model, max_length=args.max_length, **layout_options)
         if args.should_log:
             print(why)
+        return layout
 
     @staticmethod
     def _preparation(args: ORPOConfig, tokenizer: Any) -> Callable[[Any, str], Any]:
@@ -253,7 +257,7 @@ class ORPOTrainer(Trainer):
     ) -> tuple[None, Tensor | None, Tensor | None]:
         """Scores one evaluation batch into the running means; returns predictions for `compute_metrics` only."""
         inputs = self._prepare_inputs(inputs)
-        batch = inputs["orpo"] = self._without_repeats(pair_batch(inputs))
+        batch = inputs["orpo"] = without_repeats(pair_batch(inputs), self.accelerator)
         counts = batch.num_nll_tokens, batch.num_pairs
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = self._run(model, inputs, counts, logit_metrics=True)
@@ -265,14 +269,6 @@ class ORPOTrainer(Trainer):
             return None, None, None
         logps = torch.stack([outputs.chosen_logps, outputs.rejected_logps], dim=1)
         return None, logps, torch.zeros(len(logps), device=logps.device)
-
-    def _without_repeats(self, batch: PairBatch) -> PairBatch:
-        """`batch` without the pairs that accelerate repeats so that all ranks have equally many in the last batch."""
-        loader = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not loader.end_of_dataloader or loader.remainder <= 0:
-            return batch
-        own = loader.remainder - self.accelerator.process_index * batch.rows.pairs
-        return batch.first(min(max(own, 0), batch.rows.pairs))
 
     def evaluation_loop(
         self,

@@ -17,3 +17,11 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the reference data, a folder `shared` beside the repository")
     return folder
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch) -> None:
+    """Files that `datasets` prepares go to a folder of the test's own, not to the user's."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))

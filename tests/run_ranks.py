@@ -1,11 +1,14 @@
 """A short training run and an evaluation on as many ranks as torchrun starts; rank 0 writes what it saw.
 
-torchrun --nproc_per_node 2 tests/run_ranks.py OUTPUT_DIR PAIRS_PER_STEP [tied|untied FULL_STATE_DICT|...]
+torchrun --nproc_per_node 2 tests/run_ranks.py OUTPUT_DIR PAIRS_PER_STEP [tied|untied [fsdp]]
 
-With the last two arguments the ranks shard the model by FSDP2, its head tied to the embeddings or not.
+The head is tied to the embeddings or not; with "fsdp" the ranks shard the model by FSDP2. The variable ORPO_TEST sets
+what is changed: "bf16" trains in mixed precision, "exit" and "raise" make the last rank die after its first step, and
+"head" gives the model a head that computes something else.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,8 +18,11 @@ from accelerate.utils import DistributedType
 from tiny import SEVEN, make_model, make_tokenizer
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
 from orpo import ORPOConfig, ORPOTrainer
+
+CHANGE = os.environ.get("ORPO_TEST")
 
 
 def let_accelerate_shard_on_cpu() -> None:
@@ -33,12 +39,27 @@ def let_accelerate_shard_on_cpu() -> None:
     AcceleratorState.__init__ = init
 
 
-def main(output_dir: str, pairs_per_step: int, head: str = "untied", state_dict: str | None = None) -> None:
+class Death(TrainerCallback):
+    """The last rank ends as a process that was killed, or with an error."""
+
+    def on_step_end(self, args, state, control, **_):
+        if args.process_index == args.world_size - 1:
+            if CHANGE == "exit":
+                os._exit(9)
+            raise RuntimeError("the last rank has had enough")
+
+
+def shift_logits(module, inputs, output):
+    """The loss goes by the weight of the head, and cannot know of this."""
+    return output + torch.arange(output.shape[-1]) if isinstance(output, torch.Tensor) else output
+
+
+def main(output_dir: str, pairs_per_step: int, head: str = "untied", wrapper: str = "") -> None:
     fsdp = {}
-    if state_dict is not None:
+    if wrapper == "fsdp":
         let_accelerate_shard_on_cpu()
-        settings = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": state_dict}
-        fsdp = {"fsdp": True, "fsdp_config": {**settings, "cpu_ram_efficient_loading": False}}
+        settings = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "cpu_ram_efficient_loading": False}
+        fsdp = {"fsdp": True, "fsdp_config": settings}
     args = ORPOConfig(
         output_dir=output_dir,
         max_steps=3,
@@ -49,28 +70,42 @@ def main(output_dir: str, pairs_per_step: int, head: str = "untied", state_dict:
         logging_steps=1,
         save_strategy="no",
         use_cpu=True,
+        bf16=CHANGE == "bf16",
         disable_tqdm=True,
         **fsdp,
     )
     args.gradient_accumulation_steps = pairs_per_step // args.world_size
+    model = make_model("llama", tie_word_embeddings=head == "tied")
+    if CHANGE == "head":
+        model.lm_head.register_forward_hook(shift_logits)
     trainer = ORPOTrainer(
-        make_model("llama", tie_word_embeddings=head == "tied"),
+        model,
         args,
         train_dataset={name: [*column, column[0]] for name, column in SEVEN.items()},
         eval_dataset=SEVEN,
         tokenizer=make_tokenizer(),
     )
+    if CHANGE in ("exit", "raise"):
+        trainer.add_callback(Death())
+    dtypes, run = set(), trainer._run
+
+    def watched(*arguments, **settings):
+        outputs = run(*arguments, **settings)
+        dtypes.update(str(value.dtype) for value in (outputs.loss, *outputs.metrics.values()))
+        return outputs
+
+    trainer._run = watched
     trainer.train()
     metrics = trainer.evaluate()
-    wrapper = type(trainer.model_wrapped).__name__
     sharded = sum(isinstance(module, FSDPModule) for module in trainer.model.modules())
     # Every rank takes part in putting a tensor together.
     whole = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in trainer.model.named_parameters()}
     if trainer.is_world_process_zero():
         weights = {name: p.double().sum().item() for name, p in whole.items()}
         seen = {
-            "wrapper": wrapper,
+            "wrapper": type(trainer.model_wrapped).__name__,
             "sharded": sharded,
+            "dtypes": sorted(dtypes),
             "log": trainer.state.log_history,
             "eval": metrics,
             "weights": weights,

@@ -9,6 +9,7 @@ from benchmarks.cases import Case
 from benchmarks.measure import measure_case, peak_memory
 from benchmarks.peers import PEERS
 from benchmarks.step_profile import OTHER, attribute
+from benchmarks.training import SHARED_TOTAL, load, peak_resident, synthetic_pairs
 
 
 def test_peak_is_what_is_alive_at_once():
@@ -23,11 +24,29 @@ def test_peak_is_what_is_alive_at_once():
 
 def test_order_of_peers_does_not_change_their_memory():
     case = Case("tiny", pairs=2, positions=32, prompt=8, vocabulary=20_000, hidden_size=64)
-    peers = {"trl like": PEERS["torch eager"], "again": PEERS["torch eager"], "third": PEERS["torch eager"]}
-    records = measure_case(case, torch.float32, peers, ["step"], rounds=1, baseline="again")
+    peers = {name: PEERS["torch eager"] for name in ("first", "second", "third")}
+    records = measure_case(case, torch.float32, peers, ["step"], rounds=1, baseline="first")
     peaks = [r["peak_bytes"] for r in records]
     gradient = 4 * case.vocabulary * case.hidden_size
     assert max(peaks) - min(peaks) < gradient / 10
+
+
+def test_pairs_of_a_given_share_of_prompt():
+    _, tokenizer = load(None)
+    for pair in synthetic_pairs(tokenizer, 2, longest=300, share=25):
+        prompt, whole = (
+            len(tokenizer(text)["input_ids"]) for text in (pair["prompt"], pair["prompt"] + pair["chosen"])
+        )
+        # One token more is the EOS, which the trainer writes.
+        assert (prompt, whole + 1) == (SHARED_TOTAL // 4, SHARED_TOTAL)
+
+
+def test_resident_memory_is_that_of_a_process_of_its_own():
+    ballast = torch.ones(2**28)
+    source = dict(folder=None, data=None, count=4, longest=200, share=None)
+    peak = peak_resident("ours padded", source, batch=2, longest=200, dtype="float32")
+    # More than torch alone, and not this process's gigabyte, which a fork would bring along.
+    assert 2**27 < peak < 4 * ballast.numel()
 
 
 def test_time_goes_to_what_asked_for_it():

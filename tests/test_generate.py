@@ -5,7 +5,8 @@ import json
 import peft
 import pytest
 import torch
-from tiny import CHATML, make_model, make_tokenizer
+from tiny import CHATML, SMALL, make_model, make_tokenizer
+from transformers import GenerationConfig, LlamaConfig, LlamaModel
 
 from orpo.generate import generate, load, main, read_prompts, render
 
@@ -57,6 +58,18 @@ def test_an_answer_ends_at_either_end_token(model):
         model.generation_config.eos_token_id = before
     first = tokens.index(tokens[2])
     assert answer == tokenizer.decode(tokens[: first + 1], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("adapted", [False, True], ids=["", "adapter"])
+def test_the_models_own_generation_settings_do_not_act(adapted, temperature):
+    model, settings = make_model("llama"), dict(max_new_tokens=6, temperature=temperature)
+    whole = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM")) if adapted else model
+    plain = generate(whole, make_tokenizer(), PROMPTS, **settings)
+    own = GenerationConfig(repetition_penalty=50.0, top_k=1, num_beams=2, eos_token_id=2)
+    model.generation_config = whole.generation_config = own
+    assert generate(whole, make_tokenizer(), PROMPTS, **settings) == plain
+    assert model.generation_config is own and whole.generation_config is own
 
 
 def test_seeds_repeat_and_leave_the_random_state_alone(model):
@@ -158,6 +171,18 @@ def test_an_adapters_folder_answers_as_the_adapted_model(folder, tmp_path):
     again, _ = load(str(tmp_path / "a"), device="cpu")
     assert generate(again, tokenizer, PROMPTS, max_new_tokens=5) == expected
     assert expected != generate(load(str(folder), device="cpu")[0], tokenizer, PROMPTS, max_new_tokens=5)
+
+
+def test_an_output_that_cannot_be_written_is_said_before_the_work(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(folder), "--prompt", "hello", "--output", str(tmp_path / "nowhere" / "answers.jsonl")])
+    assert "in a folder that does not exist" in capsys.readouterr().err
+
+
+def test_a_model_without_its_head_is_refused(tmp_path):
+    LlamaModel(LlamaConfig(**SMALL)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a model without its head"):
+        load(str(tmp_path))
 
 
 def test_a_missing_folder_is_named():

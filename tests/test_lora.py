@@ -3,11 +3,10 @@
 import json
 import sys
 
-import datasets
 import peft
 import pytest
 import torch
-from tiny import SEVEN, make_model, make_tokenizer
+from tiny import ROWS, SEVEN, make_model, make_tokenizer
 from trainers import logged, make_args, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -15,13 +14,10 @@ from orpo import ORPOTrainer, train
 from orpo import merge as merge_module
 from orpo.merge import merge_adapter
 
-ROWS = [dict(zip(SEVEN, values, strict=True)) for values in zip(*SEVEN.values(), strict=True)]
 IDS = torch.arange(3, 60)[None]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def save_base(folder, **changes):
@@ -154,9 +150,19 @@ def test_a_missing_package_is_named_with_what_to_install(package, options, tmp_p
         train.main(lora_line(tmp_path / "base", tmp_path / "out", **options))
 
 
+def test_torchaos_optimizers_need_no_bitsandbytes(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    save_base(tmp_path / "base")
+    # Whatever comes of it here, where torchao may be missing too, it is not a word about bitsandbytes.
+    try:
+        train.main(lora_line(tmp_path / "base", tmp_path / "out", optim="adamw_torch_8bit"))
+    except ImportError as error:
+        assert "torchao" in str(error)
+
+
 def test_a_peft_config_without_peft(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match=r"peft is not installed: pip install 'fused-orpo\[peft\]'"):
+    with pytest.raises(ImportError, match="peft_config needs peft, which is not installed: pip install peft"):
         make_trainer(tmp_path, peft_config=object())
 
 

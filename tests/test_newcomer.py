@@ -4,20 +4,14 @@ import json
 import subprocess
 import sys
 
-import datasets
 import pytest
 import torch
-from tiny import SEVEN, SMALL, make_model, make_tokenizer
+from tiny import ROWS, SMALL, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, ViTConfig
 
 from orpo import ORPOTrainer, train
 
-ROWS = [dict(zip(SEVEN, values, strict=True)) for values in zip(*SEVEN.values(), strict=True)]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def lines(rows):

