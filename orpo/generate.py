@@ -2,9 +2,12 @@
 
     orpo-generate out --prompt "How do I boil an egg?"
     orpo-generate out --prompts prompts.jsonl --output answers.jsonl --temperature 0.7 --seed 1
+    orpo-generate out --prompts alpaca_eval.json --format alpacaeval --output answers.json
+    orpo-generate out --prompts question.jsonl --format mt-bench --output model_answer/my-model.jsonl
 
 The model is a folder, a folder of an adapter, or a model of the hub. Prompts are the lines of a text file, or the
-column ``prompt`` of a data set in any form that orpo-train reads, as strings or as lists of messages.
+column ``prompt`` of a data set in any form that orpo-train reads, as strings or as lists of messages. With
+``--format`` they are a judge's own file of questions (:mod:`orpo.judges`).
 """
 
 from __future__ import annotations
@@ -222,8 +225,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     what.add_argument("--prompts", help="a text file, a line each, or a data set with a column 'prompt'")
     parser.add_argument("--split", default="train", help='of the data set, for example "test[:20]"')
     parser.add_argument("--output", help="a JSONL file of prompt and answer; default: the screen")
-    parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token each time")
+    parser.add_argument("--format", choices=("alpacaeval", "mt-bench"), help="--output as this judge reads it")
+    parser.add_argument("--model_id", help="with --format: the model's name; default: its folder's, or the file's")
+    parser.add_argument("--max_new_tokens", type=int, help="default: 256; alpacaeval: 2048; mt-bench: 1024")
+    parser.add_argument("--temperature", type=float, help="default: 0, the most likely token; mt-bench: by category")
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
@@ -236,10 +241,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.output is not None and not Path(options.output).absolute().parent.is_dir():
         # Said now, not when the answers are there and cannot be written.
         parser.error(f"--output is {options.output}, in a folder that does not exist")
+    if options.format is not None:
+        _answer_judge(options, parser)
+        return
     prompts = [options.prompt] if options.prompt is not None else read_prompts(options.prompts, options.split)
     model, tokenizer = load(
         options.model, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
     )
+    options.max_new_tokens = 256 if options.max_new_tokens is None else options.max_new_tokens
+    options.temperature = 0.0 if options.temperature is None else options.temperature
     names = ("max_new_tokens", "temperature", "top_p", "batch_size", "seed", "system")
     settings = {name: getattr(options, name) for name in names}
     template = False if options.no_chat_template else None
@@ -257,6 +267,34 @@ def main(argv: Sequence[str] | None = None) -> None:
             record = {"prompt": prompt, "answer": answer, "model": options.model, **settings}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     print(f"{len(answers)} answers in {options.output}", file=sys.stderr)
+
+
+def _answer_judge(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """The command with ``--format``."""
+    from orpo import judges
+
+    form = options.format
+    if options.prompts is None or options.output is None:
+        parser.error(f"--format {form} needs --prompts, the judge's questions, and --output")
+    questions = judges.read_questions(options.prompts, form)
+    model, tokenizer = load(
+        options.model, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
+    )
+    settings = {name: getattr(options, name) for name in ("top_p", "batch_size", "seed", "system")}
+    length = options.max_new_tokens
+    settings["max_new_tokens"] = judges.MAX_NEW_TOKENS[form] if length is None else length
+    if options.no_chat_template:
+        settings["chat_template"] = False
+    if options.temperature is not None:
+        settings["temperature"] = options.temperature
+    if form == "mt-bench":
+        name = options.model_id or Path(options.output).stem
+        records = judges.mt_bench(model, tokenizer, questions, name, progress=True, **settings)
+    else:
+        name = options.model_id or Path(options.model).absolute().name
+        records = judges.alpacaeval(model, tokenizer, questions, name, progress=True, **settings)
+    judges.write(records, options.output, form)
+    print(f"{len(records)} answers of {name} in {options.output}", file=sys.stderr)
 
 
 if __name__ == "__main__":
