@@ -9,8 +9,7 @@ The question files are the judges' own and not part of this project. Nothing is 
 
 AlpacaEval (https://github.com/tatsu-lab/alpaca_eval, "Evaluating a model"): questions and answers are one JSON list of
 objects. A question has ``instruction``, in older files ``input`` too, and mostly ``dataset``; an answer is the question
-with ``output`` and ``generator``, the model's name. Whatever else a question holds is kept, but for another model's
-``output``.
+with ``output`` and ``generator``, the model's name. Whatever else a question holds is kept.
 
 MT-Bench (https://github.com/lm-sys/FastChat, fastchat/llm_judge/gen_model_answer.py and common.py): JSON objects, a
 line each. A question has ``question_id``, ``category`` and ``turns``, two strings; the second is asked with the first
@@ -106,11 +105,7 @@ def alpacaeval(
     prompts = ["\n\n".join(filter(None, (row["instruction"], row.get("input")))) for row in questions]
     answers = generate(model, tokenizer, prompts, **settings)
     return [
-        {
-            **{key: value for key, value in row.items() if key != "output"},
-            "output": answer.strip(),
-            "generator": generator,
-        }
+        {**row, "output": answer.strip(), "generator": generator}
         for row, answer in zip(questions, answers, strict=True)
     ]
 

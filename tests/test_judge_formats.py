@@ -74,7 +74,8 @@ def test_mt_bench_has_a_temperature_for_each_category(monkeypatch, tokenizer):
     questions = [
         {"question_id": i, "category": c, "turns": [c, "b"]} for i, c in enumerate([*judges.TEMPERATURES, "other"])
     ]
-    judges.mt_bench(None, tokenizer, questions, "mine", seed=4)
+    records = judges.mt_bench(None, tokenizer, questions, "mine", seed=4)
+    assert all(record["choices"][0]["turns"] == ["yes", "yes"] for record in records)
     asked = {category: (t, seed) for t, seed, talks in calls[: len(calls) // 2] for category in talks}
     expected = {0.7: ["writing", "roleplay", "other"], 0.1: ["stem", "humanities"]}
     expected[0.0] = ["extraction", "math", "coding", "reasoning"]
