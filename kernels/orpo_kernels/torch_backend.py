@@ -14,7 +14,7 @@ Letters: N rows, D hidden size, V vocabulary, K columns of a strip.
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from .rows import Rows
 
 # Elementwise passes over one block of rows: small enough to stay in a core's cache from one pass to the next.
 _BLOCK_BYTES = 2 * 2**20
+# Rows of a tile to one matmul: with fewer the weight is packed too often; without a gradient a tile's memory is that of
+# one chunk, used over and over, since the first touch of fresh memory costs a tenth of the matmul.
+_CHUNK_ROWS = 512
 
 
 def compute_dtype(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> torch.dtype:
@@ -45,19 +48,29 @@ strip_element_bytes = tile_element_bytes
 class LogitStrip:
     """Columns [first, last) of the logits of some rows, read block by block of rows in fp32 (fp64 for fp64).
 
-    The strip's memory is overwritten by what stage 3 stores into it: exp or gradient, in the matmul's dtype.
+    The strip's memory, `out` where given, is overwritten by what stage 3 stores into it: exp or gradient, in the
+    matmul's dtype. `weight_KD` is the head's part in that dtype, where the caller has it already.
     """
 
-    def __init__(self, x_ND: Tensor, targets_N: Tensor, head: Head, first: int, last: int) -> None:
+    def __init__(
+        self,
+        x_ND: Tensor,
+        targets_N: Tensor,
+        head: Head,
+        first: int,
+        last: int,
+        weight_KD: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> None:
         dtype = compute_dtype(x_ND.dtype, head.weight_VD.dtype)
         self.head, self.first, self.last = head, first, last
-        self.weight_KD = head.weight_VD[first:last].to(dtype)
+        self.weight_KD = head.weight_VD[first:last].to(dtype) if weight_KD is None else weight_KD
         x_ND = x_ND.to(dtype)
         self.shift_N1 = _target_products(x_ND, targets_N, head) if dtype == torch.bfloat16 else None
         if self.shift_N1 is None:
-            self.z_NK = torch.mm(x_ND, self.weight_KD.T)
+            self.z_NK = torch.mm(x_ND, self.weight_KD.T, out=out)
         else:
-            self.z_NK = torch.addmm(-self.shift_N1, x_ND, self.weight_KD.T)
+            self.z_NK = torch.addmm(-self.shift_N1, x_ND, self.weight_KD.T, out=out)
 
     def blocks(self) -> list[slice]:
         """Slices of rows whose logits fit in cache."""
@@ -151,9 +164,34 @@ def token_stats(x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int) -
     return stats.finish()
 
 
+def _tile_blocks(
+    x_ND: Tensor, targets_N: Tensor, head: Head, g_NV: Tensor | None = None
+) -> Iterator[tuple[slice, LogitStrip, slice]]:
+    """(rows, tile, the rows within the tile) of a tile over the whole vocabulary, kept in g_NV where given.
+
+    The same matmuls with and without g_NV: their shapes decide how they round.
+    """
+    (n, _), v = x_ND.shape, head.weight_VD.shape[0]
+    dtype = compute_dtype(x_ND.dtype, head.weight_VD.dtype)
+    weight_VD = head.weight_VD.to(dtype)
+    size = -(-n // max(1, -(-n // _CHUNK_ROWS)))
+    buffer_NV = x_ND.new_empty(size, v, dtype=dtype) if g_NV is None else None
+    for start in range(0, n, size or 1):
+        chunk = slice(start, min(start + size, n))
+        out = buffer_NV[: chunk.stop - start] if g_NV is None else g_NV[chunk]
+        tile = LogitStrip(x_ND[chunk], targets_N[chunk], head, 0, v, weight_VD, out)
+        for block in tile.blocks():
+            yield slice(start + block.start, start + block.stop), tile, block
+
+
 def tile_stats(x_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     """Stage 1 on a tile over the whole vocabulary: (logp_N, lse_N), bit for bit those of `tile_stats_and_grad`."""
-    return token_stats(x_ND, targets_N, head, strip_bytes=sys.maxsize)
+    stats = RunningStats(x_ND.shape[0], x_ND, accumulation_dtype(x_ND, head.weight_VD))
+    for rows, tile, block in _tile_blocks(x_ND, targets_N, head):
+        z = tile.read(block)
+        stats.target_N[rows] = _take_target(z, targets_N[rows], 0, tile.last)[2]
+        stats.add(rows, z)
+    return stats.finish()
 
 
 def frozen_head_stats(x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int) -> tuple[Tensor, Tensor]:
@@ -197,26 +235,26 @@ def frozen_head_stats_and_grad(
 
 def tile_stats_and_grad(x_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
     """Stages 1 and 3 on a tile over the whole vocabulary: (logp_N, lse_N, g_NV), g in the matmul's dtype."""
-    v = head.weight_VD.shape[0]
+    dtype = compute_dtype(x_ND.dtype, head.weight_VD.dtype)
+    g_NV = x_ND.new_empty(x_ND.shape[0], head.weight_VD.shape[0], dtype=dtype)
     stats = RunningStats(x_ND.shape[0], x_ND, accumulation_dtype(x_ND, head.weight_VD))
     logp_N, lse_N = stats.target_N.clone(), stats.target_N.clone()
-    tile = LogitStrip(x_ND, targets_N, head, 0, v)
-    for block in tile.blocks():
+    for rows, tile, block in _tile_blocks(x_ND, targets_N, head, g_NV):
         z = tile.read(block)
         slope = _softcap_slope(z, head)
-        row, column, z_y = _take_target(z, targets_N[block], 0, v)
-        stats.target_N[block] = z_y
-        stats.add(block, z)
-        others = stats.max_N[block] + stats.sum_N[block].log()
-        logp_N[block] = -reference.softplus(others - z_y)
-        lse_N[block] = torch.logaddexp(others, z_y)
-        shift = stats.max_N[block].masked_fill(stats.max_N[block] == -torch.inf, 0)
-        z.mul_(-torch.exp(shift - lse_N[block])[:, None])
-        z[row, column] = -torch.expm1(logp_N[block])
+        row, column, z_y = _take_target(z, targets_N[rows], 0, tile.last)
+        stats.target_N[rows] = z_y
+        stats.add(rows, z)
+        others = stats.max_N[rows] + stats.sum_N[rows].log()
+        logp_N[rows] = -reference.softplus(others - z_y)
+        lse_N[rows] = torch.logaddexp(others, z_y)
+        shift = stats.max_N[rows].masked_fill(stats.max_N[rows] == -torch.inf, 0)
+        z.mul_(-torch.exp(shift - lse_N[rows])[:, None])
+        z[row, column] = -torch.expm1(logp_N[rows])
         if slope is not None:
             z.mul_(slope)
         tile.write(block, z)
-    return logp_N, lse_N, tile.z_NK
+    return logp_N, lse_N, g_NV
 
 
 def logit_grad(
