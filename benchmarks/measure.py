@@ -35,13 +35,19 @@ def stamp() -> dict[str, object]:
         except metadata.PackageNotFoundError:
             return ""
 
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], capture_output=True, text=True).stdout.strip()
+
+    # Figures stored a moment ago are no change of what is measured.
+    changed = git(
+        "status", "--porcelain", "--", ":/", *(f":(top,exclude)benchmarks/{name}" for name in ("results", "RESULTS.md"))
+    )
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
-        "commit": git.stdout.strip() or "unknown",
+        "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else ""),
     }
 
 

@@ -53,13 +53,15 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def caption(records: list[dict]) -> str:
-    """What the figures were measured on; more than one stamp is said."""
-    stamps = {
-        f"{r['device']}, {r['threads']} threads, torch {r['torch']}, TRL {r['trl']}, Liger {r['liger-kernel']}, "
-        f"CCE {r['cut-cross-entropy']}, commit {r['commit']}"
-        for r in records
-    }
-    return "; ".join(sorted(stamps))
+    """What the figures were measured on; more than one machine, version or commit is said."""
+    commits: dict[str, set[str]] = {}
+    for r in records:
+        where = (
+            f"{r['device']}, {r['threads']} threads, torch {r['torch']}, TRL {r['trl']}, Liger {r['liger-kernel']}, "
+            f"CCE {r['cut-cross-entropy']}"
+        )
+        commits.setdefault(where, set()).add(r["commit"])
+    return "; ".join(f"{where}, commit {' and '.join(sorted(commits[where]))}" for where in sorted(commits))
 
 
 def is_ours(record: dict) -> bool:

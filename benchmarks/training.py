@@ -3,6 +3,7 @@
     python -m benchmarks.run --group training --model FOLDER --data pairs.jsonl     all of it, float32 and bfloat16
     python -m benchmarks.training --model FOLDER --data pairs.jsonl --dtype bfloat16
     python -m benchmarks.training --model FOLDER --shares 10,50,90                  random words, so much of them prompt
+    python -m benchmarks.training --kinds "ours shared,ours shared (strips)"        the demonstration's model
     python -m benchmarks.training --quick
 
 FOLDER is any local copy of a causal language model with its tokenizer, for example SmolLM2-135M-Instruct as
@@ -11,7 +12,7 @@ are random words as many as real answers have (lengths.py). All trainers get the
 same start and the same order. They take turns, each for some steps from the same weights; a time is that of one
 optimizer step, data loading included. Before any time stands, ours has to give TRL's loss at the first step. Memory is
 the most that a process of its own held resident over the same steps, interpreter, weights and optimizer included.
-bfloat16 is `bf16=True`, mixed precision over float32 weights, for all.
+bfloat16 is `bf16=True`, mixed precision over float32 weights, for all. `(strips)` is `logits_budget=0`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from . import lengths, results
 from .measure import stamp, summary, synchronize
 
 LAYOUTS = ("padded", "packed", "shared")
+STRIPS = " (strips)"
 KINDS = (*(f"ours {layout}" for layout in LAYOUTS), "trl orpo", "trl sft")
 BATCH, STEPS, ROUNDS, LONGEST = 4, 3, 3, 512
 # Relative difference between our first loss and TRL's beyond which one of them computes something else.
@@ -118,7 +120,8 @@ def make_trainer(
         return ORPOTrainer(model, args=ORPOConfig(**common), train_dataset=data, processing_class=tokenizer)
     from orpo import ORPOConfig, ORPOTrainer
 
-    arguments = ORPOConfig(**common, layout=kind.removeprefix("ours "))
+    layout = kind.removeprefix("ours ").removesuffix(STRIPS)
+    arguments = ORPOConfig(**common, layout=layout, logits_budget=0 if kind.endswith(STRIPS) else None)
     return ORPOTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer)
 
 
@@ -247,10 +250,16 @@ def show(records: list[dict]) -> None:
         print(f"{r['kind']:14s} {r['peer']:12s} {figures}")
 
 
-def run(folder: str | None, data: str | None, dtypes: tuple[str, ...] = tuple(SAME_LOSS), rounds: int = ROUNDS) -> None:
-    """Measure, store and print every trainer on the data, in each dtype."""
+def run(
+    folder: str | None,
+    data: str | None,
+    dtypes: tuple[str, ...] = tuple(SAME_LOSS),
+    rounds: int = ROUNDS,
+    kinds: tuple[str, ...] = KINDS,
+) -> None:
+    """Measure, store and print the trainers on the data, in each dtype."""
     for dtype in dtypes:
-        keep(measure(folder, data, dtype=dtype, rounds=rounds, memory=True))
+        keep(measure(folder, data, dtype=dtype, rounds=rounds, memory=True, kinds=kinds))
 
 
 def run_shares(folder: str | None, shares: tuple[int, ...] = SHARES, rounds: int = ROUNDS) -> None:
@@ -272,6 +281,8 @@ def main() -> None:
     parser.add_argument("--data", help="pairs as JSONL or parquet, or a hub name")
     parser.add_argument("--dtype", default="float32,bfloat16", help="float32, bfloat16, or both with a comma")
     parser.add_argument("--shares", default="", help="percent of prompt in random words, with commas, instead of data")
+    known = (*KINDS, *(f"ours {layout}{STRIPS}" for layout in LAYOUTS))
+    parser.add_argument("--kinds", default=",".join(KINDS), help=f"of {', '.join(known)}; trl orpo always runs")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--quick", action="store_true", help="the 1M-parameter model, two pairs a batch, two steps")
     options = parser.parse_args()
@@ -281,7 +292,10 @@ def main() -> None:
     if options.shares:
         run_shares(options.model, tuple(int(share) for share in options.shares.split(",")), options.rounds)
     else:
-        run(options.model, options.data, tuple(options.dtype.split(",")), options.rounds)
+        kinds = tuple(dict.fromkeys([*options.kinds.split(","), "trl orpo"]))
+        if wrong := [kind for kind in kinds if kind not in known]:
+            raise SystemExit(f"--kinds {wrong[0]!r} is none of {', '.join(known)}")
+        run(options.model, options.data, tuple(options.dtype.split(",")), options.rounds, kinds)
 
 
 if __name__ == "__main__":
