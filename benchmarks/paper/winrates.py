@@ -1,0 +1,199 @@
+"""Tables 2 and 3, Figure 5: whose answers a reward model prefers, at temperature 1.0, in rounds.
+
+    python -m benchmarks.paper.winrates                   the demonstration's models, seeds 0, 1 and 2
+    python -m benchmarks.paper.winrates --models sft=FOLDER dpo=FOLDER orpo=FOLDER --reward FOLDER --data PAIRS
+
+The first trains everything: the three models and a reward model from one checkpoint each seed, and stores answers and
+rewards in results/winrates.jsonl, from which the page and Table 4 (benchmarks.paper.diversity) are made. The second
+compares models of one's own on the prompts of a data set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orpo.demo.data import FRAMES
+from orpo.demo.experiment import DemoSettings, load, one_thread
+from orpo.formats import UnusableRow, pair_text
+from orpo.generate import generate
+from orpo.generate import load as load_policy
+from orpo.setup import load_tokenizer
+from orpo.sources import load_pairs
+
+from . import reward
+from .policies import NAMES, DPOSettings, train_policies
+
+RESULTS = Path(__file__).parent / "results" / "winrates.jsonl"
+# Tables 2 and 3 are of three rounds; Table 4 needs more answers to one prompt.
+COMPARED_ROUNDS = 3
+ROUNDS = 5
+REWARD_LEARNING_RATE = 5e-4
+QUICK = DemoSettings(warmup_steps=3, steps=3, batch_size=4, questions=24, held_out=4)
+
+
+def win_rate(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Percentage of prompts at which the first reward is the higher one; equal ones count half."""
+    points = [(a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs, strict=True)]
+    return 100 * statistics.fmean(points)
+
+
+def win_rates(records: Sequence[dict], ours: str, theirs: str) -> dict[int, tuple[float, float]]:
+    """By seed: mean win rate over the first rounds, and its standard deviation from round to round (n - 1)."""
+    found = {(r["seed"], r["model"]): r["rewards"] for r in records}
+    rates = {}
+    for seed in sorted({seed for seed, _ in found}):
+        pairs = zip(found[seed, ours][:COMPARED_ROUNDS], found[seed, theirs][:COMPARED_ROUNDS], strict=True)
+        rounds = [win_rate(a, b) for a, b in pairs]
+        rates[seed] = statistics.fmean(rounds), statistics.stdev(rounds) if len(rounds) > 1 else 0.0
+    return rates
+
+
+def manner(answer: str) -> float | None:
+    """From 0 (rude) to 5 (warm): what the demonstration's own phrases say of an answer, without any reward model.
+
+    The mean of its opening and its closing where they differ; None where neither is one of the shop's phrases.
+    """
+    text, levels = answer.strip(), []
+    for level, (openings, closings) in enumerate(FRAMES.values()):
+        levels += [level] * text.startswith(openings) + [level] * text.endswith(closings)
+    return statistics.fmean(levels) if levels else None
+
+
+def sample(model: Any, tokenizer: Any, prompts: Sequence[str], rounds: int, **settings: Any) -> list[list[str]]:
+    """`rounds` lists of answers at temperature 1.0, each in the order of the prompts, which are whole texts already."""
+    return [
+        generate(model, tokenizer, prompts, temperature=1.0, seed=i, chat_template=False, **settings)
+        for i in range(rounds)
+    ]
+
+
+def judge(model: Any, tokenizer: Any, prompts: Sequence[str], answers: list[list[str]]) -> list[list[float]]:
+    """The rewards of :func:`sample`'s answers, to four decimals."""
+    scores = []
+    for answered in answers:
+        texts = [reward.ended(prompt + answer, tokenizer) for prompt, answer in zip(prompts, answered, strict=True)]
+        scores.append([round(x, 4) for x in reward.score(model, tokenizer, texts).tolist()])
+    return scores
+
+
+def run_seed(seed: int, folder: Path, settings: DemoSettings, dpo: DPOSettings, rounds: int) -> list[dict]:
+    """Trains, samples and judges; one record a model."""
+    policies = train_policies(folder / f"seed-{seed}", seed, settings, dpo)
+    tokenizer = policies.tokenizer
+    judge_model = reward.load_reward(str(policies.folders["before"]), tokenizer, seed)
+    train, heldout = (reward.pair_texts(rows, tokenizer) for rows in (policies.train, policies.heldout))
+    reward.fit(judge_model, tokenizer, train, learning_rate=REWARD_LEARNING_RATE, seed=seed)
+    share = reward.accuracy(judge_model, tokenizer, heldout)
+    facts = {row["prompt"]: row["fact"] for row in policies.heldout}
+    records = []
+    for name in NAMES:
+        model = load(policies.folders[name])
+        answers = sample(model, tokenizer, [*facts], rounds, max_new_tokens=64, batch_size=64)
+        manners = [m for answered in answers for m in map(manner, answered) if m is not None]
+        right = [f in a for answered in answers for f, a in zip(facts.values(), answered, strict=True)]
+        records.append(
+            {
+                "seed": seed,
+                "model": name,
+                "reward_accuracy": round(share, 4),
+                "heldout_pairs": len(heldout),
+                "manner": round(statistics.fmean(manners), 3) if manners else None,
+                "without_manner": len(answers) * len(facts) - len(manners),
+                "facts_right": round(statistics.fmean(right), 4),
+                "torch": torch.__version__,
+                "rewards": judge(judge_model, tokenizer, [*facts], answers),
+                "answers": answers,
+            }
+        )
+    return records
+
+
+def read(path: Path = RESULTS) -> list[dict]:
+    """The stored records; [] where nothing is stored."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def store(records: Sequence[dict], path: Path) -> None:
+    """Adds `records`, which take the places of older ones of their seeds."""
+    seeds = {record["seed"] for record in records}
+    kept = [record for record in read(path) if record["seed"] not in seeds]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = sorted([*kept, *records], key=lambda record: (record["seed"], NAMES.index(record["model"])))
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def show(records: Sequence[dict], ours: str = "orpo") -> str:
+    """One line a comparison and seed."""
+    lines = []
+    for theirs in dict.fromkeys(r["model"] for r in records if r["model"] != ours):
+        for seed, (mean, spread) in win_rates(records, ours, theirs).items():
+            lines.append(f"seed {seed}: {ours} over {theirs} {mean:.1f} % ({spread:.2f})")
+    return "\n".join(lines)
+
+
+def compare_own(options: argparse.Namespace) -> list[dict]:
+    """Records of models of the user's own, at the prompts of a data set."""
+    tokenizer = load_tokenizer(options.reward)
+    judge_model = reward.load_reward(options.reward, tokenizer)
+    records = []
+    for entry in options.models:
+        name, _, folder = entry.partition("=")
+        model, own = load_policy(folder)
+        prompts = []
+        for row in load_pairs(options.data, options.split):
+            try:
+                prompts.append(pair_text(row, own).chosen_prompt)
+            except UnusableRow:
+                continue
+        answers = sample(model, own, prompts, options.rounds, max_new_tokens=options.max_new_tokens)
+        scores = judge(judge_model.to(model.device), tokenizer, prompts, answers)
+        records.append({"seed": 0, "model": name, "rewards": scores, "answers": answers})
+        del model
+    return records
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, default=Path("out/paper"), help="for the trained models")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--quick", action="store_true", help="a few steps and prompts: that everything runs")
+    parser.add_argument("--models", nargs="+", metavar="NAME=FOLDER", help="models of one's own; one named orpo")
+    parser.add_argument("--reward", help="with --models: the reward model's folder")
+    parser.add_argument("--data", help="with --models: pairs whose prompts are answered")
+    parser.add_argument("--split", default="test", help="of --data")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="with --models")
+    options = parser.parse_args(argv)
+    if options.models:
+        if options.reward is None or options.data is None or options.output == RESULTS:
+            parser.error("--models needs --reward, --data and an --output of its own")
+        if any("=" not in entry for entry in options.models) or "orpo" not in [m.split("=")[0] for m in options.models]:
+            parser.error(f"--models is {options.models}; it takes NAME=FOLDER each, and one NAME has to be orpo")
+        records = compare_own(options)
+        options.output.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        print(show(records))
+        return
+    if options.quick and options.output == RESULTS:
+        parser.error("--quick needs an --output of its own: what it measures is no result")
+    settings, dpo = (
+        (QUICK, replace(DPOSettings(), steps=3, batch_size=4)) if options.quick else (DemoSettings(), DPOSettings())
+    )
+    with one_thread(torch.device("cpu")):
+        for seed in options.seeds:
+            records = run_seed(seed, options.folder, settings, dpo, options.rounds)
+            store(records, options.output)
+            print(f"seed {seed}: reward model right on {records[0]['reward_accuracy']:.3f} of the held-out pairs")
+            print(show(records), flush=True)
+
+
+if __name__ == "__main__":
+    main()
