@@ -36,8 +36,8 @@ def _range(values: Sequence[float], digits: int) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def blocks(records: Sequence[dict], similar: Sequence[dict]) -> dict[str, str]:
-    """The page's blocks by name, of the records of winrates.jsonl and of diversity.jsonl."""
+def blocks(records: Sequence[dict], similar: Sequence[dict], slow: Sequence[dict]) -> dict[str, str]:
+    """The page's blocks by name, of the records of winrates.jsonl, diversity.jsonl and winrates_dpo_slow.jsonl."""
     seeds = sorted({r["seed"] for r in records})
     accuracies = [f"{r['reward_accuracy']:.3f} (seed {r['seed']})" for r in _of(records, "orpo")]
     pairs = records[0]["heldout_pairs"]
@@ -67,8 +67,20 @@ def blocks(records: Sequence[dict], similar: Sequence[dict]) -> dict[str, str]:
         "rewards": table(
             ["", "mean reward", "its spread over answers", "manner, 0 rude to 5 warm", "fact right, %"], answers
         ),
+        "slow dpo": _slow(slow),
         "diversity": table(["", "per input", "across inputs"], alike),
     }
+
+
+def _slow(records: Sequence[dict]) -> str:
+    """A table of the seeds of which DPO was trained with the smaller learning rate too."""
+    rows = []
+    for seed in sorted({r["seed"] for r in records}):
+        own = {r["model"]: r for r in records if r["seed"] == seed}
+        facts = [f"{100 * own[model]['facts_right']:.0f}" for model in ("sft", "dpo", "orpo")]
+        mean, spread = winrates.win_rates(records, "orpo", "dpo")[seed]
+        rows.append([str(seed), f"{mean:.1f} ({spread:.2f})", " / ".join(facts)])
+    return table(["seed", "ORPO vs DPO, %", "fact right, SFT / DPO / ORPO, %"], rows)
 
 
 def with_blocks(page: str, written: dict[str, str]) -> str:
@@ -115,8 +127,8 @@ def draw(records: Sequence[dict], path: Path) -> None:
 
 
 def main() -> None:
-    records, similar = winrates.read(), diversity.read()
-    PAGE.write_text(with_blocks(PAGE.read_text(), blocks(records, similar)))
+    records, similar, slow = winrates.read(), diversity.read(), winrates.read(winrates.SLOW_RESULTS)
+    PAGE.write_text(with_blocks(PAGE.read_text(), blocks(records, similar, slow)))
     draw(records, PICTURE)
 
 

@@ -32,6 +32,8 @@ from . import reward
 from .policies import NAMES, DPOSettings, train_policies
 
 RESULTS = Path(__file__).parent / "results" / "winrates.jsonl"
+# The same with DPO at a learning rate of 1e-4.
+SLOW_RESULTS = RESULTS.with_name("winrates_dpo_slow.jsonl")
 # Tables 2 and 3 are of three rounds; Table 4 needs more answers to one prompt.
 COMPARED_ROUNDS = 3
 ROUNDS = 5
@@ -166,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("out/paper"), help="for the trained models")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--dpo_learning_rate", type=float, default=DPOSettings.learning_rate)
     parser.add_argument("--quick", action="store_true", help="a few steps and prompts: that everything runs")
     parser.add_argument("--models", nargs="+", metavar="NAME=FOLDER", help="models of one's own; one named orpo")
     parser.add_argument("--reward", help="with --models: the reward model's folder")
@@ -184,9 +187,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if options.quick and options.output == RESULTS:
         parser.error("--quick needs an --output of its own: what it measures is no result")
-    settings, dpo = (
-        (QUICK, replace(DPOSettings(), steps=3, batch_size=4)) if options.quick else (DemoSettings(), DPOSettings())
-    )
+    settings, dpo = DemoSettings(), DPOSettings(learning_rate=options.dpo_learning_rate)
+    if options.quick:
+        settings, dpo = QUICK, replace(dpo, steps=QUICK.steps, batch_size=QUICK.batch_size)
     with one_thread(torch.device("cpu")):
         for seed in options.seeds:
             records = run_seed(seed, options.folder, settings, dpo, options.rounds)
