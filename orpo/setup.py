@@ -1,9 +1,7 @@
-"""What happens to a model before it is trained: loading, adapters, dropout; and which checkpoint to resume from."""
+"""What happens to a model before it is trained: loading, adapters, dropout."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 
 from orpo.config import ORPOConfig
 from orpo.packages import require
@@ -122,40 +119,3 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if isinstance(value, float) and "drop" in name:
                 setattr(module, name, 0.0)
-
-
-def last_complete_checkpoint(folder: str | Path) -> str:
-    """The newest ``checkpoint-*`` in `folder` that was written to its end.
-
-    A run that is killed while it saves leaves a folder without the trainer's state, which is written last, or with half
-    of it; resuming from that one would fail.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = _complete_checkpoints(Path(folder))
-    if not found:
-        raise ValueError(f"{folder} holds no complete checkpoint to resume from")
-    return str(found[max(found)])
-
-
-def has_complete_checkpoint(folder: str | Path) -> bool:
-    """Whether :func:`last_complete_checkpoint` would find one."""
-    return bool(_complete_checkpoints(Path(folder)))
-
-
-def _complete_checkpoints(folder: Path) -> dict[int, Path]:
-    found = {}
-    for path in folder.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and _is_json(path / TRAINER_STATE_NAME):
-            found[int(match[1])] = path
-    return found
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text())
-    except (OSError, ValueError):
-        return False
-    return True

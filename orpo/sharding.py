@@ -16,7 +16,7 @@ def keep_outputs_exact(accelerator: Accelerator) -> None:
 
     accelerate's policy casts what the model returns to bfloat16: a loss of 6.1754 would be logged as 6.1719.
     """
-    plugin = _fsdp_plugin(accelerator)
+    plugin = fsdp_plugin(accelerator)
     if plugin is None or plugin.fsdp_version < 2 or plugin.mixed_precision_policy is None:
         return
     plugin.mixed_precision_policy = dataclasses.replace(
@@ -25,11 +25,16 @@ def keep_outputs_exact(accelerator: Accelerator) -> None:
 
 
 def agreed(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
-    """What `function` returns: under FSDP on rank 0, which may be the only one that has weights yet, for all ranks.
+    """What `function` returns: under FSDP on rank 0, which may be the only one that has weights yet, for all ranks."""
+    return function() if fsdp_plugin(accelerator) is None else from_rank_0(accelerator, function)
+
+
+def from_rank_0(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
+    """What `function` returns on rank 0, where alone it is called, for all ranks.
 
     Its error is raised on all of them too. The others would wait for an answer that never comes.
     """
-    if _fsdp_plugin(accelerator) is None:
+    if accelerator.num_processes == 1:
         return function()
     answer: list[Any] = [None, None]
     if accelerator.is_main_process:
@@ -43,5 +48,6 @@ def agreed(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
     return result
 
 
-def _fsdp_plugin(accelerator: Accelerator) -> Any:
+def fsdp_plugin(accelerator: Accelerator) -> Any:
+    """accelerate's settings of FSDP, or None where it is not in use."""
     return getattr(accelerator.state, "fsdp_plugin", None)

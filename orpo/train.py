@@ -23,11 +23,12 @@ import yaml
 from transformers import HfArgumentParser
 
 from orpo.config import ORPOConfig
+from orpo.disk import check_writable
 from orpo.launch import launch_config
 from orpo.merge import merge_adapter
 from orpo.packages import require
 from orpo.recipes import describe_recipes, find_config
-from orpo.setup import has_complete_checkpoint, load_tokenizer
+from orpo.setup import load_tokenizer
 from orpo.sources import load_pairs
 from orpo.trainer import ORPOTrainer
 
@@ -166,6 +167,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig
     """One run: loads, trains, evaluates, saves the model, its metrics, its state and its curves in ``output_dir``."""
     if model_args.merge_adapter and not model_args.use_peft:
         raise ValueError("merge_adapter is given without use_peft: there is no adapter to merge")
+    if args.should_save:
+        check_writable(args.output_dir)
     optim = args.optim.value
     # adamw_torch_8bit and its like are torchao's.
     if "torch" not in optim and any(part in optim for part in ("paged", "bit", "bnb")):
@@ -223,13 +226,11 @@ def _memory_advice(args: ORPOConfig, model_args: ModelArguments) -> str:
 
 
 def _resume_from(args: ORPOConfig) -> str | bool | None:
-    """``--resume_from_checkpoint``: a folder, "true" (there has to be a checkpoint), or "auto" (if there is one)."""
-    wanted = args.resume_from_checkpoint
-    if wanted is None or wanted.lower() in ("false", "no"):
-        return None
-    if wanted.lower() == "auto":
-        return True if has_complete_checkpoint(args.output_dir) else None
-    return True if wanted.lower() in ("true", "yes") else wanted
+    """``--resume_from_checkpoint``: a folder, "true" (there has to be one), "false", or "auto" (if there is one)."""
+    # A YAML file gives true and false themselves.
+    wanted = "auto" if args.resume_from_checkpoint is None else str(args.resume_from_checkpoint)
+    words = {"auto": "auto", "true": True, "yes": True, "false": None, "no": None}
+    return words.get(wanted.lower(), wanted)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

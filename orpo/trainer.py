@@ -11,24 +11,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 
 from orpo.batch import pair_batch, without_repeats
+from orpo.checkpoints import CheckpointingTrainer
 from orpo.config import ORPOConfig
 from orpo.data import check_token_ids, describe_example, prepare_dataset
 from orpo.diagnose import gradient_norms, pair_statistics
+from orpo.disk import check_writable
 from orpo.guard import NonFiniteGuard
 from orpo.layout import make_layout
 from orpo.metrics import WeightedMeans
 from orpo.model import LossCall, attach_orpo_loss, base_model
 from orpo.probe import check_fused_logps, choose_layout
-from orpo.setup import disable_dropout, last_complete_checkpoint, load_model, load_tokenizer, pad_token_id, wrap_peft
+from orpo.setup import disable_dropout, load_model, load_tokenizer, pad_token_id, wrap_peft
 from orpo.sharding import agreed, keep_outputs_exact
 from orpo.streams import StreamReport, counters
 
 
-class ORPOTrainer(Trainer):
+class ORPOTrainer(CheckpointingTrainer):
     """Trains a causal language model on preference pairs with ORPO, in the call shape of TRL's trainer.
 
     Args:
@@ -75,6 +77,8 @@ class ORPOTrainer(Trainer):
             raise ValueError("tokenizer is the older name of processing_class: give one of them, not both")
         if train_dataset is None and eval_dataset is None:
             raise ValueError("neither train_dataset nor eval_dataset is given; there is nothing to train on")
+        if train_dataset is not None and args.should_save:
+            check_writable(args.output_dir)
         if args.n_gpu > 1:
             # torch's DataParallel would cut the row arrays in pieces.
             args._n_gpu = 1
@@ -160,9 +164,11 @@ class ORPOTrainer(Trainer):
         return prepare
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """``Trainer.train``. ``resume_from_checkpoint=True`` takes the newest checkpoint that was written whole."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        """``Trainer.train``. To resume: True for the newest complete checkpoint, "auto" if there is one, or a folder.
+
+        Raises:
+            ValueError: there is no such checkpoint, or it is of a run with settings that this one does not have.
+        """
         self._train_means = WeightedMeans()
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._guard.flush()

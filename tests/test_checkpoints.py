@@ -1,0 +1,243 @@
+"""orpo.checkpoints: runs that are killed, and what is left of them; full disks; settings that changed."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+
+import peft
+import pytest
+import torch
+from run_checkpoints import KILLED, start
+from tiny import SEVEN, make_model
+from trainers import logged, make_trainer
+from transformers import AutoModelForCausalLM
+
+from orpo.checkpoints import complete_checkpoints
+from orpo.disk import check_writable, checkpoint_bytes
+
+SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+WAYS = {
+    "one": {},
+    "ddp": {"ranks": 2},
+    "fsdp2": {"ranks": 2, "sharded": "FULL_STATE_DICT"},
+    "fsdp2-sharded": {"ranks": 2, "sharded": "SHARDED_STATE_DICT"},
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A run of each way to its end, made when it is first asked for."""
+    runs = {}
+
+    def of(way):
+        if way not in runs:
+            folder = tmp_path_factory.mktemp(way)
+            codes, seen, _ = start(folder, **WAYS[way])
+            assert not any(codes)
+            runs[way] = folder / "out", seen
+        return runs[way]
+
+    return of
+
+
+@pytest.mark.parametrize("kill", ["training", "save"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_killed_run_goes_on_as_if_it_had_not_been(way, kill, tmp_path, uninterrupted):
+    whole, expected = uninterrupted(way)
+    codes, _, _ = start(tmp_path, kill=kill, **WAYS[way])
+    assert codes[-1] == KILLED
+    left = {"training": 4, "save": 2}[kill]
+    assert [path.name for path in complete_checkpoints(tmp_path / "out")] == [f"checkpoint-{left}"]
+    codes, seen, printed = start(tmp_path, resume="auto", **WAYS[way])
+    assert not any(codes)
+    assert f"resumes from {tmp_path / 'out'}/checkpoint-{left}\n" in printed
+    # Where another process lives to see the end, it removes what there was of the checkpoint itself.
+    if (way, kill) == ("one", "save"):
+        assert "the save of checkpoint-4 was interrupted" in printed
+    assert seen["first_step"] == left and len(seen["losses"]) == 6
+    assert seen["losses"] == expected["losses"]
+    assert (seen["sharded"] > 0) == way.startswith("fsdp2")
+    assert not (tmp_path / "out/_incomplete").exists()
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "out", whole))
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(weight, ours.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_whole_model_is_exported_with_its_ties(way, uninterrupted):
+    folder, seen = uninterrupted(way)
+    model, loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not torch.equal(model.lm_head.weight, make_model("llama", tie_word_embeddings=True).lm_head.weight)
+    # Every way trains the same steps; dropout draws differently on every rank.
+    assert seen["losses"]["1"] == pytest.approx(uninterrupted("ddp" if way != "one" else way)[1]["losses"]["1"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta": 0.5}, "beta was 0.1 and is 0.5"),
+        ({"seed": 7, "learning_rate": 1e-4}, "learning_rate was 0.001 and is 0.0001; seed was 42 and is 7"),
+        ({"per_device_train_batch_size": 2}, "per_device_train_batch_size was 4 and is 2"),
+        ({"train_dataset": {k: v[::-1] for k, v in SEVEN.items()}}, "train_dataset was 7 pairs .* and is 7 pairs"),
+        ({"model": make_model("llama", num_hidden_layers=1)}, "model was llama of .* and is llama of"),
+        ({"peft_config": peft.LoraConfig(r=2)}, "lora_alpha of the adapter was None and is 8"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_run_with_other_settings_is_refused_in_words(changes, message, tmp_path, first_run):
+    with pytest.raises(ValueError, match=message) as caught:
+        make_trainer(first_run, **{**SAVING, **changes}).train(resume_from_checkpoint="auto")
+    assert "resume_from_checkpoint false" in str(caught.value) and "checkpoint-4 is of another run" in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("first")
+    make_trainer(folder, **SAVING).train()
+    return folder
+
+
+def test_the_number_of_processes_is_a_setting(first_run, tmp_path, capsys):
+    shutil.copytree(first_run, tmp_path / "out")
+    record = tmp_path / "out/checkpoint-4/orpo_run.json"
+    record.write_text(record.read_text().replace('"world_size": 1', '"world_size": 8'))
+    with pytest.raises(ValueError, match="world_size was 8 and is 1"):
+        make_trainer(tmp_path / "out", **SAVING).train(resume_from_checkpoint=True)
+    # The record of another program is not there at all.
+    record.unlink()
+    (tmp_path / "out/checkpoint-2").rename(tmp_path / "two")
+    make_trainer(tmp_path / "out", **SAVING).train(resume_from_checkpoint=True)
+    assert "resumes from" in (out := capsys.readouterr().out) and "were not compared" in out
+
+
+def test_harmless_settings_may_change_and_a_longer_run_is_said_to_differ(first_run, tmp_path, capsys):
+    shutil.copytree(first_run, tmp_path / "out")
+    changes = {"logging_steps": 2, "save_steps": 1, "max_steps": 5, "gradient_checkpointing": False}
+    trainer = make_trainer(tmp_path / "out", **{**SAVING, **changes})
+    trainer.train(resume_from_checkpoint="auto")
+    assert trainer.state.global_step == 5 and (tmp_path / "out/checkpoint-5").is_dir()
+    printed = capsys.readouterr().out
+    assert "max_steps was 4 and is 5: from here on the learning rate is that of the new length" in printed
+
+
+def test_a_run_that_starts_anew_has_the_newest_checkpoint(first_run, tmp_path, capsys):
+    shutil.copytree(first_run, tmp_path / "out")
+    make_trainer(tmp_path / "out", **{**SAVING, "max_steps": 2}).train()
+    assert "starts anew" in capsys.readouterr().out
+    names = [path.name for path in complete_checkpoints(tmp_path / "out")]
+    assert names == ["checkpoint-4", "checkpoint-2"]
+    make_trainer(tmp_path / "out", **{**SAVING, "max_steps": 3, "save_total_limit": 1}).train("auto")
+    assert "checkpoint-2 (max_steps was 2" in capsys.readouterr().out
+    assert [path.name for path in complete_checkpoints(tmp_path / "out")] == ["checkpoint-3"]
+
+
+def test_an_interrupted_folder_of_another_program_is_ignored_and_not_counted(tmp_path, capsys):
+    settings = {**SAVING, "save_total_limit": 2}
+    make_trainer(tmp_path, **settings).train()
+    (tmp_path / "checkpoint-9").mkdir()
+    (tmp_path / "checkpoint-9/trainer_state.json").write_text('{"half": ')
+    trainer = make_trainer(tmp_path, **{**settings, "max_steps": 6})
+    trainer.train(resume_from_checkpoint="auto")
+    assert trainer._initial_global_step == 4
+    assert "checkpoint-9 was not written to its end and is ignored" in capsys.readouterr().out
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_the_best_checkpoint_is_kept_by_its_final_name(tmp_path):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    settings = {**SAVING, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1, **best}
+    trainer = make_trainer(tmp_path, eval_dataset=SEVEN, **{**settings, "max_steps": 6})
+    trainer.train()
+    # The loss falls, and more is said to be better: the first one stays.
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2"]
+    state = json.loads((tmp_path / "checkpoint-2/trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
+
+
+def test_the_model_alone_cannot_be_resumed(tmp_path):
+    make_trainer(tmp_path, **SAVING, save_only_model=True).train()
+    with pytest.raises(ValueError, match="checkpoint-4 holds the model alone"):
+        make_trainer(tmp_path, **SAVING).train(resume_from_checkpoint="auto")
+
+
+def test_a_run_of_one_command_repeated_resumes_from_a_folder_too(first_run, tmp_path):
+    trainer = make_trainer(tmp_path, **{**SAVING, "max_steps": 5})
+    trainer.train(resume_from_checkpoint=str(first_run))
+    assert trainer._initial_global_step == 4 and len(logged(trainer, "loss")) == 5
+
+
+def test_the_size_of_a_checkpoint_is_told_before(first_run, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, **SAVING)
+    there = sum(path.stat().st_size for path in (first_run / "checkpoint-4").glob("[mo]*.[sp]*"))
+    assert checkpoint_bytes(trainer.model, trainer.args) == pytest.approx(there, rel=0.05)
+    alone = make_trainer(tmp_path, **SAVING, save_only_model=True).args
+    weights = (first_run / "checkpoint-4/model.safetensors").stat().st_size
+    assert checkpoint_bytes(trainer.model, alone) == pytest.approx(weights, rel=0.05)
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    with pytest.raises(ValueError, match=r"has 100.0 kB free, and a checkpoint takes about \d+\.\d kB"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not list(tmp_path.glob("checkpoint-*"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=int(1.5 * there)))
+    with pytest.warns(UserWarning, match=r"kB free, and 2 checkpoints take about .* set save_total_limit"):
+        trainer.train()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output_dir .*file/out cannot be written: Not a directory"):
+        make_trainer(tmp_path / "file/out", model="no-such-model")
+    check_writable(tmp_path / "new/folder")
+    assert list((tmp_path / "new/folder").iterdir()) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1.2 MB, room for one checkpoint but not for two."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1200k", "none", folder], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"may not mount a small disk: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.filterwarnings("ignore:output_dir")
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_so(small_disk, tmp_path):
+    trainer = make_trainer(small_disk, **SAVING)
+    with pytest.raises((OSError, RuntimeError)) as caught:
+        trainer.train()
+    (note,) = caught.value.__notes__
+    assert "checkpoint-4 could not be saved" in note and "checkpoint-2 is whole, and the run resumes from it" in note
+    assert sorted(path.name for path in small_disk.iterdir() if path.is_dir()) == ["_incomplete", "checkpoint-2"]
+    assert not list((small_disk / "_incomplete").iterdir())
+    shutil.copytree(small_disk, tmp_path / "larger")
+    resumed = make_trainer(tmp_path / "larger", **SAVING)
+    resumed.train(resume_from_checkpoint="auto")
+    whole = make_trainer(tmp_path / "whole", **SAVING)
+    whole.train()
+    assert logged(resumed, "loss") == logged(whole, "loss")
+
+
+def test_a_save_that_fails_leaves_nothing_of_itself(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, **SAVING)
+
+    def full(output_dir):
+        assert os.path.exists(os.path.join(output_dir, "optimizer.pt"))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(trainer, "_save_rng_state", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        trainer.train()
+    assert "checkpoint-2 could not be saved" in caught.value.__notes__[0]
+    assert "there is none before it" in caught.value.__notes__[0]
+    assert not list(tmp_path.rglob("checkpoint-*"))
