@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     figures = {
         kind: {
             "forward passes": passes[kind],
-            "seconds": round(summary(seconds[kind])["median"], 5),
+            **{name: round(summary(seconds[kind])[name], 5) for name in ("median", "least")},
             "weights MiB": round(weights * (1 if references[kind] is None else 2) / 2**20, 1),
             "working MiB": round(peak_memory(step) / 2**20, 1),
         }

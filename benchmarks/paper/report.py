@@ -56,17 +56,19 @@ def runs_table(records: list[dict]) -> str:
 
 def costs_table(folder: Path) -> str:
     """Forward passes, time and memory of a step for every model that was measured."""
-    lines = ["| model | step | forward passes | time, ms | times ORPO's | weights, MiB | working memory, MiB |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = [
+        "| model | step | forward passes | median, ms | least, ms | least, times ORPO's | weights, MiB | working memory, MiB |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|")
     stamps = []
     for path in sorted(folder.glob("costs-*.json")):
         record = json.loads(path.read_text())
         stamps.append(f"{record['pairs']} pairs on {record['stamp']['device']}, {record['stamp']['threads']} thread(s)")
-        base = record["kinds"]["orpo"]["seconds"]
+        base = record["kinds"]["orpo"]["least"]
         for kind, f in record["kinds"].items():
             lines.append(
-                f"| {record['model']} | {kind} | {f['forward passes']} | {1e3 * f['seconds']:.0f} | "
-                f"{f['seconds'] / base:.2f} | {f['weights MiB']:.1f} | {f['working MiB']:.1f} |"
+                f"| {record['model']} | {kind} | {f['forward passes']} | {1e3 * f['median']:.0f} | {1e3 * f['least']:.0f} | "
+                f"{f['least'] / base:.2f} | {f['weights MiB']:.1f} | {f['working MiB']:.1f} |"
             )
     return "\n".join([*lines, "", *dict.fromkeys(stamps)]) if stamps else "Not measured."
 
