@@ -67,8 +67,8 @@ def costs_table(folder: Path) -> str:
         base = record["kinds"]["orpo"]["least"]
         for kind, f in record["kinds"].items():
             lines.append(
-                f"| {record['model']} | {kind} | {f['forward passes']} | {1e3 * f['median']:.0f} | {1e3 * f['least']:.0f} | "
-                f"{f['least'] / base:.2f} | {f['weights MiB']:.1f} | {f['working MiB']:.1f} |"
+                f"| {record['model']} | {kind} | {f['forward passes']} | {1e3 * f['median']:.0f} | "
+                f"{1e3 * f['least']:.0f} | {f['least'] / base:.2f} | {f['weights MiB']:.1f} | {f['working MiB']:.1f} |"
             )
     return "\n".join([*lines, "", *dict.fromkeys(stamps)]) if stamps else "Not measured."
 
