@@ -81,7 +81,8 @@ def orpo_loss(
             recomputed strip by strip in backward (8 N V D FLOPs instead of 6). Default: 0 on accelerators, 512 MiB on
             CPU. The loss differs between budgets by rounding.
         strip_bytes: size of one vocabulary strip of recomputed logits.
-        backend: "triton", "torch", or None: torch on CPU tensors, Triton elsewhere.
+        backend: "triton", "torch", or None: torch on CPU tensors, Triton elsewhere. "triton-fused" and "triton-strip"
+            force one form of its kernels; otherwise the faster one is found by timing (`orpo_kernels.form`).
 
     Returns:
         ORPOOutput; `loss` is differentiable by hidden, lm_head_weight and lm_head_bias, once.

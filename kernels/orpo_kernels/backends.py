@@ -8,7 +8,9 @@ from types import ModuleType
 
 import torch
 
-NAMES = ("torch", "triton")
+# "triton" leaves the form of its stages to form.py.
+NAMES = ("torch", "triton", "triton-fused", "triton-strip")
+_MODULES = {"torch": "torch_backend", "triton-strip": "triton_strip_backend"}
 
 # Bytes of logit tiles kept alive for their gradient, by default: none where tiles can stay on the chip.
 CPU_LOGITS_BUDGET = 512 * 2**20
@@ -27,11 +29,11 @@ def choose_backend(name: str | None, device: str, hidden_dtype: torch.dtype, wei
     float64 = torch.float64 in (hidden_dtype, weight_dtype)
     if name is None:
         return "torch" if device == "cpu" or float64 or importlib.util.find_spec("triton") is None else "triton"
-    if name == "triton" and float64:
-        raise ValueError("backend='triton' does not compute in torch.float64: use backend='torch'")
-    if name == "triton" and device == "cpu" and not _triton_takes_cpu_tensors():
+    if name != "torch" and float64:
+        raise ValueError(f"backend={name!r} does not compute in torch.float64: use backend='torch'")
+    if name != "torch" and device == "cpu" and not _triton_takes_cpu_tensors():
         raise ValueError(
-            "backend='triton' cannot run on CPU tensors: move them to a GPU, set TRITON_INTERPRET=1 before the first "
+            f"backend={name!r} cannot run on CPU tensors: move them to a GPU, set TRITON_INTERPRET=1 before the first "
             "import of triton to interpret the kernels, or use backend='torch'"
         )
     return name
@@ -55,7 +57,7 @@ def resolve_budget(
 
 def load_backend(name: str) -> ModuleType:
     """The module with the stages; triton is imported here at the earliest."""
-    return importlib.import_module(f"orpo_kernels.{name}_backend")
+    return importlib.import_module(f"orpo_kernels.{_MODULES.get(name, 'triton_backend')}")
 
 
 def _triton_takes_cpu_tensors() -> bool:

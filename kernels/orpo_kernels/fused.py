@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import schedule
 from .backends import load_backend
+from .form import load_form
 from .head import Head, Needs
 from .matmul import accumulation_dtype, without_autocast
 from .rows import Rows
@@ -121,13 +122,16 @@ def linear_orpo(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, nll_loss, odds_ratio_loss, mean_logp_S, log_odds_P, pair_mask_P, mean_hidden_2D; then what backward needs:
     kept_2E, count (on the host), token_3E where logits are recomputed, else finished dX_RD, dW_VD, db_V."""
-    be, head, wants = load_backend(backend), Head(weight_VD, bias_V, logit_scale, logit_softcap), Needs(*needs)
+    head, wants = Head(weight_VD, bias_V, logit_scale, logit_softcap), Needs(*needs)
     rows = Rows(rows_E, targets_E, sequence_E, in_response_E, in_nll_E, pairs)
     if not all_rows_count:
         rows = _keep(rows)
     check_targets(rows.targets_N, weight_VD.shape[0])
     _check_sequences(rows)
     x_ND = hidden_RD[rows.rows_N]
+    # Bins and frozen heads have one form.
+    one_form = head_frozen or logits_budget > 0
+    be = load_backend(backend) if one_form else load_form(backend, x_ND, rows.targets_N, head, strip_bytes)
     dtype = accumulation_dtype(hidden_RD, weight_VD)
     settings = dict(
         beta=beta,
@@ -234,9 +238,8 @@ def linear_orpo_backward(
     logp_N, lse_N, coef_N = token_3E[:, :n]
     head = Head(weight_VD, bias_V, logit_scale, logit_softcap)
     x_ND, coef_N = hidden_RD[rows_N], coef_N * grad_loss
-    grads = schedule.backward_by_strips(
-        load_backend(backend), x_ND, targets_N, logp_N, lse_N, coef_N, head, wants, strip_bytes
-    )
+    be = load_form(backend, x_ND, targets_N, head, strip_bytes)
+    grads = schedule.backward_by_strips(be, x_ND, targets_N, logp_N, lse_N, coef_N, head, wants, strip_bytes)
     return (
         _scatter_rows(grads.x_ND, rows_N, hidden_RD, hidden_RD.dtype) if wants.hidden else coef_N.new_empty(0),
         grads.weight_VD if wants.weight else coef_N.new_empty(0),

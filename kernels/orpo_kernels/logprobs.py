@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import schedule
 from .backends import load_backend
+from .form import load_form
 from .fused import check_targets
 from .head import Head, Needs
 from .matmul import accumulation_dtype, without_autocast
@@ -34,7 +35,9 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logp_N, and for backward lse_N and, where only x needs a gradient, u_ND with dlogp_n/dx_n = scale * u_n."""
     check_targets(targets_N, weight_VD.shape[0])
-    be, head, wants = load_backend(backend), Head(weight_VD, bias_V, logit_scale, logit_softcap), Needs(*needs)
+    head, wants = Head(weight_VD, bias_V, logit_scale, logit_softcap), Needs(*needs)
+    # A frozen head has one form.
+    be = load_backend(backend) if head_frozen else load_form(backend, x_ND, targets_N, head, strip_bytes)
     (logp_N, lse_N), u_ND = schedule.token_stats(be, x_ND, targets_N, head, wants, head_frozen, strip_bytes)
     return logp_N, lse_N, logp_N.new_empty(0) if u_ND is None else u_ND
 
@@ -70,14 +73,15 @@ def linear_logprobs_backward(
     if not schedule.recomputes(wants, 0):
         dx_ND = (u_ND * (logit_scale * grad_N[:, None])).to(x_ND.dtype)
         return dx_ND, logp_N.new_empty(0), logp_N.new_empty(0)
+    head = Head(weight_VD, bias_V, logit_scale, logit_softcap)
     grads = schedule.backward_by_strips(
-        load_backend(backend),
+        load_form(backend, x_ND, targets_N, head, strip_bytes),
         x_ND,
         targets_N,
         logp_N,
         lse_N,
         grad_N,
-        Head(weight_VD, bias_V, logit_scale, logit_softcap),
+        head,
         wants,
         strip_bytes,
     )

@@ -1,5 +1,7 @@
 """Stages 1 to 3 with Triton: the interface of torch_backend.py over logit_stats.py, odds_ratio.py and logit_grad.py.
 
+Strips go through the fused form here, through the library's matmul in triton_strip_backend.py; form.py chooses.
+
 Letters: N rows, D hidden size, V vocabulary, W columns of a strip.
 """
 
@@ -39,14 +41,14 @@ def tile_element_bytes(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
     return size if size == 4 else 4 + size
 
 
-def _operands(x_ND: Tensor, head: Head) -> tuple[Tensor, Head]:
+def operands(x_ND: Tensor, head: Head) -> tuple[Tensor, Head]:
     """x contiguous, and both operands in one dtype."""
     dtype = compute_dtype(x_ND.dtype, head.weight_VD.dtype)
     head = Head(head.weight_VD.to(dtype), head.bias_V, head.scale, head.softcap)
     return x_ND.to(dtype).contiguous(), head
 
 
-def _row_scale(logp_N: Tensor, dtype: torch.dtype) -> Tensor | None:
+def row_scale(logp_N: Tensor, dtype: torch.dtype) -> Tensor | None:
     """The power of two that float16 rows of g carry; None for dtypes with float32's range."""
     if dtype != torch.float16:
         return None
@@ -56,8 +58,8 @@ def _row_scale(logp_N: Tensor, dtype: torch.dtype) -> Tensor | None:
 def token_stats(x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int) -> tuple[Tensor, Tensor]:
     """Stage 1: (logp_N, lse_N); logits exist only as tiles on the chip."""
     if x_ND.shape[0] == 0:
-        return (x_ND.new_zeros(0, dtype=torch.float32) for _ in range(2))
-    x_ND, head = _operands(x_ND, head)
+        return tuple(x_ND.new_zeros(0, dtype=torch.float32) for _ in range(2))
+    x_ND, head = operands(x_ND, head)
     return combine(*logit_stats(x_ND, targets_N, head))
 
 
@@ -65,26 +67,26 @@ def logit_grad(
     x_ND: Tensor, targets_N: Tensor, logp_N: Tensor, lse_N: Tensor, head: Head, first: int, last: int
 ) -> tuple[Tensor, Tensor]:
     """Stage 3: (g_NW, weight_WD) for columns [first, last), logits recomputed."""
-    x_ND, head = _operands(x_ND, head.strip(first, last))
+    x_ND, head = operands(x_ND, head.strip(first, last))
     if x_ND.shape[0] == 0:
         return x_ND.new_empty((0, last - first)), head.weight_VD
-    row_scale_N = _row_scale(logp_N, x_ND.dtype)
+    row_scale_N = row_scale(logp_N, x_ND.dtype)
     return fused_grad(x_ND, targets_N - first, lse_N, -torch.expm1(logp_N), row_scale_N, head), head.weight_VD
 
 
 def tile_stats(x_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     """Stage 1 on a tile over the whole vocabulary: (logp_N, lse_N), bit for bit those of `tile_stats_and_grad`."""
-    _, logp_N, lse_N = _tile(*_operands(x_ND, head), targets_N)
+    _, logp_N, lse_N = _tile(*operands(x_ND, head), targets_N)
     return logp_N, lse_N
 
 
 def tile_stats_and_grad(x_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
     """Stages 1 and 3 on a tile over the whole vocabulary: (logp_N, lse_N, g_NV)."""
-    x_ND, head = _operands(x_ND, head)
+    x_ND, head = operands(x_ND, head)
     z_NV, logp_N, lse_N = _tile(x_ND, head, targets_N)
     if x_ND.shape[0] == 0:
         return logp_N, lse_N, z_NV.to(x_ND.dtype)
-    row_scale_N = _row_scale(logp_N, x_ND.dtype)
+    row_scale_N = row_scale(logp_N, x_ND.dtype)
     return logp_N, lse_N, strip_grad(z_NV, targets_N, lse_N, -torch.expm1(logp_N), row_scale_N, head, x_ND.dtype)
 
 
@@ -127,7 +129,7 @@ def _frozen_head(
     # exp(z - maximum) <= 1: float16 keeps entries down to 4e-12 of the largest with this.
     row_scale_N = torch.full_like(target_N, 2.0**_ROW_EXPONENT) if dtype == torch.float16 else None
     for first, last in strips(v, strip_width(n, v, tile_element_bytes(x_ND.dtype, head.weight_VD.dtype), strip_bytes)):
-        x, strip_head = _operands(x_ND, head.strip(first, last))
+        x, strip_head = operands(x_ND, head.strip(first, last))
         z_NW = raw_logits(x, strip_head.weight_VD)
         old_max_N = max_1N[0].clone()
         add_strip_stats(z_NW, targets_N - first, strip_head, stats)
@@ -152,7 +154,7 @@ def _finite(max_N: Tensor) -> Tensor:
 
 def grad_coefficient(coef_N: Tensor, logp_N: Tensor, dtype: torch.dtype) -> Tensor:
     """coef_N as it applies to g as stored in `dtype`: float16 rows of g carry a power of two."""
-    row_scale_N = _row_scale(logp_N, dtype)
+    row_scale_N = row_scale(logp_N, dtype)
     return coef_N if row_scale_N is None else coef_N / row_scale_N
 
 
