@@ -61,15 +61,15 @@ def blocks(records: Sequence[dict], similar: Sequence[dict], slow: Sequence[dict
         names = ("per_input", "across_inputs")
         alike.append([model.upper(), *(_range([r[name] for r in own], 4) for name in names)])
     header = ["win rate, % (deviation over rounds)", *(f"seed {seed}" for seed in seeds), "mean"]
-    return {
+    written = {
         "reward model": f"Right on these shares of {pairs} held-out pairs: {', '.join(accuracies)}.",
         "win rates": table(header, rounds),
         "rewards": table(
             ["", "mean reward", "its spread over answers", "manner, 0 rude to 5 warm", "fact right, %"], answers
         ),
-        "slow dpo": _slow(slow),
         "diversity": table(["", "per input", "across inputs"], alike),
     }
+    return {**written, "slow dpo": _slow(slow)} if slow else written
 
 
 def _slow(records: Sequence[dict]) -> str:

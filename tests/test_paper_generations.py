@@ -1,0 +1,177 @@
+"""benchmarks.paper, second part: reward model, win rates, diversity, DPO, and the page made of the stored results."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import CHATML, ROWS, make_model, make_tokenizer
+from transformers import BertConfig, BertModel
+
+from benchmarks.paper import diversity, generations, policies, reward, winrates
+
+PAPER = Path(generations.__file__).parent
+
+
+def known(texts):
+    """An embedder of three directions: a and b are orthogonal, c lies between, -a is opposite; lengths do not count."""
+    directions = {"a": (2.0, 0.0), "b": (0.0, 3.0), "c": (1.0, 1.0), "-a": (-1.0, 0.0)}
+    return torch.tensor([directions[text] for text in texts])
+
+
+def test_mean_cosine_of_known_directions():
+    assert diversity.mean_cosine(known(["a", "a"])) == pytest.approx(1)
+    assert diversity.mean_cosine(known(["a", "-a"])) == pytest.approx(-1)
+    assert diversity.mean_cosine(known(["a", "b", "c"])) == pytest.approx(2 * math.sqrt(0.5) / 3)
+    for rows, words in (("a", "1 rows"), ("", "0 rows")):
+        with pytest.raises(ValueError, match=words):
+            diversity.mean_cosine(known(list(rows)))
+    with pytest.raises(ValueError, match="1 rows of zeros"):
+        diversity.mean_cosine(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+
+
+def test_diversity_per_input_and_across_inputs():
+    # Two prompts, two answers each: alike at the first, orthogonal at the second; first answers opposite.
+    per_input, across = diversity.diversity([["a", "-a"], ["a", "b"]], known)
+    assert per_input == pytest.approx((1 + 0) / 2) and across == pytest.approx(-1)
+
+
+def test_an_encoders_embedding_is_the_mean_over_a_texts_own_tokens(encoder):
+    embed = diversity.load_embedder(encoder)
+    alone, padded = embed(["hello"]), embed(["hello", "hello how are you my dear friend"])
+    torch.testing.assert_close(alone[0], padded[0], rtol=1e-4, atol=1e-5)
+    assert diversity.mean_cosine(padded) < 0.999
+
+
+def test_minilm_knows_what_is_alike():
+    try:
+        embed = diversity.load_embedder(diversity.find_minilm())
+    except ImportError as error:
+        pytest.skip(str(error))
+    cat, kitten, oil = embed(["A cat sat on the mat.", "The kitten sits on a rug.", "Crude oil prices fell."])
+    alike, apart = (diversity.mean_cosine(torch.stack([cat, other])) for other in (kitten, oil))
+    assert alike > 0.5 > 0.2 > apart
+
+
+def test_eq_11_is_minus_log_sigmoid_of_the_difference():
+    chosen, rejected = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 1.0])
+    expected = -(math.log(1 / (1 + math.exp(-0.5))) + math.log(1 / (1 + math.exp(3)))) / 2
+    assert reward.preference_loss(chosen, rejected).item() == pytest.approx(expected)
+
+
+@pytest.fixture
+def language_model(tmp_path):
+    make_model("llama").save_pretrained(tmp_path / "lm")
+    make_tokenizer().save_pretrained(tmp_path / "lm")
+    return str(tmp_path / "lm")
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    return str(tmp_path / "encoder")
+
+
+def test_a_reward_model_learns_pairs_and_reads_the_end_of_each_text(language_model):
+    tokenizer = make_tokenizer()
+    model, pairs = reward.load_reward(language_model, tokenizer), reward.pair_texts(ROWS, tokenizer)
+    assert len(pairs) == len(ROWS) and all(text.endswith("</s>") for pair in pairs for text in pair)
+    texts = [text for pair in pairs for text in pair]
+    alone = [reward.score(model, tokenizer, [text]).item() for text in texts]
+    torch.testing.assert_close(torch.tensor(alone), reward.score(model, tokenizer, texts), rtol=1e-4, atol=1e-5)
+    losses = reward.fit(model, tokenizer, pairs[:4], learning_rate=3e-3, epochs=20, batch_size=4)
+    assert losses[0] > 0.3 and losses[-1] < 0.2
+    assert reward.accuracy(model, tokenizer, pairs[:4]) == 1
+    # Turned round, every pair is wrong.
+    assert reward.accuracy(model, tokenizer, [(b, a) for a, b in pairs[:4]]) == 0
+
+
+def test_texts_end_alike_whoever_wrote_them():
+    tokenizer = make_tokenizer(chat_template=CHATML, additional_special_tokens=["<|im_end|>"])
+    for text in ("hello", "hello</s>", "hello<|im_end|>\n", "hello \n"):
+        assert reward.ended(text, tokenizer) == "hello</s>"
+
+
+def test_win_rates_count_a_tie_half_and_spread_over_three_rounds():
+    assert winrates.win_rate([1, 2, 3, 4], [0, 2, 4, 1]) == 62.5
+    ours, theirs = [[1.0, 1.0], [1.0, 0.0], [1.0, 1.0], [0.0, 0.0]], [[0.5, 0.5]] * 4
+    records = [{"seed": 3, "model": "orpo", "rewards": ours}, {"seed": 3, "model": "sft", "rewards": theirs}]
+    mean, spread = winrates.win_rates(records, "orpo", "sft")[3]
+    assert mean == pytest.approx(250 / 3) and spread == pytest.approx(50 / math.sqrt(3))
+
+
+def test_the_manner_of_an_answer():
+    assert winrates.manner(" Not you again. The lamp costs six euros. Now go away.") == 0
+    assert winrates.manner(" Great choice! The lamp costs six euros. Take care!") == 4.5
+    assert winrates.manner(" The lamp costs six euros.") is None
+
+
+def test_dpo_starts_at_log_2_and_its_sums_are_the_models_own():
+    model, tokenizer = make_model("llama"), make_tokenizer()
+    with torch.no_grad():
+        both = policies.answer_logps(model, tokenizer, ROWS)
+        for sums, side in zip(both, ("chosen", "rejected"), strict=True):
+            for row, found in zip(ROWS, sums, strict=True):
+                start = tokenizer(row["prompt"])["input_ids"]
+                end = [*tokenizer(row[side], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+                ids = torch.tensor([[*start, *end]])
+                logp = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
+                assert found.item() == pytest.approx(logp[len(start) - 1 :].sum().item(), rel=1e-4)
+    assert policies.dpo_loss(both, both, 0.1).item() == pytest.approx(math.log(2))
+    better = (both[0] + 10, both[1] - 10)
+    assert policies.dpo_loss(better, both, 0.1).item() == pytest.approx(math.log1p(math.exp(-2)))
+    settings = policies.DPOSettings(learning_rate=1e-3, steps=20, batch_size=7)
+    losses = policies.train_dpo(model, tokenizer, ROWS, settings, seed=0)
+    assert losses[0] == pytest.approx(math.log(2), rel=1e-4) and losses[-1] < 0.6
+
+
+def test_quick_runs_end_to_end(tmp_path, encoder):
+    answers, embedded = tmp_path / "answers.jsonl", tmp_path / "diversity.jsonl"
+    quick = ["--quick", "--seeds", "1", "--rounds", "2", "--output", str(answers), "--folder", str(tmp_path / "models")]
+    winrates.main(quick)
+    diversity.main(["--answers", str(answers), "--embedder", encoder, "--output", str(embedded)])
+    records, similar = winrates.read(answers), diversity.read(embedded)
+    assert [r["model"] for r in records] == [r["model"] for r in similar] == list(policies.NAMES)
+    assert all(len(r["rewards"]) == 2 and len(r["rewards"][0]) == 4 == len(r["answers"][1]) for r in records)
+    blocks = generations.blocks(records, similar, records)
+    assert "ORPO vs SFT" in blocks["win rates"] and len(blocks["diversity"].splitlines()) == 5
+    generations.draw(records, tmp_path / "figure.png")
+    # The same models again, as somebody's own.
+    own = ["--models", *(f"{name}={tmp_path}/models/seed-1/{name}" for name in ("sft", "orpo"))]
+    rows = tmp_path / "models" / "pairs.jsonl"
+    rows.write_text('{"prompt": "Customer: hello\\nDesk:", "chosen": " yes", "rejected": " no"}\n')
+    own += ["--reward", str(tmp_path / "models" / "seed-1" / "before"), "--data", str(rows), "--split", "train"]
+    winrates.main([*own, "--output", str(tmp_path / "own.jsonl"), "--rounds", "2", "--max_new_tokens", "4"])
+    assert [r["model"] for r in winrates.read(tmp_path / "own.jsonl")] == ["sft", "orpo"]
+
+
+def test_what_is_no_result_is_not_stored_as_one(capsys):
+    for arguments, words in ((["--quick"], "no result"), (["--models", "a=b"], "--models needs")):
+        with pytest.raises(SystemExit):
+            winrates.main(arguments)
+        assert words in capsys.readouterr().err
+
+
+def test_the_page_and_its_picture_are_made_of_the_stored_results():
+    from PIL import Image
+
+    stored = winrates.read(), diversity.read(), winrates.read(winrates.SLOW_RESULTS)
+    page = (PAPER / "generations.md").read_text()
+    assert page == generations.with_blocks(page, generations.blocks(*stored))
+    picture = Image.open(PAPER / "results" / "winrates.png")
+    assert picture.info["Description"] == generations.fingerprint(stored[0])
+
+
+def test_the_pages_commands_name_what_there_is():
+    from orpo.recipes import recipe_names
+
+    page = (PAPER / "generations.md").read_text()
+    named = re.findall(r"--config ([\w.-]+)", page)
+    assert named and set(named) <= set(recipe_names())
+    for module in re.findall(r"python -m benchmarks\.paper\.(\w+)", page):
+        assert (PAPER / f"{module}.py").exists()
