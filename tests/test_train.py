@@ -83,10 +83,15 @@ def test_a_run_from_the_command_line(files, tmp_path):
 
 
 def test_a_run_goes_on_where_it_stopped(files, tmp_path):
-    train.main(options(files, tmp_path, resume_from_checkpoint="auto"))
-    train.main(options(files, tmp_path, resume_from_checkpoint="auto", max_steps=3))
+    train.main(options(files, tmp_path))
+    train.main(options(files, tmp_path, max_steps=3))
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"beta was 0\.1 and is 0\.5"):
+        train.main(options(files, tmp_path, beta=0.5))
+    train.main(options(files, tmp_path, beta=0.5, max_steps=1, resume_from_checkpoint=False))
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [1]
 
 
 def test_lora_from_the_command_line(files, tmp_path):
