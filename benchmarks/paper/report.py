@@ -56,9 +56,8 @@ def runs_table(records: list[dict]) -> str:
 
 def costs_table(folder: Path) -> str:
     """Forward passes, time and memory of a step for every model that was measured."""
-    lines = [
-        "| model | step | forward passes | median, ms | least, ms | least, times ORPO's | weights, MiB | working memory, MiB |"
-    ]
+    heads = "model", "step", "forward passes", "median, ms", "least, ms", "least, times ORPO's", "weights, MiB"
+    lines = ["| " + " | ".join(heads) + " | working memory, MiB |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     stamps = []
     for path in sorted(folder.glob("costs-*.json")):
