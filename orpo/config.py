@@ -13,6 +13,10 @@ from transformers.utils import is_torch_bf16_gpu_available
 from orpo.batch import NLL_SPANS, NLLSpan
 from orpo.data import Limits
 from orpo.layout import LAYOUTS
+from orpo.packages import require
+
+# Trackers that are tried by the tests; transformers knows more, and checks those itself.
+TRACKERS = frozenset({"tensorboard", "trackio", "wandb"})
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,14 @@ class ORPOConfig(TrainingArguments):
     trust_remote_code: bool = _setting(False, "Run Python code that comes with a model.")
     dataset_num_proc: int | None = _setting(None, "Processes that tokenize.")
     generate_during_eval: bool = _setting(
-        False, "Accepted from TRL scripts; nothing is generated, and a warning says so."
+        False, "At each evaluation, write answers to held-out prompts to output_dir/samples.jsonl and to trackers."
     )
+    eval_samples: int = _setting(4, "With generate_during_eval: how many prompts, the first of each data set.")
+    eval_max_new_tokens: int = _setting(128, "With generate_during_eval: most tokens of an answer.")
+    early_stopping_patience: int | None = _setting(
+        None, "Stop when metric_for_best_model has not improved for this many evaluations."
+    )
+    early_stopping_threshold: float = _setting(0.0, "By how much it has to improve to count.")
     is_encoder_decoder: bool | None = _setting(None, "Accepted from TRL scripts; true is refused.")
 
     evaluation_strategy: str | None = _older("eval_strategy")
@@ -126,6 +136,8 @@ class ORPOConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
+        for tracker in TRACKERS.intersection(self.report_to):
+            require(tracker, f"report_to {tracker}")
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
         if self.accelerator_config.dispatch_batches is None:
@@ -166,8 +178,6 @@ class ORPOConfig(TrainingArguments):
             if getattr(self, old) is not None:
                 self._warn(f"{old} no longer does anything: leave it out")
                 setattr(self, old, None)
-        if self.generate_during_eval:
-            self._warn("generate_during_eval is ignored: nothing is generated during evaluation")
 
     @staticmethod
     def _warn(message: str) -> None:
@@ -209,4 +219,30 @@ class ORPOConfig(TrainingArguments):
             raise ValueError(
                 "diagnose needs whole gradients, which FSDP and DeepSpeed cut up: use it on one GPU or DDP"
             )
+        self._check_evaluation()
         _ = self.limits
+
+    def _check_evaluation(self) -> None:
+        least = {
+            "eval_samples": 1,
+            "eval_max_new_tokens": 1,
+            "early_stopping_patience": 1,
+            "early_stopping_threshold": 0,
+        }
+        for name, value in least.items():
+            given = getattr(self, name)
+            if given is not None and given < value:
+                raise ValueError(f"{name} is {given}; it has to be at least {value}")
+        if self.early_stopping_patience is None:
+            return
+        if self.eval_strategy == "no":
+            raise ValueError(
+                f"early_stopping_patience is {self.early_stopping_patience} and eval_strategy 'no': nothing would be "
+                "evaluated to stop by; set eval_strategy to steps or epoch"
+            )
+        if not self.load_best_model_at_end and self.metric_for_best_model is None:
+            raise ValueError(
+                f"early_stopping_patience is {self.early_stopping_patience}, but nothing says by which metric: set "
+                "load_best_model_at_end (by the loss, unless metric_for_best_model names another) or "
+                "metric_for_best_model"
+            )

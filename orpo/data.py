@@ -15,6 +15,9 @@ from typing import Any
 from orpo.formats import EMPTY_ANSWER, PROMPTS_DIFFER, PairText, UnusableRow, pair_text
 from orpo.streams import ATTRIBUTE, DropCounter, summarize
 
+# Where a prepared data set keeps the report on it.
+SUMMARY = "orpo_summary"
+
 COLUMNS = ("chosen_input_ids", "rejected_input_ids", "chosen_prompt_length", "rejected_prompt_length")
 
 
@@ -224,7 +227,9 @@ def prepare_dataset(
         raise ValueError(f"no row of the {name} set can train: {summary}")
     report(summary)
     kept = tokenized.filter(_is_kept, num_proc=num_proc, desc=f"Filtering the {name} set") if reasons else tokenized
-    return kept.remove_columns("dropped")
+    prepared = kept.remove_columns("dropped")
+    setattr(prepared, SUMMARY, summary)
+    return prepared
 
 
 def _is_kept(example: Mapping[str, Any]) -> bool:

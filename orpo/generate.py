@@ -60,7 +60,6 @@ def _is_turn(prompt: str | Messages, tokenizer: Any, chat_template: bool | None)
     return not isinstance(prompt, str) or (has_template if chat_template is None else chat_template)
 
 
-@torch.no_grad()
 def generate(
     model: Any,
     tokenizer: Any,
@@ -106,6 +105,24 @@ def generate(
             raise ValueError(f"{name} is {value}; it has to be at least 1")
     texts = [render(prompt, tokenizer, chat_template, system) for prompt in prompts]
     ids = [_tokens(text, prompt, tokenizer, chat_template) for text, prompt in zip(texts, prompts, strict=True)]
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    return answer_tokens(model, tokenizer, ids, batch_size=batch_size, seed=seed, progress=progress, **options)
+
+
+@torch.no_grad()
+def answer_tokens(
+    model: Any,
+    tokenizer: Any,
+    ids: Sequence[list[int]],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[str]:
+    """:func:`generate` for prompts that are tokens already, at least one each."""
     # Prompts of similar length share a batch: what fills it up is computed like any token.
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     ends = _end_ids(model, tokenizer)

@@ -204,6 +204,11 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig
         history = {"ORPO": trainer.state.log_history}
         plot_curves(history, Path(args.output_dir) / "curves.png")
         write_curves_csv(history, Path(args.output_dir) / "curves.csv")
+    card = {"dataset": data_args.dataset_name, "dataset_args": data_args.dataset_config}
+    if args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
     if model_args.merge_adapter and trainer.is_world_process_zero():
         merge_adapter(args.output_dir, Path(args.output_dir) / "merged", dtype=model_args.dtype)
     return trainer

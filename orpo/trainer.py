@@ -25,12 +25,13 @@ from orpo.layout import make_layout
 from orpo.metrics import WeightedMeans
 from orpo.model import LossCall, attach_orpo_loss, base_model
 from orpo.probe import check_fused_logps, choose_layout
+from orpo.reports import ReportingTrainer
 from orpo.setup import disable_dropout, load_model, load_tokenizer, pad_token_id, wrap_peft
 from orpo.sharding import agreed, keep_outputs_exact
 from orpo.streams import StreamReport, counters
 
 
-class ORPOTrainer(CheckpointingTrainer):
+class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
     """Trains a causal language model on preference pairs with ORPO, in the call shape of TRL's trainer.
 
     Args:

@@ -66,8 +66,6 @@ def test_older_names_are_mapped_with_a_warning(tmp_path):
         assert make(tmp_path, no_cuda=True).use_cpu
     with pytest.warns(FutureWarning, match="overwrite_output_dir no longer does anything"):
         make(tmp_path, overwrite_output_dir=True)
-    with pytest.warns(FutureWarning, match="generate_during_eval is ignored"):
-        make(tmp_path, generate_during_eval=True)
 
 
 @pytest.mark.parametrize("name", ["logging_nan_inf_filter", "remove_unused_columns"])
