@@ -121,5 +121,5 @@ def test_a_run_that_is_no_run_is_refused(run, says):
 
 
 def test_a_batch_larger_than_the_data_is_refused(start):
-    with pytest.raises(ValueError, match="180 pairs, a batch 999"):
+    with pytest.raises(ValueError, match="40 pairs, a batch 999"):
         next(train.batches(start.train, train.Plan(batch_size=999), seed=0))
