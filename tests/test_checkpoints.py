@@ -199,11 +199,11 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(tmp_p
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 1.2 MB, room for one checkpoint but not for two."""
+    """A file system of 0.9 MB, room for one checkpoint but not for two."""
     folder = tmp_path / "disk"
     folder.mkdir()
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1200k", "none", folder], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=900k", "none", folder], capture_output=True, text=True, check=False
     )
     if done.returncode:
         pytest.skip(f"may not mount a small disk: {done.stderr.strip()}")
