@@ -31,7 +31,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from orpo_kernels import bins, configs, matmul, triton_backend
+from orpo_kernels import bins, configs, matmul, triton_backend, triton_strip_backend
 
 from orpo import odds_ratio_loss, orpo_loss
 from tests.kernelcheck import interpreter
@@ -143,6 +143,7 @@ def count(implementation: Callable, size: Size) -> Meter:
         mock.patch.object(matmul, "matmul", _gpu_matmul),
         mock.patch.object(bins, "matmul", _gpu_matmul),
         mock.patch.object(triton_backend, "raw_logits", lambda x_ND, weight_VD: mm_wide(x_ND, weight_VD.T)),
+        mock.patch.object(triton_strip_backend, "raw_logits", lambda x_ND, weight_VD: mm_wide(x_ND, weight_VD.T)),
         Meter() as meter,
     ):
         implementation(hidden, weight, labels, size).backward()

@@ -6,6 +6,8 @@ import torch
 from orpo_kernels import reference
 from problems import make_problem
 
+from orpo import odds_ratio_loss
+
 
 def naive_loss(problem, hidden, weight, bias):
     """ORPO as one would write it: full logits, log_softmax, the odds from the paper's Eq. 4 and 7."""
@@ -81,6 +83,15 @@ def test_odds_gradient_is_the_central_difference():
     torch.testing.assert_close(
         (loss(a_w, a_l + step) - loss(a_w, a_l - step)) / (2 * step), grad_l, rtol=1e-7, atol=1e-9
     )
+
+
+@pytest.mark.parametrize("a", [-1e-3, -1.0, -30.0])
+def test_the_odds_gradient_of_equal_answers_is_half_of_its_largest(a):
+    a_w, a_l = (torch.tensor([a], dtype=torch.float64, requires_grad=True) for _ in range(2))
+    odds_ratio_loss(a_w, a_l, beta=1.0)[0].sum().backward()
+    d_w, d_l = reference.odds_ratio_grad(a_w.detach(), a_l.detach())
+    # TRL's first value is log sigmoid(r), whose gradient is minus that of the loss.
+    torch.testing.assert_close(torch.stack([a_w.grad, a_l.grad]), -torch.stack([d_w, d_l]), rtol=1e-12, atol=0)
 
 
 def test_certain_answers_have_the_documented_values():
