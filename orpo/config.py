@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from orpo_kernels.backends import NAMES as BACKENDS
 from orpo_kernels.head import STRIP_BYTES
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
@@ -102,7 +103,9 @@ class ORPOConfig(TrainingArguments):
     diagnose: bool = _setting(
         False, "Log, for a run that is stable but flat, the gradient norm of each term, delta(d) and separated pairs."
     )
-    loss_backend: str | None = _setting(None, "triton or torch. Default: by device.")
+    loss_backend: str | None = _setting(
+        None, "torch, triton, or one form of triton's stages: triton-fused, triton-strip. Default: by device."
+    )
     model_init_kwargs: dict | str | None = _setting(None, "Arguments of from_pretrained.")  # noqa: RUF009
     trust_remote_code: bool = _setting(False, "Run Python code that comes with a model.")
     dataset_num_proc: int | None = _setting(None, "Processes that tokenize.")
@@ -196,7 +199,7 @@ class ORPOConfig(TrainingArguments):
             ("normalization", ("global", "micro_batch")),
             ("nll_span", NLL_SPANS),
             ("layout", ("auto", *LAYOUTS)),
-            ("loss_backend", (None, "torch", "triton")),
+            ("loss_backend", (None, *BACKENDS)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(

@@ -1,6 +1,7 @@
 """report_to by name, offline: metrics and samples arrive in each tracker that is installed."""
 
 import importlib.util
+import uuid
 
 import pytest
 from tiny import SEVEN
@@ -12,10 +13,8 @@ SAMPLED = {"eval_dataset": SEVEN, "generate_during_eval": True, "eval_max_new_to
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1}
 
 
-def tracked(tmp_path, name):
-    trainer = make_trainer(
-        tmp_path / "out", report_to=name, run_name="trial", project="trials", **SAMPLED, **EVERY_STEP
-    )
+def tracked(tmp_path, name, project="trials"):
+    trainer = make_trainer(tmp_path / "out", report_to=name, run_name="trial", project=project, **SAMPLED, **EVERY_STEP)
     trainer.train()
     return trainer
 
@@ -53,13 +52,14 @@ def test_wandb_offline(tmp_path, monkeypatch):
     assert list(tmp_path.glob("wandb/offline-run-*/files/media/table/samples*"))
 
 
-def test_trackio_local(tmp_path, monkeypatch):
+def test_trackio_local(tmp_path):
     pytest.importorskip("trackio", reason="needs pip install trackio")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    trainer = tracked(tmp_path, "trackio")
+    # TRACKIO_DIR is read when trackio is imported, which may have been before: runs of the same name would add up.
+    project = f"trials-{uuid.uuid4().hex}"
+    trainer = tracked(tmp_path, "trackio", project)
     from trackio.sqlite_storage import SQLiteStorage
 
-    rows = SQLiteStorage.get_logs("trials", "trial")
+    rows = SQLiteStorage.get_logs(project, "trial")
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert losses == pytest.approx([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     tables = [row["samples"] for row in rows if "samples" in row]
