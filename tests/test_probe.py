@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from test_architectures import ARCHITECTURES
 from tiny import SEVEN, make_model, make_tokenizer
 
@@ -15,7 +17,10 @@ from orpo.setup import disable_dropout
 
 # Positions by the order in memory (ALiBi, learned and counted, local windows), states, a router's loss.
 NOT_SHARED = {"bart", "bloom", "gpt_neo", "mamba", "mixtral", "mpt"}
-NOT_PACKED = NOT_SHARED - {"gpt_neo"} | {"bert", "biogpt", "falcon", "gpt_oss", "granitemoe", "opt", "xglm"}
+NOT_PACKED = NOT_SHARED - {"gpt_neo"} | {"bert", "biogpt", "gpt_oss", "granitemoe", "opt", "xglm"}
+if Version(transformers.__version__) < Version("5.24"):
+    # Its mask knew nothing of positions that restart.
+    NOT_PACKED |= {"falcon"}
 
 
 def trained(model, layout):
