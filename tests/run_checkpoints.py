@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -85,6 +84,8 @@ def process(rank, ranks, port, folder, kill, resume, options):
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        # The store is the launcher's, as torchrun has it: that of rank 0 would be gone while others still end.
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     torch.set_num_threads(1)
     if options.get("sharded"):
         let_accelerate_shard_on_cpu()
@@ -105,7 +106,8 @@ def process(rank, ranks, port, folder, kill, resume, options):
         seen = {"losses": losses, "sharded": sharded, "first_step": trainer._initial_global_step}
         (folder / "seen.json").write_text(json.dumps(seen))
     if ranks > 1:
-        torch.distributed.destroy_process_group()
+        # All is written, and threads of the process group may wait for a rank that has ended.
+        os._exit(0)
 
 
 def start(folder, ranks=1, kill=None, resume=None, **options):
@@ -115,9 +117,8 @@ def start(folder, ranks=1, kill=None, resume=None, **options):
     context = multiprocessing.get_context("forkserver")
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)
     context.set_forkserver_preload([Path(__file__).stem])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = store.port
     processes = [
         context.Process(target=process, args=(rank, ranks, port, folder, kill, resume, options))
         for rank in range(ranks)
