@@ -9,7 +9,8 @@ import torch
 from tiny import CHATML, ROWS, make_model, make_tokenizer
 from transformers import BertConfig, BertModel
 
-from benchmarks.paper import diversity, generations, policies, reward, winrates
+from benchmarks.paper import diversity, generations, methods, policies, reward, winrates
+from orpo.data import Limits, prepare_dataset
 
 PAPER = Path(generations.__file__).parent
 
@@ -113,18 +114,16 @@ def test_the_manner_of_an_answer():
 
 def test_dpo_starts_at_log_2_and_its_sums_are_the_models_own():
     model, tokenizer = make_model("llama"), make_tokenizer()
-    with torch.no_grad():
-        both = policies.answer_logps(model, tokenizer, ROWS)
-        for sums, side in zip(both, ("chosen", "rejected"), strict=True):
-            for row, found in zip(ROWS, sums, strict=True):
-                start = tokenizer(row["prompt"])["input_ids"]
-                end = [*tokenizer(row[side], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-                ids = torch.tensor([[*start, *end]])
+    examples = prepare_dataset(ROWS, tokenizer, Limits(max_length=64), report=lambda _: None).to_list()
+    sums = methods.reference_sums(model, methods.layout_of("dpo", tokenizer.pad_token_id)(examples)).view(2, -1)
+    for i, row in enumerate(ROWS):
+        for found, side in zip(sums[:, i], ("chosen", "rejected"), strict=True):
+            start = tokenizer(row["prompt"])["input_ids"]
+            end = tokenizer(row[side], add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([[tokenizer.bos_token_id, *start, *end, tokenizer.eos_token_id]])
+            with torch.no_grad():
                 logp = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
-                assert found.item() == pytest.approx(logp[len(start) - 1 :].sum().item(), rel=1e-4)
-    assert policies.dpo_loss(both, both, 0.1).item() == pytest.approx(math.log(2))
-    better = (both[0] + 10, both[1] - 10)
-    assert policies.dpo_loss(better, both, 0.1).item() == pytest.approx(math.log1p(math.exp(-2)))
+            assert found.item() == pytest.approx(logp[len(start) :].sum().item(), rel=1e-4)
     settings = policies.DPOSettings(learning_rate=1e-3, steps=20, batch_size=7)
     losses = policies.train_dpo(model, tokenizer, ROWS, settings, seed=0)
     assert losses[0] == pytest.approx(math.log(2), rel=1e-4) and losses[-1] < 0.6

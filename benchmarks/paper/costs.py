@@ -22,7 +22,8 @@ from torch import nn
 from benchmarks.measure import interleaved, peak_memory, stamp, summary
 
 from . import methods
-from .train import QUICK, RESULTS, Plan, Start, count_calls, demonstration, from_files, to_device
+from .start import QUICK, Plan, Start, demonstration, from_files
+from .train import RESULTS, count_calls, to_device
 
 KINDS = ("sft", "orpo", "dpo", "dpo precomputed")
 

@@ -20,6 +20,9 @@ from torch.nn.functional import logsigmoid, one_hot
 
 import orpo
 
+from .methods import probability_ratio_loss
+from .reward import preference_loss
+
 DTYPE = torch.float64
 
 
@@ -69,11 +72,6 @@ def odds(a: Tensor) -> Tensor:
 def delta(a_w: Tensor, a_l: Tensor) -> Tensor:
     """Eq. 9: 1 / (1 + odds ratio)."""
     return 1 / (1 + torch.exp(reference.log_odds_ratio(a_w, a_l)))
-
-
-def reward_model_loss(r_w: Tensor, r_l: Tensor) -> Tensor:
-    """Eq. 11 of one pair, from the rewards of its answers; this project trains no reward model."""
-    return -logsigmoid(r_w - r_l)
 
 
 def _eq1() -> float:
@@ -164,8 +162,8 @@ def _eq10() -> float:
 
 def _eq11() -> float:
     a_w, a_l = _pair()
-    odds_as_rewards = reward_model_loss(odds(a_w).log(), odds(a_l).log())
-    return _error(odds_as_rewards, -orpo.odds_ratio_loss(a_w, a_l, beta=1.0)[0])
+    odds_as_rewards = preference_loss(odds(a_w).log(), odds(a_l).log())
+    return _error(odds_as_rewards, -orpo.odds_ratio_loss(a_w, a_l, beta=1.0)[0].mean())
 
 
 def _eq16() -> float:
@@ -173,7 +171,9 @@ def _eq16() -> float:
     log_pr, log_or = a_w - a_l, reference.log_odds_ratio(a_w, a_l)
     wider = bool((log_or.abs() >= log_pr.abs() - LIMIT).all())
     identity = log_pr + reference.one_minus_exp(a_l).log() - reference.one_minus_exp(a_w).log()
-    return max(_error(log_or, identity), _require(wider, bool((log_or.sign() == log_pr.sign()).all())))
+    p_w, p_l = a_w.exp(), a_l.exp()
+    loss = _error(probability_ratio_loss(a_w, a_l), -(p_w / (p_w + p_l)).log().mean())
+    return max(loss, _error(log_or, identity), _require(wider, bool((log_or.sign() == log_pr.sign()).all())))
 
 
 EQUATIONS = (
@@ -193,8 +193,8 @@ EQUATIONS = (
     ),
     Equation("9", "delta = 1 / (1 + OR)", "reference.odds_ratio_grad", _eq9, "0 where the chosen odds dominate, 1 where the rejected do, 1/2 at equal odds"),  # noqa: E501
     Equation("10", "h = grad log P_w / (1 - P_w) - grad log P_l / (1 - P_l)", "reference.odds_ratio_grad", _eq10, "its factor 1 / (1 - P_w) grows with the likelihood"),  # noqa: E501
-    Equation("11", "-log sigma(r_w - r_l)", "benchmarks.paper.equations.reward_model_loss", _eq11, "with log odds as rewards it is Eq. 7"),  # noqa: E501
-    Equation("16", "PR = P(y_w) / P(y_l)", "benchmarks.paper.methods.loss_of", _eq16, "log OR = log PR + log (1 - P_l) / (1 - P_w), same sign, never nearer 0"),  # noqa: E501
+    Equation("11", "-log sigma(r_w - r_l)", "benchmarks.paper.reward.preference_loss", _eq11, "with log odds as rewards it is Eq. 7"),  # noqa: E501
+    Equation("16", "PR = P(y_w) / P(y_l)", "benchmarks.paper.methods.probability_ratio_loss", _eq16, "log OR = log PR + log (1 - P_l) / (1 - P_w), same sign, never nearer 0"),  # noqa: E501
 )  # fmt: skip
 
 

@@ -75,6 +75,11 @@ def scores(model: nn.Module, batch: dict[str, Any]) -> Scores:
     return Scores(logp_N, sum_S, sum_S / zeros_S.index_add(0, rows.sequence_N, response_N).clamp(min=1))
 
 
+def probability_ratio_loss(mean_w: Tensor, mean_l: Tensor) -> Tensor:
+    """Eq. 7 with Eq. 16 in the place of the odds ratio, of mean log-probabilities (P,): a mean over the pairs."""
+    return -logsigmoid(mean_w - mean_l).mean()
+
+
 def loss_of(
     method: str, model: nn.Module, batch: dict[str, Any], beta: float, reference_S: Tensor | None = None
 ) -> Tensor:
@@ -108,8 +113,7 @@ def loss_of(
     nll = -(found.logp_N * rows.in_nll_N).sum() / batch["orpo"].num_nll_tokens
     if method == "sft":
         return nll
-    mean_w, mean_l = found.mean_S.split(rows.pairs)
-    return nll - beta * logsigmoid(mean_w - mean_l).mean()
+    return nll + beta * probability_ratio_loss(*found.mean_S.split(rows.pairs))
 
 
 @torch.no_grad()

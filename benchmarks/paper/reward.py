@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, get_cosine_schedule_with_warmup
+from transformers import AutoModelForSequenceClassification
 
 from orpo.formats import UnusableRow, pair_text
 from orpo.setup import load_tokenizer
 from orpo.sources import load_pairs
+
+from . import loop
 
 
 def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -110,20 +111,12 @@ def fit(
     shuffled = random.Random(seed)
     order = [i for _ in range(epochs) for i in shuffled.sample(range(len(pairs)), len(pairs))]
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, len(batches) // 10, len(batches))
-    losses = []
-    model.train()
-    for batch in tqdm(batches, desc="reward model", unit="step"):
+
+    def loss_of(batch: list[int]) -> Tensor:
         texts = [pairs[i][side] for side in (0, 1) for i in batch]
-        loss = preference_loss(*rewards(model, tokenizer, texts, max_length).split(len(batch)))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    return losses
+        return preference_loss(*rewards(model, tokenizer, texts, max_length).split(len(batch)))
+
+    return loop.fit(model, batches, loss_of, learning_rate=learning_rate, title="reward model")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,10 +17,9 @@ import copy
 import json
 import math
 import random
-import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,94 +29,10 @@ from torch import nn
 from benchmarks.measure import stamp
 
 from . import methods
+from .start import QUICK, Plan, Start, demonstration, from_files
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = ("sft", "orpo:0.1", "orpo:0.5", "orpo:1.0", "dpo:0.1", "probability_ratio:1.0")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One series: what is trained on, and how long. Lengths in tokens, batches in pairs.
-
-    Attributes:
-        name: of the result file.
-        train_pairs, heldout_pairs: rows used of the data set (None: all that there are).
-        dtype: "float32", or "bfloat16": autocast over float32 weights.
-    """
-
-    name: str = "demo"
-    steps: int = 250
-    batch_size: int = 16
-    learning_rate: float = 1e-3
-    warmup: float = 0.1
-    adam_beta2: float = 0.98
-    evaluations: int = 5
-    train_pairs: int | None = None
-    heldout_pairs: int | None = None
-    max_length: int = 256
-    dtype: str = "float32"
-
-
-QUICK = Plan(name="quick", steps=4, batch_size=4, evaluations=2, train_pairs=40, heldout_pairs=10)
-
-
-@dataclass
-class Start:
-    """What all runs of a seed share: weights, tokens, the first evaluation."""
-
-    model: nn.Module
-    pad_token_id: int
-    train: list[dict]
-    heldout: list[dict]
-
-
-def demonstration(plan: Plan, seed: int, quick: bool = False) -> Start:
-    """The demonstration's checkpoint: its model after a moment of training on both answers of every pair."""
-    from tqdm.auto import tqdm
-
-    from orpo.demo.data import make_pairs
-    from orpo.demo.experiment import DemoSettings, warm_up
-    from orpo.demo.model import build_model, train_tokenizer
-
-    train, heldout = make_pairs(**{"questions": 40, "held_out": 4} if quick else {})
-    tokenizer = train_tokenizer(sorted({row["prompt"] + row[side] for row in train for side in ("chosen", "rejected")}))
-    model = build_model(tokenizer, seed)
-    settings = DemoSettings(warmup_steps=5) if quick else DemoSettings()
-    with tempfile.TemporaryDirectory() as folder, tqdm(disable=True) as bar:
-        arguments = settings.arguments(Path(folder), seed, use_cpu=not torch.cuda.is_available())
-        warm_up(model, tokenizer, train, settings, arguments, bar)
-    return _start(model, tokenizer, train, heldout, plan)
-
-
-def from_files(plan: Plan, model: str, data: str) -> Start:
-    """A local model and the first rows of a file of pairs, shuffled once and for all."""
-    import datasets
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    rows = datasets.load_dataset("json", data_files=data, split="train").to_list()
-    random.Random(0).shuffle(rows)
-    # Some rows cannot train; twice as many as wanted are enough, and the rest need not be tokenized.
-    heldout_rows, train_rows = rows[: 2 * (plan.heldout_pairs or 200)], rows[2 * (plan.heldout_pairs or 200) :]
-    if plan.train_pairs:
-        train_rows = train_rows[: 2 * plan.train_pairs]
-    causal = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    return _start(causal, AutoTokenizer.from_pretrained(model), train_rows, heldout_rows, plan)
-
-
-def _start(model: nn.Module, tokenizer: Any, train: list[dict], heldout: list[dict], plan: Plan) -> Start:
-    from orpo.data import Limits, prepare_dataset
-
-    def prepared(rows: list[dict], name: str, most: int | None) -> list[dict]:
-        kept = prepare_dataset(rows, tokenizer, Limits(max_length=plan.max_length), name=name).to_list()
-        if most is not None and len(kept) < most:
-            raise ValueError(f"the {name} set has {len(kept)} pairs that can train, {most} are wanted")
-        return kept[:most]
-
-    train = prepared(train, "train", plan.train_pairs)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    start = Start(model.eval(), pad, train, prepared(heldout, "held-out", plan.heldout_pairs))
-    methods.check_head(model, methods.layout_of("orpo", pad)(start.heldout[:2]))
-    return start
 
 
 def autocast(plan: Plan, device: str = "cpu") -> torch.autocast:
@@ -173,7 +88,10 @@ def batches(train: list[dict], plan: Plan, seed: int) -> Iterator[list[dict]]:
 
 
 def rate(step: int, plan: Plan) -> float:
-    """Share of the peak learning rate: linear warm-up, then cosine decay to 0."""
+    """Share of the peak learning rate: linear warm-up, then cosine decay to 0.
+
+    transformers' schedule begins at 0, and the first of a few steps would train nothing.
+    """
     warm = max(1, round(plan.warmup * plan.steps))
     if step < warm:
         return (step + 1) / warm

@@ -7,6 +7,8 @@ Letters: N rows, D hidden size, V vocabulary, W columns of a strip.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def operands(x_ND: Tensor, head: Head) -> tuple[Tensor, Head]:
     return x_ND.to(dtype).contiguous(), head
 
 
-def row_scale(logp_N: Tensor, dtype: torch.dtype) -> Tensor | None:
+def _row_scale(logp_N: Tensor, dtype: torch.dtype) -> Tensor | None:
     """The power of two that float16 rows of g carry; None for dtypes with float32's range."""
     if dtype != torch.float16:
         return None
@@ -64,14 +66,21 @@ def token_stats(x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int) -
 
 
 def logit_grad(
-    x_ND: Tensor, targets_N: Tensor, logp_N: Tensor, lse_N: Tensor, head: Head, first: int, last: int
+    x_ND: Tensor,
+    targets_N: Tensor,
+    logp_N: Tensor,
+    lse_N: Tensor,
+    head: Head,
+    first: int,
+    last: int,
+    grad: Callable[..., Tensor] = fused_grad,
 ) -> tuple[Tensor, Tensor]:
-    """Stage 3: (g_NW, weight_WD) for columns [first, last), logits recomputed."""
+    """Stage 3: (g_NW, weight_WD) for columns [first, last), logits recomputed by `grad`, called as fused_grad."""
     x_ND, head = operands(x_ND, head.strip(first, last))
     if x_ND.shape[0] == 0:
         return x_ND.new_empty((0, last - first)), head.weight_VD
-    row_scale_N = row_scale(logp_N, x_ND.dtype)
-    return fused_grad(x_ND, targets_N - first, lse_N, -torch.expm1(logp_N), row_scale_N, head), head.weight_VD
+    row_scale_N = _row_scale(logp_N, x_ND.dtype)
+    return grad(x_ND, targets_N - first, lse_N, -torch.expm1(logp_N), row_scale_N, head), head.weight_VD
 
 
 def tile_stats(x_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, Tensor]:
@@ -86,7 +95,7 @@ def tile_stats_and_grad(x_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Te
     z_NV, logp_N, lse_N = _tile(x_ND, head, targets_N)
     if x_ND.shape[0] == 0:
         return logp_N, lse_N, z_NV.to(x_ND.dtype)
-    row_scale_N = row_scale(logp_N, x_ND.dtype)
+    row_scale_N = _row_scale(logp_N, x_ND.dtype)
     return logp_N, lse_N, strip_grad(z_NV, targets_N, lse_N, -torch.expm1(logp_N), row_scale_N, head, x_ND.dtype)
 
 
@@ -154,7 +163,7 @@ def _finite(max_N: Tensor) -> Tensor:
 
 def grad_coefficient(coef_N: Tensor, logp_N: Tensor, dtype: torch.dtype) -> Tensor:
     """coef_N as it applies to g as stored in `dtype`: float16 rows of g carry a power of two."""
-    row_scale_N = row_scale(logp_N, dtype)
+    row_scale_N = _row_scale(logp_N, dtype)
     return coef_N if row_scale_N is None else coef_N / row_scale_N
 
 

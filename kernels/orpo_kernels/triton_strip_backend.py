@@ -9,9 +9,12 @@ Letters: N rows, D hidden size, W columns of a strip.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from . import triton_backend
 from .head import Head, strip_width, strips
 from .logit_grad import strip_grad
 from .logit_stats import add_strip_stats, start_strip_stats
@@ -24,7 +27,6 @@ from .triton_backend import (
     grad_coefficient,
     head_grad_operand,
     operands,
-    row_scale,
     strip_head_grad,
     tile_element_bytes,
     tile_stats,
@@ -69,14 +71,17 @@ def token_stats(x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int) -
     return combine(*stats)
 
 
-def logit_grad(
-    x_ND: Tensor, targets_N: Tensor, logp_N: Tensor, lse_N: Tensor, head: Head, first: int, last: int
-) -> tuple[Tensor, Tensor]:
-    """Stage 3: (g_NW, weight_WD) for columns [first, last), logits recomputed."""
-    x_ND, head = operands(x_ND, head.strip(first, last))
-    if x_ND.shape[0] == 0:
-        return x_ND.new_empty((0, last - first)), head.weight_VD
+def library_grad(
+    x_ND: Tensor,
+    targets_N: Tensor,
+    lse_N: Tensor,
+    target_grad_N: Tensor,
+    row_scale_N: Tensor | None,
+    head: Head,
+) -> Tensor:
+    """fused_grad's call and result, from logits that the library's matmul wrote."""
     z_NW = raw_logits(x_ND, head.weight_VD)
-    row_scale_N = row_scale(logp_N, x_ND.dtype)
-    target_grad_N = -torch.expm1(logp_N)
-    return strip_grad(z_NW, targets_N - first, lse_N, target_grad_N, row_scale_N, head, x_ND.dtype), head.weight_VD
+    return strip_grad(z_NW, targets_N, lse_N, target_grad_N, row_scale_N, head, x_ND.dtype)
+
+
+logit_grad = partial(triton_backend.logit_grad, grad=library_grad)

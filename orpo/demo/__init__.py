@@ -63,7 +63,7 @@ def _run(output_dir: Path, seed: int, device: torch.device, settings: DemoSettin
 
     from orpo.demo import experiment, report
     from orpo.demo.data import make_pairs, write_jsonl
-    from orpo.demo.model import build_model, train_tokenizer
+    from orpo.demo.model import build_model, tokenizer_of
     from orpo.plots import plot_curves, write_curves_csv
 
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -72,9 +72,7 @@ def _run(output_dir: Path, seed: int, device: torch.device, settings: DemoSettin
     data = train_pairs, heldout_pairs = make_pairs(held_out=settings.held_out, questions=settings.questions)
     for name, rows in zip(("train", "heldout"), data, strict=True):
         write_jsonl(rows, output_dir / f"{name}.jsonl")
-    tokenizer = train_tokenizer(
-        sorted({row["prompt"] + row[side] for row in train_pairs for side in ("chosen", "rejected")})
-    )
+    tokenizer = tokenizer_of(train_pairs)
     model = build_model(tokenizer, seed).to(device)
     print(
         f"{len(train_pairs):,} training pairs and {len(heldout_pairs)} held-out pairs of our own (orpo.demo.data); "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
@@ -35,6 +36,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> PreTr
         pad_token="<pad>",
         clean_up_tokenization_spaces=False,
     )
+
+
+def tokenizer_of(pairs: Iterable[Mapping[str, Any]]) -> PreTrainedTokenizerFast:
+    """:func:`train_tokenizer` on both texts of every pair, prompts included."""
+    return train_tokenizer(sorted({row["prompt"] + row[side] for row in pairs for side in ("chosen", "rejected")}))
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
