@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from .training import BATCH, LONGEST, load_all, make_trainer
+from .training import BATCH, make_trainer
+from .training_data import LONGEST, load_all
 
 STEPS = 3
 # In the order in which they claim an operator.

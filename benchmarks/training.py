@@ -8,7 +8,7 @@
 
 FOLDER is any local copy of a causal language model with its tokenizer, for example SmolLM2-135M-Instruct as
 `huggingface-cli download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir FOLDER` leaves it. Without `--data` the pairs
-are random words as many as real answers have (lengths.py). All trainers get the same rows, the same batch size, the
+are random words as many as real answers have (training_data.py). All trainers get the same rows, the same batch size, the
 same start and the same order. They take turns, each for some steps from the same weights; a time is that of one
 optimizer step, data loading included. Before any time stands, ours has to give TRL's loss at the first step. Memory is
 the most that a process of its own held resident over the same steps, interpreter, weights and optimizer included.
@@ -21,7 +21,6 @@ import argparse
 import copy
 import multiprocessing
 import os
-import random
 import tempfile
 import time
 from pathlib import Path
@@ -29,71 +28,18 @@ from typing import Any
 
 import torch
 
-from . import lengths, results
+from . import results
 from .measure import stamp, summary, synchronize
+from .training_data import LONGEST, SHARED_TOTAL, load_all
 
 LAYOUTS = ("padded", "packed", "shared")
 STRIPS = " (strips)"
 KINDS = (*(f"ours {layout}" for layout in LAYOUTS), "trl orpo", "trl sft")
-BATCH, STEPS, ROUNDS, LONGEST = 4, 3, 3, 512
+SHARE_KINDS = tuple(kind for kind in KINDS if kind != "ours padded")
+BATCH, STEPS, ROUNDS = 4, 3, 3
 # Relative difference between our first loss and TRL's beyond which one of them computes something else.
 SAME_LOSS = {"float32": 1e-4, "bfloat16": 2e-2}
-# Tokens of a sequence where the share of the prompt is given.
-SHARED_TOTAL = 256
 SHARES = (10, 30, 50, 70, 90)
-
-
-def load(folder: str | None) -> tuple[Any, Any]:
-    """(model in float32, tokenizer) of a local folder; without one the demonstration's model of 1M parameters."""
-    if folder:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
-    from orpo.demo.model import build_model, train_tokenizer
-
-    tokenizer = train_tokenizer([f" {chr(97 + i)}{chr(97 + j)}" for i in range(8) for j in range(8)] * 3)
-    return build_model(tokenizer, seed=0), tokenizer
-
-
-def synthetic_pairs(
-    tokenizer: Any, count: int, longest: int, seed: int = 0, share: int | None = None
-) -> list[dict[str, str]]:
-    """Pairs of random words, each word one token, as long as those of the data set, or with `share` % of prompt."""
-    g = random.Random(seed)
-    single = [w for w in tokenizer.get_vocab() if w.startswith("Ġ") and w[1:].isascii() and w[1:].isalpha()]
-    words = sorted(word[1:] for word in single)
-
-    def text(tokens: int) -> str:
-        return "".join(f" {g.choice(words)}" for _ in range(max(tokens, 1)))
-
-    if share is None:
-        drawn = lengths.draw(count, seed, longest)
-    else:
-        prompt = SHARED_TOTAL * share // 100
-        drawn = [(prompt, SHARED_TOTAL - prompt, SHARED_TOTAL - prompt)] * count
-    # Of the counted tokens one is BOS and one EOS.
-    return [dict(prompt=text(p - 1), chosen=text(c - 1), rejected=text(r - 1)) for p, c, r in drawn]
-
-
-def pairs_of(data: str | None, tokenizer: Any, count: int, longest: int) -> list[dict[str, str]]:
-    """`count` pairs of strings that no trainer cuts or drops."""
-    if data is None:
-        return synthetic_pairs(tokenizer, count, longest)
-    from orpo.formats import UnusableRow, pair_text
-    from orpo.sources import load_pairs
-
-    out: list[dict[str, str]] = []
-    for row in load_pairs(data, "train"):
-        try:
-            text = pair_text(row, tokenizer)
-        except UnusableRow:
-            continue
-        sides = [len(tokenizer(text.chosen_prompt + answer)["input_ids"]) for answer in (text.chosen, text.rejected)]
-        if text.chosen_prompt == text.rejected_prompt and max(sides) + 2 <= longest:
-            out.append(dict(prompt=text.chosen_prompt, chosen=text.chosen, rejected=text.rejected))
-        if len(out) == count:
-            return out
-    raise ValueError(f"data has {len(out)} pairs of at most {longest} tokens; {count} are needed")
 
 
 def make_trainer(
@@ -166,13 +112,6 @@ def _train_alone(kind: str, source: dict[str, Any], batch: int, longest: int, dt
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         return 0
-
-
-def load_all(folder: str | None, data: str | None, count: int, longest: int, share: int | None) -> tuple:
-    model, tokenizer = load(folder)
-    if share is not None:
-        return model, tokenizer, synthetic_pairs(tokenizer, count, longest, share=share)
-    return model, tokenizer, pairs_of(data, tokenizer, count, longest)
 
 
 def measure(
@@ -262,11 +201,17 @@ def run(
         keep(measure(folder, data, dtype=dtype, rounds=rounds, memory=True, kinds=kinds))
 
 
-def run_shares(folder: str | None, shares: tuple[int, ...] = SHARES, rounds: int = ROUNDS) -> None:
-    """The same on random words, for each share of prompt, in float32."""
-    kinds = tuple(kind for kind in KINDS if kind != "ours padded")
-    for share in shares:
-        keep(measure(folder, None, share=share, rounds=rounds, steps=2, kinds=kinds))
+def run_shares(
+    folder: str | None,
+    shares: tuple[int, ...] = SHARES,
+    dtypes: tuple[str, ...] = ("float32",),
+    rounds: int = ROUNDS,
+    kinds: tuple[str, ...] = SHARE_KINDS,
+) -> None:
+    """The same on random words, for each share of prompt."""
+    for dtype in dtypes:
+        for share in shares:
+            keep(measure(folder, None, dtype=dtype, share=share, rounds=rounds, steps=2, kinds=kinds))
 
 
 def keep(records: list[dict]) -> None:
@@ -282,20 +227,23 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32,bfloat16", help="float32, bfloat16, or both with a comma")
     parser.add_argument("--shares", default="", help="percent of prompt in random words, with commas, instead of data")
     known = (*KINDS, *(f"ours {layout}{STRIPS}" for layout in LAYOUTS))
-    parser.add_argument("--kinds", default=",".join(KINDS), help=f"of {', '.join(known)}; trl orpo always runs")
+    parser.add_argument("--kinds", help=f"with commas, of {', '.join(known)}; trl orpo always runs")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--quick", action="store_true", help="the 1M-parameter model, two pairs a batch, two steps")
     options = parser.parse_args()
+    asked = options.kinds.split(",") if options.kinds else ()
+    if wrong := [kind for kind in asked if kind not in known]:
+        parser.error(f"--kinds holds {wrong[0]!r}, which is none of {', '.join(known)}")
+    # The others are held against it.
+    kinds = {"kinds": tuple(dict.fromkeys([*asked, "trl orpo"]))} if asked else {}
+    dtypes = tuple(options.dtype.split(","))
     if options.quick:
-        show(measure(None, None, batch=2, steps=2, rounds=1, longest=200))
-        return
-    if options.shares:
-        run_shares(options.model, tuple(int(share) for share in options.shares.split(",")), options.rounds)
+        show(measure(None, None, batch=2, steps=2, rounds=1, longest=200, **kinds))
+    elif options.shares:
+        shares = tuple(int(share) for share in options.shares.split(","))
+        run_shares(options.model, shares, dtypes, options.rounds, **kinds)
     else:
-        kinds = tuple(dict.fromkeys([*options.kinds.split(","), "trl orpo"]))
-        if wrong := [kind for kind in kinds if kind not in known]:
-            raise SystemExit(f"--kinds {wrong[0]!r} is none of {', '.join(known)}")
-        run(options.model, options.data, tuple(options.dtype.split(",")), options.rounds, kinds)
+        run(options.model, options.data, dtypes, options.rounds, **kinds)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orpo.generate import Messages, generate
+from orpo.generation import Messages, generate
 
 # Most tokens of an answer: FastChat's default; for AlpacaEval our choice, so long that answers end by themselves.
 MAX_NEW_TOKENS = {"alpacaeval": 2048, "mt-bench": 1024}
@@ -100,7 +100,7 @@ def alpacaeval(
     Args:
         questions: dicts with ``instruction``. A non-empty ``input`` follows it after an empty line.
         generator: the model's name on the leaderboard.
-        settings: those of :func:`orpo.generate.generate`.
+        settings: those of :func:`orpo.generation.generate`.
     """
     prompts = ["\n\n".join(filter(None, (row["instruction"], row.get("input")))) for row in questions]
     answers = generate(model, tokenizer, prompts, **settings)
@@ -118,7 +118,7 @@ def mt_bench(
     Args:
         questions: dicts with ``question_id``, ``category`` and ``turns``.
         model_id: the model's name, which is to be the name of the file too.
-        settings: those of :func:`orpo.generate.generate` but ``temperature``, which the category gives. The second
+        settings: those of :func:`orpo.generation.generate` but ``temperature``, which the category gives. The second
             turns are sampled with ``seed`` + 1.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from orpo.generate import answer_tokens
+from orpo.generation import answer_tokens
 from orpo.streams import counters
 
 FILE = "samples.jsonl"

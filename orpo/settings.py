@@ -32,7 +32,8 @@ def settings_table() -> str:
         "Written by `python -m orpo.settings > orpo/SETTINGS.md`. Every setting is a field of `orpo.ORPOConfig` or an "
         "option of `orpo-train`. The rest, from `output_dir` to `report_to`, is in transformers' documentation of "
         "[TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments)"
-        " and holds here as it stands there.",
+        " and holds here as it stands there, but for `resume_from_checkpoint`: where it is not given, `orpo-train` "
+        "resumes (the README's Checkpoints).",
     ]
     for title, note, listed in sections:
         text += [f"## {title}", note, _table(listed)]

@@ -101,14 +101,13 @@ def main(output_dir: str, pairs_per_step: int, head: str = "untied", wrapper: st
     # Every rank takes part in putting a tensor together.
     whole = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in trainer.model.named_parameters()}
     if trainer.is_world_process_zero():
-        weights = {name: p.double().sum().item() for name, p in whole.items()}
+        torch.save({name: p.detach().clone() for name, p in whole.items()}, Path(output_dir, "weights.pt"))
         seen = {
             "wrapper": type(trainer.model_wrapped).__name__,
             "sharded": sharded,
             "dtypes": sorted(dtypes),
             "log": trainer.state.log_history,
             "eval": metrics,
-            "weights": weights,
         }
         Path(output_dir, "seen.json").write_text(json.dumps(seen))
     if args.world_size > 1:

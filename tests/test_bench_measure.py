@@ -9,7 +9,8 @@ from benchmarks.cases import Case
 from benchmarks.measure import measure_case, peak_memory
 from benchmarks.peers import PEERS
 from benchmarks.step_profile import OTHER, attribute
-from benchmarks.training import SHARED_TOTAL, load, peak_resident, synthetic_pairs
+from benchmarks.training import peak_resident
+from benchmarks.training_data import SHARED_TOTAL, load, synthetic_pairs
 
 
 def test_peak_is_what_is_alive_at_once():

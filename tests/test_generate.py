@@ -1,4 +1,4 @@
-"""orpo.generate: what is continued, how batches are filled up, when an answer ends, and the command."""
+"""orpo.generation: what is continued, how batches are filled up, when an answer ends; orpo.generate, the command."""
 
 import json
 
@@ -8,7 +8,8 @@ import torch
 from tiny import CHATML, SMALL, make_model, make_tokenizer
 from transformers import GenerationConfig, LlamaConfig, LlamaModel
 
-from orpo.generate import generate, load, main, read_prompts, render
+from orpo.generate import main, read_prompts
+from orpo.generation import generate, load, render
 
 PROMPTS = ["hello", "how are you, my dear friend", "What is your name?", "hello hello hello hello"]
 

@@ -6,7 +6,8 @@ import pytest
 from tiny import CHATML, make_model, make_tokenizer
 
 from orpo import judges
-from orpo.generate import generate, main
+from orpo.generate import main
+from orpo.generation import generate
 
 # Questions of our own, in the form of alpaca_eval.json and of question.jsonl.
 ALPACA = [

@@ -9,7 +9,7 @@ from datasets import Dataset
 from tiny import CHATML, ROWS, SEVEN, make_model, make_tokenizer
 from trainers import logged, make_args, make_trainer
 
-from orpo.generate import generate
+from orpo.generation import generate
 from orpo.samples import EvalSamples
 
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1}

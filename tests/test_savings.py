@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from problems import make_problem
+from orpo_kernels import torch_backend
+from problems import make_problem, relative_error
 from torch.profiler import ProfilerActivity, profile
 
 from orpo import orpo_loss, token_logprobs
@@ -121,6 +122,28 @@ def test_tiles_stay_within_the_budget_whatever_the_batch(pairs):
     _, largest, _ = measure(lambda: loss_of(problem, logits_budget=budget).backward())
     assert problem.rows.rows_N.numel() * 2003 * 4 > 2 * budget
     assert largest <= budget + ROUND
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_evaluation_holds_one_chunk_of_a_tile_and_has_trainings_bits(dtype):
+    """1,100 rows are three chunks, the last one smaller."""
+    problem = make_problem(P=10, T=61, D=16, V=4001, dtype=dtype, softcap=30.0).requiring_grad()
+    n = problem.rows.rows_N.numel()
+    assert 2 * torch_backend._CHUNK_ROWS < n < 3 * torch_backend._CHUNK_ROWS and n % 3
+    budget = 2**30
+    trained = loss_of(problem, logits_budget=budget)
+    with torch.no_grad():
+        _, largest, _ = measure(lambda: loss_of(problem, logits_budget=budget))
+        evaluated = loss_of(problem, logits_budget=budget)
+    element = torch_backend.tile_element_bytes(dtype, dtype)
+    assert largest <= torch_backend._CHUNK_ROWS * 4001 * element < n * 4001 * element
+    assert torch.equal(evaluated, trained)
+    trained.backward()
+    truth, dh, dw, _ = problem.truth()
+    tolerance = {torch.float32: (1e-6, 1e-6), torch.bfloat16: (1e-4, 8e-3), torch.float16: (1e-6, 1e-3)}[dtype]
+    assert relative_error(evaluated, truth.loss) < tolerance[0]
+    assert relative_error(problem.hidden.grad, dh) < tolerance[1]
+    assert relative_error(problem.weight.grad, dw) < tolerance[1]
 
 
 def test_token_logprobs_costs_what_the_table_says():

@@ -23,8 +23,8 @@ import torch
 from orpo.demo.data import FRAMES
 from orpo.demo.experiment import DemoSettings, load, one_thread
 from orpo.formats import UnusableRow, pair_text
-from orpo.generate import generate
-from orpo.generate import load as load_policy
+from orpo.generation import generate
+from orpo.generation import load as load_policy
 from orpo.setup import load_tokenizer
 from orpo.sources import load_pairs
 

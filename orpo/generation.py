@@ -1,0 +1,198 @@
+"""A model's answers to prompts: strings, conversations or tokens, greedily or sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from orpo.packages import require
+from orpo.setup import load_model, load_tokenizer
+
+Messages = list[dict[str, str]]
+
+
+def render(prompt: str | Messages, tokenizer: Any, chat_template: bool | None = None, system: str | None = None) -> str:
+    """The text that the model continues.
+
+    Args:
+        prompt: a string, or messages of which the last is not the assistant's.
+        chat_template: whether a string becomes a user's turn. Default: where the tokenizer has a template.
+        system: a system message before the turn.
+
+    Raises:
+        ValueError: messages, or a system message, without a chat template.
+    """
+    if not _is_turn(prompt, tokenizer, chat_template):
+        if system is not None:
+            raise ValueError("system is given, but a prompt without a chat template has no place for it")
+        return prompt
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the tokenizer has no chat template: give prompts as strings, without a chat template")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if system is not None:
+        messages = [{"role": "system", "content": system}, *messages]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def _is_turn(prompt: str | Messages, tokenizer: Any, chat_template: bool | None) -> bool:
+    """Whether the chat template renders `prompt`, its own special tokens included."""
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    return not isinstance(prompt, str) or (has_template if chat_template is None else chat_template)
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str | Messages],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    batch_size: int = 8,
+    seed: int = 0,
+    chat_template: bool | None = None,
+    system: str | None = None,
+    progress: bool = False,
+) -> list[str]:
+    """The model's answer to each prompt, in their order, without special tokens.
+
+    Prompts are tokenized as in training: a plain string with BOS in front, a chat template's text as it is. A batch is
+    filled up on the left. Greedy answers do not depend on the batch size but for rounding; sampled ones repeat with the
+    same `seed`, prompts and `batch_size`. The global random state is left as it was.
+
+    Args:
+        model: a causal language model of transformers, or an adapter around one.
+        tokenizer: its tokenizer.
+        prompts: strings or lists of messages.
+        max_new_tokens: most tokens of an answer.
+        temperature: 0 takes the most likely token each time. Of the generation settings that a model brings, only its
+            end tokens hold.
+        top_p: sample from the most likely tokens that together have this probability.
+        batch_size: prompts at a time.
+        seed: of the sampling.
+        chat_template, system: as in :func:`render`.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: a setting is out of its range, or a prompt cannot be rendered.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}; it has to be 0 or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it has to be above 0 and at most 1")
+    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it has to be at least 1")
+    texts = [render(prompt, tokenizer, chat_template, system) for prompt in prompts]
+    ids = [_tokens(text, prompt, tokenizer, chat_template) for text, prompt in zip(texts, prompts, strict=True)]
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    return answer_tokens(model, tokenizer, ids, batch_size=batch_size, seed=seed, progress=progress, **options)
+
+
+@torch.no_grad()
+def answer_tokens(
+    model: Any,
+    tokenizer: Any,
+    ids: Sequence[list[int]],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[str]:
+    """:func:`generate` for prompts that are tokens already, at least one each."""
+    # Prompts of similar length share a batch: what fills it up is computed like any token.
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    ends = _end_ids(model, tokenizer)
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, *ends) if i is not None), 0)
+    # top_k has a default of 50.
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    settings = GenerationConfig(
+        do_sample=temperature > 0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+        **sampling,
+    )
+    answers = [""] * len(ids)
+    was_training = model.training
+    model.eval()
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with _generation_settings(model, settings), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            for first in tqdm(range(0, len(order), batch_size), disable=not progress):
+                batch = order[first : first + batch_size]
+                longest = max(len(ids[i]) for i in batch)
+                rows = [[pad] * (longest - len(ids[i])) + ids[i] for i in batch]
+                mask = [[0] * (longest - len(ids[i])) + [1] * len(ids[i]) for i in batch]
+                out = model.generate(
+                    input_ids=torch.tensor(rows, device=model.device),
+                    attention_mask=torch.tensor(mask, device=model.device),
+                )
+                decoded = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+                for i, answer in zip(batch, decoded, strict=True):
+                    answers[i] = answer
+    finally:
+        model.train(was_training)
+    return answers
+
+
+@contextmanager
+def _generation_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """`settings` in place of the model's own. Passed to ``generate``, they would be filled up from the model's."""
+    # An adapter hands its settings to the model inside, and leaves them there.
+    holders = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
+    own = [holder.generation_config for holder in holders]
+    try:
+        for holder in holders:
+            holder.generation_config = settings
+        yield
+    finally:
+        for holder, before in zip(holders, own, strict=True):
+            holder.generation_config = before
+
+
+def _tokens(text: str, prompt: str | Messages, tokenizer: Any, chat_template: bool | None) -> list[int]:
+    ids, bos = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id
+    if not _is_turn(prompt, tokenizer, chat_template) and bos is not None and ids[:1] != [bos]:
+        ids = [bos, *ids]
+    if not ids:
+        raise ValueError(f"prompt {prompt!r} has no token, and the tokenizer no BOS to begin with")
+    return ids
+
+
+def _end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, and those of the model's own generation settings."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    own = own if isinstance(own, list) else [own]
+    return sorted({i for i in (*own, tokenizer.eos_token_id) if i is not None})
+
+
+def load(name: str, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False) -> tuple:
+    """(model, tokenizer) of a folder, an adapter's folder or a name on the hub, ready to generate.
+
+    Raises:
+        ImportError: the folder holds an adapter, and peft is not installed.
+        ValueError: there is no such folder, or no language model with its head and tokenizer in it.
+    """
+    if (Path(name) / "adapter_config.json").is_file():
+        require("peft", f"the adapter in {name}")
+        from peft import AutoPeftModelForCausalLM
+
+        options = {"use_safetensors": True, "trust_remote_code": trust_remote_code}
+        model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    else:
+        model = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    if device is None:
+        device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    return model.to(device), tokenizer
