@@ -1,15 +1,16 @@
 """benchmarks.measure and step_profile: memory does not depend on what was measured before, time goes to its part."""
 
+import subprocess
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.measure import measure_case, peak_memory
+from benchmarks.measure import measure_case, peak_memory, stamp
 from benchmarks.peers import PEERS
 from benchmarks.step_profile import OTHER, attribute
-from benchmarks.training import peak_resident
+from benchmarks.training import make_trainer, peak_resident
 from benchmarks.training_data import SHARED_TOTAL, load, synthetic_pairs
 
 
@@ -58,3 +59,28 @@ def test_time_goes_to_what_asked_for_it():
     events = [loss, event("aten::mm", 2e6, loss), event("aten::mm", 4e6), event("aten::silu", 8e6)]
     # A matmul inside the loss has a name of its own, but the loss is what asked for it.
     assert attribute(events) == {"head and loss": 3.0, "linear layers": 4.0, OTHER: 8.0}
+
+
+def test_a_stamp_says_dirty_for_code_and_not_for_figures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("code.py", "benchmarks/results/heads.jsonl", "benchmarks/RESULTS.md"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("before")
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], check=True)
+    for name in ("heads.jsonl", "new.jsonl"):
+        (tmp_path / "benchmarks/results" / name).write_text("after")
+    (tmp_path / "benchmarks/RESULTS.md").write_text("after")
+    assert "dirty" not in stamp.__wrapped__()["commit"]
+    (tmp_path / "code.py").write_text("after")
+    assert stamp.__wrapped__()["commit"].endswith("-dirty")
+
+
+def test_a_kind_by_strips_keeps_no_logits(tmp_path):
+    model, tokenizer = load(None)
+    rows = synthetic_pairs(tokenizer, 2, 64)
+    for kind, budget in (("ours shared (strips)", 0), ("ours shared", None)):
+        trainer = make_trainer(kind, model, tokenizer, rows, str(tmp_path), 2, 64, "float32")
+        assert (trainer.args.layout, trainer.args.logits_budget) == ("shared", budget)

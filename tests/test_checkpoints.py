@@ -147,6 +147,12 @@ def test_an_interrupted_folder_of_another_program_is_ignored_and_not_counted(tmp
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
 
 
+def test_a_checkpoint_that_trainer_calls_incomplete_is_none(first_run, tmp_path):
+    shutil.copytree(first_run, tmp_path / "out")
+    (tmp_path / "out/checkpoint-4/checkpoint-is-incomplete.txt").touch()
+    assert [path.name for path in complete_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+
+
 def test_the_best_checkpoint_is_kept_by_its_final_name(tmp_path):
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     settings = {**SAVING, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1, **best}
