@@ -12,6 +12,7 @@ Every field of ``ORPOConfig`` and of ``transformers.TrainingArguments`` is an op
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -238,6 +239,16 @@ def _resume_from(args: ORPOConfig) -> str | bool | None:
     return words.get(wanted.lower(), wanted)
 
 
+def end_process_group() -> None:
+    """Ends the process group of several ranks, if there is one, after the last use of what was trained with it."""
+    if not torch.distributed.is_initialized():
+        return
+    # A model in DDP keeps the group, and a trainer is a cycle. A group that is kept has threads that still run when
+    # Python exits, and abort a process that has done all its work, now and then.
+    gc.collect()
+    torch.distributed.destroy_process_group()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command ``orpo-train``."""
     argv = sys.argv[1:] if argv is None else argv
@@ -255,9 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"orpo-train: {given} is given, but not --{missing}; with neither, the demonstration runs")
     else:
         train(model_args, data_args, args)
-        if args.world_size > 1:
-            # Threads of the process group that still run when Python exits abort the process, now and then.
-            torch.distributed.destroy_process_group()
+        end_process_group()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from orpo import ORPOConfig, ORPOTrainer
+from orpo.train import end_process_group
 
 CHANGE = os.environ.get("ORPO_TEST")
 
@@ -110,10 +111,8 @@ def main(output_dir: str, pairs_per_step: int, head: str = "untied", wrapper: st
             "eval": metrics,
         }
         Path(output_dir, "seen.json").write_text(json.dumps(seen))
-    if args.world_size > 1:
-        # Threads of the process group that still run when Python exits abort the process.
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
+    end_process_group()

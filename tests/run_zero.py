@@ -15,6 +15,7 @@ from tiny import SEVEN, make_model, make_tokenizer
 from orpo.data import Limits, prepare_dataset
 from orpo.layout import make_layout
 from orpo.model import LossCall, attach_orpo_loss
+from orpo.train import end_process_group
 
 STEPS, PAIRS, RATE = 3, 4, 1e-2
 
@@ -74,9 +75,8 @@ def main(output: str, stage: int) -> None:
         seen["engine"] = type(engine.optimizer).__name__
     if rank == 0:
         torch.save({**seen, "weights": weights}, output)
-    if ranks > 1:
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]))
+    end_process_group()
