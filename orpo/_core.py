@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from orpo_kernels import reference
-from orpo_kernels.backends import choose_backend, resolve_budget
+from orpo_kernels.backends import choose_backend, resolve_budget, resolve_strip
 from orpo_kernels.rows import Rows
 from torch import Tensor
 
@@ -89,7 +89,7 @@ def run_orpo(
     num_nll_tokens: float | None,
     num_pairs: float | None,
     logits_budget: int | None,
-    strip_bytes: int,
+    strip_bytes: int | None,
     backend: str | None,
 ) -> ORPOOutput:
     from orpo_kernels import fused  # registers the operators
@@ -126,7 +126,7 @@ def run_orpo(
         logit_scale=float(logit_scale),
         logit_softcap=None if logit_softcap is None else float(logit_softcap),
         logits_budget=budget,
-        strip_bytes=strip_bytes,
+        strip_bytes=resolve_strip(strip_bytes, place[0]),
         backend=backend,
         needs=wanted_gradients(hidden, weight, bias),
         head_frozen=is_frozen(weight, bias),
@@ -145,7 +145,9 @@ def run_orpo(
     )
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, strip_bytes: int) -> None:
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, strip_bytes: int | None
+) -> None:
     """Refuse hidden states and a head that do not fit each other."""
     tensors = {"hidden": hidden, "lm_head_weight": weight, "lm_head_bias": bias}
     for name, tensor in tensors.items():
@@ -170,7 +172,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: flo
         raise ValueError(f"lm_head_bias of shape {tuple(bias.shape)} does not fit the vocabulary of {weight.shape[0]}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"logit_softcap has to be above 0 and finite, got {softcap}")
-    if strip_bytes < 1:
+    if strip_bytes is not None and strip_bytes < 1:
         raise ValueError(f"strip_bytes has to be at least 1, got {strip_bytes}")
 
 

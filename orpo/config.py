@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from orpo_kernels.backends import NAMES as BACKENDS
-from orpo_kernels.head import STRIP_BYTES
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -99,7 +98,9 @@ class ORPOConfig(TrainingArguments):
     logits_budget: int | None = _setting(
         None, "Most bytes of logits alive at once. Default: 0 on accelerators, 512 MiB on a CPU."
     )
-    strip_bytes: int = _setting(STRIP_BYTES, "Size of one vocabulary strip of recomputed logits, in bytes.")
+    strip_bytes: int | None = _setting(
+        None, "Size of one vocabulary strip of recomputed logits, in bytes. Default: 128 MiB, on a CPU 32 MiB."
+    )
     diagnose: bool = _setting(
         False, "Log, for a run that is stable but flat, the gradient norm of each term, delta(d) and separated pairs."
     )

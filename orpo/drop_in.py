@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from orpo_kernels import reference
-from orpo_kernels.head import STRIP_BYTES
 from orpo_kernels.rows import rows_from_labels
 from torch import Tensor
 
@@ -80,7 +79,7 @@ class FusedLinearORPOLoss(torch.nn.Module):
             num_nll_tokens=None,
             num_pairs=None,
             logits_budget=None,
-            strip_bytes=STRIP_BYTES,
+            strip_bytes=None,
             backend=None,
         )
         metrics = out.metrics(logits=False)

@@ -5,8 +5,7 @@ Letters: P pairs, T positions, D hidden size, V vocabulary, N rows; equations ar
 
 from __future__ import annotations
 
-from orpo_kernels.backends import choose_backend
-from orpo_kernels.head import STRIP_BYTES
+from orpo_kernels.backends import choose_backend, resolve_strip
 from orpo_kernels.rows import Rows, rows_from_labels
 from torch import Tensor
 
@@ -49,7 +48,7 @@ def orpo_loss(
     num_nll_tokens: float | None = None,
     num_pairs: float | None = None,
     logits_budget: int | None = None,
-    strip_bytes: int = STRIP_BYTES,
+    strip_bytes: int | None = None,
     backend: str | None = None,
 ) -> ORPOOutput:
     """The ORPO loss of a padded batch of pairs, with its gradients, without the (2P, T, V) logits.
@@ -80,7 +79,8 @@ def orpo_loss(
         logits_budget: most bytes of logits alive at once between a forward and its gradient. 0: none, they are
             recomputed strip by strip in backward (8 N V D FLOPs instead of 6). Default: 0 on accelerators, 512 MiB on
             CPU. The loss differs between budgets by rounding.
-        strip_bytes: size of one vocabulary strip of recomputed logits.
+        strip_bytes: size of one vocabulary strip of recomputed logits. Default: 128 MiB on accelerators, 32 MiB on CPU,
+            where a wider one is no faster.
         backend: "triton", "torch", or None: torch on CPU tensors, Triton elsewhere. "triton-fused" and "triton-strip"
             force one form of its kernels; otherwise the faster one is found by timing (`orpo_kernels.form`).
 
@@ -122,7 +122,7 @@ def orpo_loss_from_rows(
     num_nll_tokens: float | None = None,
     num_pairs: float | None = None,
     logits_budget: int | None = None,
-    strip_bytes: int = STRIP_BYTES,
+    strip_bytes: int | None = None,
     backend: str | None = None,
 ) -> ORPOOutput:
     """`orpo_loss` for any batch layout (padded, packed, prefix-shared), described by the five arrays of `Rows`.
@@ -168,7 +168,7 @@ def token_logprobs(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
-    strip_bytes: int = STRIP_BYTES,
+    strip_bytes: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Log-probability of each target token, differentiable, without the (N, V) logits (Eqs. 1-2).
@@ -205,7 +205,7 @@ def token_logprobs(
         targets.long(),
         logit_scale=float(logit_scale),
         logit_softcap=None if logit_softcap is None else float(logit_softcap),
-        strip_bytes=strip_bytes,
+        strip_bytes=resolve_strip(strip_bytes, hidden.device.type),
         backend=backend,
         needs=wanted_gradients(hidden, weight, bias),
         head_frozen=is_frozen(weight, bias),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from orpo_kernels import torch_backend
+from orpo_kernels.backends import resolve_strip
 from problems import make_problem, relative_error
 from torch.profiler import ProfilerActivity, profile
 
@@ -113,6 +114,25 @@ def test_gradient_of_a_wide_head_exists_once():
     n = problem.rows.rows_N.numel()
     _, _, peak = measure(lambda: loss_of(problem, logits_budget=2**30).backward())
     assert peak <= problem.weight.numel() * 4 + n * 40_009 * 4 + 2**17
+
+
+def test_two_bins_of_bfloat16_need_no_float32_copy_of_the_head():
+    vocabulary, hidden = 20_011, 64
+    problem = make_problem(2, 16, hidden, vocabulary, dtype=torch.bfloat16).requiring_grad()
+    budget = 2 * vocabulary * problem.rows.rows_N.numel() * 2 // 3
+    _, largest, _ = measure(lambda: loss_of(problem, logits_budget=budget).backward())
+    # In float32 the head's gradient would take twice the weight's bytes.
+    assert largest <= vocabulary * hidden * 2 + ROUND
+
+
+def test_default_strip_by_device():
+    assert resolve_strip(None, "cpu") == 2**25
+    assert resolve_strip(None, "cuda") == 2**27
+    assert resolve_strip(123, "cpu") == 123
+    # Of 2P * T * V * 4 bytes of logits, 39 MiB, never more than the default strip.
+    problem = make_problem(8, 128, 8, 5003).requiring_grad()
+    _, largest, _ = measure(lambda: loss_of(problem, logits_budget=0).backward())
+    assert 2**24 < largest <= 2**25 < problem.rows.rows_N.numel() * 5003 * 4
 
 
 @pytest.mark.parametrize("pairs", [4, 16])

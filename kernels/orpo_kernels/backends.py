@@ -8,6 +8,8 @@ from types import ModuleType
 
 import torch
 
+from .head import CPU_STRIP_BYTES, STRIP_BYTES
+
 # "triton" leaves the form of its stages to form.py.
 NAMES = ("torch", "triton", "triton-fused", "triton-strip")
 _MODULES = {"torch": "torch_backend", "triton-strip": "triton_strip_backend"}
@@ -53,6 +55,13 @@ def resolve_budget(
         logits_budget = CPU_LOGITS_BUDGET if device == "cpu" else 0
     row_bytes = vocabulary * load_backend(backend).tile_element_bytes(hidden_dtype, weight_dtype)
     return logits_budget if logits_budget >= row_bytes else 0
+
+
+def resolve_strip(strip_bytes: int | None, device: str) -> int:
+    """`strip_bytes`, or the device's default: 32 MiB on a CPU, 128 MiB elsewhere."""
+    if strip_bytes is None:
+        return CPU_STRIP_BYTES if device == "cpu" else STRIP_BYTES
+    return strip_bytes
 
 
 def load_backend(name: str) -> ModuleType:

@@ -24,6 +24,9 @@ from .head import Gradients, Head, Needs, strips
 from .matmul import WeightedRows, accumulation_dtype, matmul
 from .rows import Rows
 
+# Vocabulary columns of a product on its way into a sum of another dtype.
+_SUM_COLUMNS = 8192
+
 
 @dataclass(frozen=True)
 class Run:
@@ -81,7 +84,8 @@ class HeadGradient:
     """Sum over calls of g^T (coef * x) and g^T coef.
 
     A single product stays in the matmul's dtype and needs no accumulator; from the second on the sum is kept in
-    float32, since bfloat16 accumulation would be off by 7e-3 after 32 bins.
+    float32, since bfloat16 accumulation would be off by 7e-3 after 32 bins. A second product that is the last is added
+    strip by strip and rounded again: no float32 copy of the head's size exists.
     """
 
     def __init__(self, needs: Needs) -> None:
@@ -89,18 +93,19 @@ class HeadGradient:
         self.weight_VD: Tensor | None = None
         self.bias_V: Tensor | None = None
 
-    def add(self, g_NV: Tensor, x_ND: Tensor, coef_N: Tensor) -> None:
+    def add(self, g_NV: Tensor, x_ND: Tensor, coef_N: Tensor, last: bool = False) -> None:
         rows = WeightedRows(x_ND, coef_N, g_NV.dtype)
         if self.needs.weight and self.weight_VD is None:
             # float16 cannot hold what an upstream gradient has not scaled yet.
             self.weight_VD = rows.weight_grad(g_NV, torch.float32 if g_NV.dtype == torch.float16 else g_NV.dtype)
+        elif self.needs.weight and g_NV.dtype == coef_N.dtype:
+            self.weight_VD.addmm_(g_NV.T, rows.x_ND)
         elif self.needs.weight:
-            self.weight_VD = self.weight_VD.to(coef_N.dtype)
-            if g_NV.dtype == coef_N.dtype:
-                self.weight_VD.addmm_(g_NV.T, rows.x_ND)
-            else:
-                for first, last in strips(g_NV.shape[1], 8192):
-                    self.weight_VD[first:last] += rows.weight_grad(g_NV[:, first:last], coef_N.dtype)
+            if not last:
+                self.weight_VD = self.weight_VD.to(coef_N.dtype)
+            for start, stop in strips(g_NV.shape[1], _SUM_COLUMNS):
+                product = rows.weight_grad(g_NV[:, start:stop], coef_N.dtype)
+                self.weight_VD[start:stop] = product.add_(self.weight_VD[start:stop])
         if self.needs.bias:
             product_V = rows.bias_grad(g_NV, coef_N.dtype)
             self.bias_V = product_V if self.bias_V is None else self.bias_V.add_(product_V)
@@ -130,7 +135,8 @@ def forward(
     dx_ND = x_ND.new_zeros(x_ND.shape, dtype=dtype) if needs.hidden else None
     total = HeadGradient(needs)
 
-    for bin_ in make_bins(rows, capacity):
+    bins = make_bins(rows, capacity)
+    for bin_ in bins:
         if not needs.any:
             tiles = [bin_.slices] if bin_.slices else [(slice(r.first, r.last),) for runs in bin_.answers for r in runs]
             for tile in tiles:
@@ -145,7 +151,7 @@ def forward(
             if dx_ND is not None:
                 _put(dx_ND, bin_.slices, matmul(g_NV, head.weight_VD.to(g_NV.dtype), dtype).mul_(coef[:, None]))
             if needs.head:
-                total.add(g_NV, x, coef)
+                total.add(g_NV, x, coef, last=bin_ is bins[-1])
             del g_NV
         else:
             _oversized_pair(backend, x_ND, rows, head, settings, bin_, logp_N, dx_ND, total)
