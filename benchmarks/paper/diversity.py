@@ -2,6 +2,9 @@
 
     pip install '.[paper]' && python -m benchmarks.paper.diversity
     python -m benchmarks.paper.diversity --answers answers.jsonl --embedder FOLDER --output diversity.jsonl
+    python -m benchmarks.paper.diversity --rounds a0.json a1.json a2.json --output diversity.jsonl
+
+The last line takes one model's answers to the same prompts, a file each round, as orpo-generate writes them.
 
 With h_ij the embedding of answer j to prompt i, of n prompts and k answers each:
 
@@ -104,13 +107,33 @@ def read(path: Path = RESULTS) -> list[dict]:
     return winrates.read(path)
 
 
+def read_rounds(paths: Sequence[Path]) -> list[dict]:
+    """One record of the answers that orpo-generate wrote, a file a round, for AlpacaEval or without a format.
+
+    Raises:
+        ValueError: the files do not answer the same number of prompts, or there are fewer than two of them.
+    """
+    rounds = []
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        rows = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
+        rounds.append([row["output"] if "output" in row else row["answer"] for row in rows])
+    sizes = sorted({len(answers) for answers in rounds})
+    if len(rounds) < 2 or len(sizes) > 1:
+        raise ValueError(f"--rounds has {len(rounds)} files of {sizes} answers; it takes two or more, of equally many")
+    return [{"seed": 0, "model": paths[0].name.partition(".")[0], "answers": rounds}]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--answers", type=Path, default=winrates.RESULTS, help="what benchmarks.paper.winrates stored")
+    parser.add_argument("--rounds", type=Path, nargs="+", help="instead: one model's answers, a file each round")
     parser.add_argument("--embedder", help="folder of an encoder; default: the package's all-MiniLM-L6-v2")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
-    stored = winrates.read(options.answers)
+    if options.rounds and options.output == RESULTS:
+        parser.error("--rounds needs an --output of its own")
+    stored = read_rounds(options.rounds) if options.rounds else winrates.read(options.answers)
     if not stored:
         parser.error(f"--answers is {options.answers}, which holds none: run benchmarks.paper.winrates first")
     embed = load_embedder(options.embedder or find_minilm())

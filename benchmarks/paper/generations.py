@@ -1,12 +1,14 @@
 """Writes the figures of generations.md, and its picture, from the stored results.
 
     python -m benchmarks.paper.generations
+    python -m benchmarks.paper.generations --answers own.jsonl --picture figure5.png    the picture of one's own answers
 
 The page's words are written by hand, the blocks between its marks by this; a test compares them.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import statistics
 from collections.abc import Sequence
@@ -107,6 +109,8 @@ def draw(records: Sequence[dict], path: Path) -> None:
     import numpy as np
 
     seeds = sorted({r["seed"] for r in records})
+    others = (c for c in COLOURS if c not in MODEL_COLOURS.values())
+    colours = {m: MODEL_COLOURS.get(m) or next(others) for m in dict.fromkeys(r["model"] for r in records)}
     figure, axes = plt.subplots(1, len(seeds), figsize=(4.2 * len(seeds), 3.6), sharey=True, squeeze=False)
     for axis, seed in zip(axes[0], seeds, strict=True):
         found = {r["model"]: np.concatenate(r["rewards"]) for r in records if r["seed"] == seed}
@@ -114,9 +118,9 @@ def draw(records: Sequence[dict], path: Path) -> None:
         edges = np.linspace(every.min(), every.max(), 31)
         for model, values in found.items():
             weights = np.full(len(values), 1 / len(values))
-            axis.hist(values, edges, weights=weights, color=MODEL_COLOURS[model], alpha=0.35)
-            axis.hist(values, edges, weights=weights, color=MODEL_COLOURS[model], histtype="step", linewidth=1.5)
-            axis.axvline(values.mean(), color=MODEL_COLOURS[model], linestyle="--", label=f"{model.upper()}, mean")
+            axis.hist(values, edges, weights=weights, color=colours[model], alpha=0.35)
+            axis.hist(values, edges, weights=weights, color=colours[model], histtype="step", linewidth=1.5)
+            axis.axvline(values.mean(), color=colours[model], linestyle="--", label=f"{model.upper()}, mean")
         axis.set(title=f"seed {seed}", xlabel="reward")
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("share of the answers")
@@ -126,7 +130,16 @@ def draw(records: Sequence[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--answers", type=Path, help="what benchmarks.paper.winrates stored of models of one's own")
+    parser.add_argument("--picture", type=Path, help="with --answers: where the picture goes")
+    options = parser.parse_args(argv)
+    if (options.answers is None) != (options.picture is None):
+        parser.error("--answers and --picture belong together")
+    if options.answers is not None:
+        draw(winrates.read(options.answers), options.picture)
+        return
     records, similar, slow = winrates.read(), diversity.read(), winrates.read(winrates.SLOW_RESULTS)
     PAGE.write_text(with_blocks(PAGE.read_text(), blocks(records, similar, slow)))
     draw(records, PICTURE)

@@ -62,7 +62,8 @@ def load_reward(name: str, tokenizer: Any, seed: int = 0) -> Any:
     # transformers finds a text's end by the padding token, and refuses batches without one. Where it is the end token
     # too, the reward is read one token before, in all texts alike.
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, pad_token_id=pad)
+    # Left to itself, transformers keeps a checkpoint's half precision, in which AdamW's steps vanish or overflow.
+    return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, pad_token_id=pad, dtype=torch.float32)
 
 
 def rewards(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int = 1024) -> Tensor:
@@ -126,16 +127,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--train", default="train", help="the split to train on")
     parser.add_argument("--heldout", default="test", help="the split to measure on")
     parser.add_argument("--output", required=True, help="folder for the reward model")
+    parser.add_argument("--tokenizer", help="folder of a tokenizer with a chat template, where the model has none")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
     parser.add_argument("--learning_rate", type=float, default=1e-5)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = load_tokenizer(options.tokenizer or options.model)
     train, heldout = (
         pair_texts(load_pairs(options.data, part), tokenizer) for part in (options.train, options.heldout)
     )
     model = load_reward(options.model, tokenizer, options.seed)
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     names = ("learning_rate", "batch_size", "max_length", "seed")

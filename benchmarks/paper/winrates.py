@@ -142,21 +142,31 @@ def show(records: Sequence[dict], ours: str = "orpo") -> str:
 
 
 def compare_own(options: argparse.Namespace) -> list[dict]:
-    """Records of models of the user's own, at the prompts of a data set."""
+    """Records of models of the user's own, at the prompts of a data set.
+
+    Each model reads a prompt in its own chat template, the reward model in the one it was trained with.
+    """
     tokenizer = load_tokenizer(options.reward)
     judge_model = reward.load_reward(options.reward, tokenizer)
+    rows, judged = [], []
+    for row in load_pairs(options.data, options.split):
+        try:
+            prompt = pair_text(row, tokenizer).chosen_prompt
+        except UnusableRow:
+            continue
+        if len(tokenizer(prompt)["input_ids"]) <= options.max_prompt_length:
+            rows.append(row)
+            judged.append(prompt)
+    if not rows:
+        raise ValueError(f"no prompt of {options.data} has at most {options.max_prompt_length} tokens")
     records = []
     for entry in options.models:
         name, _, folder = entry.partition("=")
         model, own = load_policy(folder)
-        prompts = []
-        for row in load_pairs(options.data, options.split):
-            try:
-                prompts.append(pair_text(row, own).chosen_prompt)
-            except UnusableRow:
-                continue
-        answers = sample(model, own, prompts, options.rounds, max_new_tokens=options.max_new_tokens)
-        scores = judge(judge_model.to(model.device), tokenizer, prompts, answers)
+        prompts = [pair_text(row, own).chosen_prompt for row in rows]
+        settings = {name: getattr(options, name) for name in ("max_new_tokens", "batch_size")}
+        answers = sample(model, own, prompts, options.rounds, **settings)
+        scores = judge(judge_model.to(model.device), tokenizer, judged, answers)
         records.append({"seed": 0, "model": name, "rewards": scores, "answers": answers})
         del model
     return records
@@ -175,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", help="with --models: pairs whose prompts are answered")
     parser.add_argument("--split", default="test", help="of --data")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="with --models")
+    parser.add_argument("--max_prompt_length", type=int, default=1024, help="with --models: longer ones are left out")
+    parser.add_argument("--batch_size", type=int, default=64, help="with --models: answers sampled at a time")
     options = parser.parse_args(argv)
     if options.models:
         if options.reward is None or options.data is None or options.output == RESULTS:
