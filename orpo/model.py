@@ -16,13 +16,16 @@ from types import MethodType
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from orpo_kernels.rows import Rows
 from torch import Tensor, nn
+from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.utils import ModelOutput
 
 from orpo.attention import SharedPrefixMask
 from orpo.heads import effective_weight, trained_copy
 from orpo.loss import orpo_loss_from_rows
+from orpo.sharding import from_rank_0
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ def attach_orpo_loss(model: nn.Module) -> FusedHead:
         fused = FusedHead(names[0], base.get_submodule(owner), attribute, base.forward)
         _patch_model(base, fused)
         try:
-            fused.transform = _read_transform(base, fused)
+            fused.transform = _transform_of_all_ranks(base, fused)
         except BaseException:
             _unpatch_model(base, fused)
             raise
@@ -225,6 +228,13 @@ def tiny_inputs(model: nn.Module, sequences: int, length: int) -> dict[str, Tens
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (sequences, length), generator=generator).to(model.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _transform_of_all_ranks(model: nn.Module, fused: FusedHead) -> LogitTransform:
+    if is_fsdp_enabled():
+        # Loading that spares memory gives weights to rank 0 alone; elsewhere the model cannot run yet.
+        return from_rank_0(PartialState(), lambda: _read_transform(model, fused))
+    return _read_transform(model, fused)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What FSDP needs of the trainer: outputs that are not rounded, and one verdict of all ranks on the model."""
+"""What several ranks need of the trainer: outputs that FSDP does not round, and one verdict of all on the model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,37 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
+from torch import nn
+
+
+def prepare_ranks(accelerator: Accelerator, model: nn.Module) -> None:
+    """Settings of accelerate that a run on several ranks needs; refuses what would hang or fail later.
+
+    Raises:
+        ValueError: ``even_batches`` is off, or FSDP cannot cut the model with the adapter that it has.
+    """
+    if accelerator.num_processes > 1 and not accelerator.even_batches:
+        raise ValueError(
+            f"accelerator_config: even_batches is False, and {accelerator.num_processes} ranks may have different "
+            "numbers of batches, of which those with more would wait for ever: leave it True; with "
+            "dataloader_drop_last no rows are repeated"
+        )
+    if fsdp_plugin(accelerator) is not None and _copied_from_embeddings(model):
+        raise ValueError(
+            'modules_to_save=["lm_head"] copies a head that is tied to the embeddings, and FSDP cannot cut a weight '
+            "that two of its groups share: train the head by LoRA (target_modules with lm_head), or use ddp or zero2"
+        )
+    keep_outputs_exact(accelerator)
+
+
+def _copied_from_embeddings(model: nn.Module) -> bool:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    original = getattr(base.get_output_embeddings(), "original_module", None)
+    embeddings = base.get_input_embeddings()
+    embeddings = getattr(embeddings, "original_module", embeddings)
+    return original is not None and original.weight is embeddings.weight
 
 
 def keep_outputs_exact(accelerator: Accelerator) -> None:
@@ -29,7 +58,7 @@ def agreed(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
     return function() if fsdp_plugin(accelerator) is None else from_rank_0(accelerator, function)
 
 
-def from_rank_0(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
+def from_rank_0(accelerator: Accelerator | PartialState, function: Callable[[], Any]) -> Any:
     """What `function` returns on rank 0, where alone it is called, for all ranks.
 
     Its error is raised on all of them too. The others would wait for an answer that never comes.

@@ -27,7 +27,7 @@ from orpo.model import LossCall, attach_orpo_loss, base_model
 from orpo.probe import check_fused_logps, choose_layout
 from orpo.reports import ReportingTrainer
 from orpo.setup import disable_dropout, load_model, load_tokenizer, pad_token_id, wrap_peft
-from orpo.sharding import agreed, keep_outputs_exact
+from orpo.sharding import agreed, prepare_ranks
 from orpo.streams import StreamReport, counters
 
 
@@ -128,7 +128,7 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
         vocabulary = base_model(self.model).get_input_embeddings().weight.shape[0]
         for data in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
             check_token_ids(data, vocabulary)
-        keep_outputs_exact(self.accelerator)
+        prepare_ranks(self.accelerator, self.model)
         layout = agreed(self.accelerator, lambda: self._probe(layout_options if chooses_layout else None))
         self.data_collator = layout or self.data_collator
 
@@ -200,7 +200,7 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
             num_items_in_batch = (batch.num_nll_tokens * parts, batch.num_pairs * parts)
         outputs = self._run(model, inputs, num_items_in_batch, logit_metrics=self._logs_this_step())
         tokens, pairs = num_items_in_batch
-        shares = batch.num_nll_tokens / tokens, batch.num_pairs / pairs
+        shares = batch.num_nll_tokens / max(tokens, 1), batch.num_pairs / max(pairs, 1)
         self._train_means.add_part("nll_loss", outputs.metrics.pop("nll_loss"), shares[0])
         self._train_means.add(outputs.metrics, shares[1])
         if self.args.diagnose:

@@ -1,4 +1,4 @@
-"""orpo.trainer on two ranks: the same losses, metrics and weights as on one."""
+"""orpo.trainer on several ranks: the same losses, metrics and weights as on one."""
 
 import json
 import os
@@ -9,71 +9,166 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_forked import launch, returned
+from run_ranks import EIGHT, train, train_with_another_head
+from tiny import SEVEN, make_model, make_tokenizer, reference_loss
+
+from orpo.data import Limits, prepare_dataset
 
 SCRIPT = Path(__file__).with_name("run_ranks.py")
+TIED = {"model": {"tie_word_embeddings": True}}
+LORA = {
+    "frozen head": {"target_modules": ["q_proj", "v_proj"]},
+    "head whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "head by LoRA": {"target_modules": ["q_proj", "lm_head"]},
+}
 
 
-def launch(folder, ranks, *arguments, **variables):
+def torchrun(folder, *arguments):
     folder.mkdir()
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return subprocess.run(
-        [*launcher, str(SCRIPT), str(folder), "4", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        [*launcher, str(SCRIPT), str(folder), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
 
 
-def run(folder, ranks, *arguments):
-    done = launch(folder, ranks, *arguments)
-    assert done.returncode == 0, done.stderr[-3000:]
-    seen = json.loads((folder / "seen.json").read_text())
-    return {**seen, "weights": torch.load(folder / "weights.pt")}, done.stdout
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """A run in one process, made when it is first asked for."""
+    runs = {}
+
+    def of(name, options):
+        if name not in runs:
+            runs[name] = returned(train, 1, tmp_path_factory.mktemp("one"), options)[0]
+        return runs[name]
+
+    return of
 
 
-@pytest.mark.parametrize("sharded", [(), ("tied", "fsdp")], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("wrapper", [(), ("fsdp",)], ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize("death", ["exit", "raise"])
-def test_one_rank_dying_ends_the_run(death, sharded, tmp_path):
+def test_one_rank_dying_ends_the_run(death, wrapper, tmp_path):
     start = time.monotonic()
-    done = launch(tmp_path / "out", 2, *sharded, ORPO_TEST=death)
+    done = torchrun(tmp_path / "out", death, *wrapper)
     # The other rank waits for the dead one in a reduction that never ends; it has to be taken down.
     assert done.returncode != 0 and time.monotonic() - start < 60
     assert ("the last rank has had enough" if death == "raise" else "exitcode  : 9") in done.stderr
     assert not (tmp_path / "out" / "seen.json").exists()
 
 
-def test_two_ranks_equal_one(tmp_path):
+def test_a_launcher_starts_two_ranks(tmp_path, one_process):
     """Answers of unequal length, an accumulation window of four or two micro-batches, and an odd evaluation set."""
-    (one, _), (two, printed) = run(tmp_path / "one", 1), run(tmp_path / "two", 2)
-    assert (one["wrapper"], two["wrapper"]) == ("LlamaForCausalLM", "DistributedDataParallel")
-    assert_same_run(one, two)
-    assert printed.count("train: kept 8 of 8") == 1
-
-
-@pytest.mark.parametrize("head", ["tied", "untied"])
-def test_fsdp2_equals_one_process(head, tmp_path):
-    one, _ = run(tmp_path / "one", 1, head)
-    two, _ = run(tmp_path / "two", 2, head, "fsdp")
-    # accelerate falls back to DDP in silence: both layers and the root have to be sharded.
-    assert two["sharded"] >= 3 and one["sharded"] == 0
-    assert_same_run(one, two)
-
-
-def test_fsdp2_in_bfloat16_rounds_no_loss_and_no_metric(tmp_path):
-    done = launch(tmp_path / "out", 2, "tied", "fsdp", ORPO_TEST="bf16")
+    done = torchrun(tmp_path / "out", "none")
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads((tmp_path / "out" / "seen.json").read_text())
-    assert seen["sharded"] >= 3 and seen["dtypes"] == ["torch.float32"]
+    one = one_process("untied", {})
+    assert (one["wrapper"], seen["wrapper"]) == ("LlamaForCausalLM", "DistributedDataParallel")
+    assert_same_run(one, {**seen, "weights": torch.load(tmp_path / "out" / "weights.pt")})
+    assert done.stdout.count("train: kept 8 of 8") == 1
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("wrapper", [{}, {"fsdp": True}], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("head", [{}, TIED], ids=["untied", "tied"])
+def test_several_ranks_equal_one(head, wrapper, ranks, tmp_path, one_process):
+    several = returned(train, ranks, tmp_path / "several", {**head, **wrapper})
+    for seen in several:
+        # accelerate falls back to DDP in silence: both layers and the root have to be sharded.
+        assert seen["sharded"] >= 3 if wrapper else seen["wrapper"] == "DistributedDataParallel"
+        assert_same_run(one_process("tied" if head else "untied", head), seen)
+
+
+@pytest.mark.parametrize("wrapper", [{}, {"fsdp": True}], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("way", LORA)
+def test_lora_on_two_ranks_equals_one(way, wrapper, tmp_path, one_process):
+    options = {"lora": LORA[way]}
+    one, two = one_process(way, options), returned(train, 2, tmp_path / "two", {**options, **wrapper})[0]
+    assert (two["sharded"] >= 3) == bool(wrapper)
+    assert_same_run(one, two)
+    start = returned(train, 1, tmp_path / "start", {**options, "max_steps": 1, "learning_rate": 0.0})[0]
+    moved = {name for name, weight in one["weights"].items() if not torch.equal(weight, start["weights"][name])}
+    assert moved and all("lora_" in name or "modules_to_save" in name for name in moved)
+    assert any("lm_head" in name for name in moved) == (way != "frozen head")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fsdp": True, "lora": LORA["head whole"], **TIED}, "copies a head that is tied to the embeddings"),
+        ({"accelerator_config": {"even_batches": False}}, "even_batches is False, and 2 ranks may have different"),
+    ],
+    ids=["tied head whole", "uneven batches"],
+)
+def test_what_cannot_run_is_refused_before_work(options, message, tmp_path):
+    ends = launch(train, 2, tmp_path / "out", options)
+    assert all("ValueError: " in error and message in error for *_, error in ends), ends[0][-1]
+
+
+@pytest.mark.parametrize("adapter", [None, LORA["frozen head"]], ids=["", "lora"])
+def test_rank_0_alone_needs_the_weights(adapter, tmp_path, one_process):
+    """With cpu_ram_efficient_loading what the other ranks hold before the model is cut plays no role."""
+    make_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    options = {"model": str(tmp_path / "model"), "lora": adapter}
+    one = one_process(f"loaded, {adapter}", options)
+    sparing = {"fsdp": {"cpu_ram_efficient_loading": True}, "forget": True}
+    for seen in returned(train, 2, tmp_path / "two", {**options, **sparing}):
+        assert seen["sharded"] >= 3
+        assert_same_run(one, seen)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (2, {"train": SEVEN, "per_device_train_batch_size": 2}),
+        (4, {"train": SEVEN, "pairs_per_step": 8, "fsdp": True}),
+        (2, {"pairs_per_step": 2, "empty": (1, 2, 3, 4, 5)}),
+        (2, {"pairs_per_step": 2, "empty": (1, 2, 3, 4, 5), "fsdp": True}),
+    ],
+    ids=["ddp, 7 pairs", "fsdp2, 7 pairs", "ddp, nothing counts on a rank", "fsdp2, nothing counts on a rank"],
+)
+def test_uneven_steps_are_means_over_what_counts(ranks, options, tmp_path):
+    """Replayed one sequence at a time: every pair that a rank had, those that fill the last batch again included."""
+    first = {name: column[:1] for name, column in EIGHT.items()}
+    plain = {"max_grad_norm": 0.0, "lr_scheduler_type": "constant", "max_steps": 4, "evaluate": first}
+    several = returned(
+        train, ranks, tmp_path / "several", {**options, **plain, "evaluate": {k: v[:1] for k, v in EIGHT.items()}}
+    )
+    examples = prepare_dataset(
+        options.get("train", EIGHT), make_tokenizer(), Limits(max_length=256), name="train"
+    ).to_list()
+    model, empty, held = make_model("llama", tie_word_embeddings=False), options.get("empty", ()), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for step in range(4):
+        ids = [
+            [i for at, part, _ in seen["pair_ids"] if at == step for i in part if i not in empty] for seen in several
+        ]
+        held.append([len(part) for part in ids])
+        expected = 0.0
+        if any(ids):
+            loss = reference_loss(model, [examples[i] for part in ids for i in part])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            expected = loss.item()
+        assert [e["loss"] for e in several[0]["log"] if "loss" in e][step] == pytest.approx(expected, rel=1e-5)
+    if empty:
+        assert any(0 in step and sum(step) for step in held), held
+    for seen in several:
+        assert (seen["sharded"] >= 3) == ("fsdp" in options)
+        # One pair for all ranks: the others have it again, and it counts once.
+        assert seen["eval"]["eval_loss"] == pytest.approx(reference_loss(model, examples[:1]).item(), rel=1e-5)
+        for name, weight in model.named_parameters():
+            torch.testing.assert_close(seen["weights"][name], weight.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_an_error_before_training_is_every_ranks(tmp_path):
     """Rank 0 alone looks at the model; the others must not wait for it."""
-    done = launch(tmp_path / "out", 2, "untied", "fsdp", ORPO_TEST="head")
-    assert done.returncode != 0
-    assert all(f"[rank{rank}]: ValueError" in done.stderr for rank in (0, 1)), done.stderr[-3000:]
+    ends = launch(train_with_another_head, 2, tmp_path / "out")
+    assert all("ValueError: the fused log-probabilities" in error for *_, error in ends), ends
 
 
 def assert_same_run(one, two):
