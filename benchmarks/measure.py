@@ -101,6 +101,12 @@ KINDS: dict[str, Callable[[Peer, Batch], torch.Tensor]] = {
 
 def truth_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, dX and dW in float64 from the reference; the gradients are kept in float32, half the size."""
+    result, dx, dw = exact(batch)
+    return result.loss, dx, dw
+
+
+def exact(batch: Batch) -> tuple[reference.Objective, torch.Tensor, torch.Tensor]:
+    """The objective and its gradients by the hidden states and the head, as `truth_of`."""
     pairs, positions = batch.labels.shape[0] // 2, batch.labels.shape[1]
     at = (batch.scored[:, 1:] != -100).nonzero()
     sequence, position = at[:, 0], at[:, 1]
@@ -116,7 +122,7 @@ def truth_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     result, dx, dw, _ = reference.orpo(x, batch.weight.detach().double(), rows, beta=BETA)
     whole = torch.zeros(batch.hidden.shape, dtype=torch.float32, device=x.device)
     whole.flatten(0, 1)[rows.rows_N] = dx.float()
-    return result.loss, whole, dw.float()
+    return result, whole, dw.float()
 
 
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:

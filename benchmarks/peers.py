@@ -1,6 +1,7 @@
 """ORPO as others compute it, each in its own way and at its best setting for one machine, behind one call.
 
 A peer is a function ``(batch, beta) -> loss``. TRL's definition throughout: NLL over prompt and chosen answer.
+`PARTS` holds the functions behind them, which return the mean log-probability of each of the 2P answers as well.
 """
 
 from __future__ import annotations
@@ -18,38 +19,42 @@ from orpo import odds_ratio_loss, orpo_loss
 from .cases import Batch
 
 Peer = Callable[[Batch, float], Tensor]
+Parts = Callable[[Batch, float], tuple[Tensor, Tensor]]
 
 
-def _from_token_logps(logp: Tensor, batch: Batch, beta: float) -> Tensor:
-    """The objective over (2P, T - 1) log-probabilities of the next token."""
+def _from_token_logps(logp: Tensor, batch: Batch, beta: float) -> tuple[Tensor, Tensor]:
+    """The objective over (2P, T - 1) log-probabilities of the next token, and their mean over each answer."""
     P = batch.labels.shape[0] // 2
     mask = batch.labels[:, 1:] != -100
     mean = (logp * mask).sum(1) / mask.sum(1)
     nll_mask = batch.nll_labels[:P, 1:] != -100
     nll = -(logp[:P] * nll_mask).sum() / nll_mask.sum()
-    return nll - odds_ratio_loss(mean[:P], mean[P:], beta)[0].mean()
+    return nll - odds_ratio_loss(mean[:P], mean[P:], beta)[0].mean(), mean
 
 
-def ours(batch: Batch, beta: float) -> Tensor:
+def ours(batch: Batch, beta: float) -> tuple[Tensor, Tensor]:
     """This project's loss with its defaults."""
-    return orpo_loss(batch.hidden, batch.weight, batch.labels, nll_labels=batch.nll_labels, beta=beta).loss
+    return _ours(batch, beta)
 
 
-def ours_by_strips(batch: Batch, beta: float) -> Tensor:
+def ours_by_strips(batch: Batch, beta: float) -> tuple[Tensor, Tensor]:
     """This project's loss with the least memory: `logits_budget=0`."""
-    return orpo_loss(
-        batch.hidden, batch.weight, batch.labels, nll_labels=batch.nll_labels, beta=beta, logits_budget=0
-    ).loss
+    return _ours(batch, beta, logits_budget=0)
 
 
-def eager(batch: Batch, beta: float) -> Tensor:
+def _ours(batch: Batch, beta: float, **keywords: int) -> tuple[Tensor, Tensor]:
+    out = orpo_loss(batch.hidden, batch.weight, batch.labels, nll_labels=batch.nll_labels, beta=beta, **keywords)
+    return out.loss, torch.cat([out.chosen_logps, out.rejected_logps])
+
+
+def eager(batch: Batch, beta: float) -> tuple[Tensor, Tensor]:
     """Full logits and log_softmax, as one would write it."""
     logits = (batch.hidden[:, :-1] @ batch.weight.T).float()
     logp = torch.log_softmax(logits, -1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
     return _from_token_logps(logp, batch, beta)
 
 
-def eager_compiled(batch: Batch, beta: float) -> Tensor:
+def eager_compiled(batch: Batch, beta: float) -> tuple[Tensor, Tensor]:
     """The same through torch.compile."""
     return _compiled_eager()(batch.hidden, batch.weight, batch.input_ids, batch.labels, batch.nll_labels, beta)
 
@@ -62,7 +67,7 @@ def _compiled_eager() -> Callable:
     return torch.compile(function)
 
 
-def trl(batch: Batch, beta: float) -> Tensor:
+def trl(batch: Batch, beta: float) -> tuple[Tensor, Tensor]:
     """TRL's ORPOTrainer: the steps of its concatenated_forward and get_batch_loss_metrics, with TRL's own functions."""
     from trl.experimental.orpo import ORPOTrainer
 
@@ -77,10 +82,10 @@ def trl(batch: Batch, beta: float) -> Tensor:
 
     trainer = Trainer()
     trainer.beta = beta
-    return nll - ORPOTrainer.odds_ratio_loss(trainer, mean[:P], mean[P:])[0].mean()
+    return nll - ORPOTrainer.odds_ratio_loss(trainer, mean[:P], mean[P:])[0].mean(), mean
 
 
-def liger(batch: Batch, beta: float, compiled: bool = False) -> Tensor:
+def liger(batch: Batch, beta: float, compiled: bool = False) -> tuple[Tensor, Tensor]:
     """Liger's fused ORPO; targets are shifted by the caller there."""
     from liger_kernel.chunked_loss import LigerFusedLinearORPOLoss
 
@@ -88,15 +93,16 @@ def liger(batch: Batch, beta: float, compiled: bool = False) -> Tensor:
         return F.pad(ids[:, 1:], (0, 1), value=-100)
 
     loss = LigerFusedLinearORPOLoss(beta=beta, compiled=compiled)
-    return loss(batch.weight, batch.hidden, shifted(batch.labels), None, shifted(batch.nll_labels))[0]
+    value, parts = loss(batch.weight, batch.hidden, shifted(batch.labels), None, shifted(batch.nll_labels))
+    return value, torch.cat(parts[:2])
 
 
-def liger_compiled(batch: Batch, beta: float) -> Tensor:
+def liger_compiled(batch: Batch, beta: float) -> tuple[Tensor, Tensor]:
     """Liger's fused ORPO through torch.compile, its default."""
     return liger(batch, beta, compiled=True)
 
 
-def cce(batch: Batch, beta: float) -> Tensor:
+def cce(batch: Batch, beta: float) -> tuple[Tensor, Tensor]:
     """Apple's cut cross-entropy, whose per-token output is minus the log-probability; the odds ratio on top.
 
     It leaves out ignored targets, so it is given none that does not count.
@@ -121,14 +127,14 @@ def _back_in_place(logp: Tensor, keep: Tensor) -> Tensor:
     return torch.zeros(keep.shape, dtype=logp.dtype, device=logp.device).masked_scatter(keep, logp)
 
 
-def torch_linear_cross_entropy(batch: Batch, beta: float) -> Tensor:
+def torch_linear_cross_entropy(batch: Batch, beta: float) -> tuple[Tensor, Tensor]:
     """torch's own fused linear cross-entropy on the rows that count, the odds ratio on top."""
     keep, hidden, targets = _scored_rows(batch)
     loss = F.linear_cross_entropy(hidden, batch.weight, targets, reduction="none")
     return _from_token_logps(_back_in_place(-loss.float(), keep), batch, beta)
 
 
-def trl_chunked(batch: Batch, beta: float) -> Tensor:
+def trl_chunked(batch: Batch, beta: float) -> tuple[Tensor, Tensor]:
     """TRL's chunked log-probabilities, which its DPO uses and its ORPO does not, with the odds ratio on top."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
@@ -145,7 +151,7 @@ _NEEDS = {
     "cce": "cut_cross_entropy",
 }
 
-PEERS: dict[str, Peer] = {
+PARTS: dict[str, Parts] = {
     "ours": ours,
     "ours (strips)": ours_by_strips,
     "trl": trl,
@@ -157,6 +163,13 @@ PEERS: dict[str, Peer] = {
     "torch eager": eager,
     "torch compiled": eager_compiled,
 }
+
+
+def _loss_of(parts: Parts) -> Peer:
+    return lambda batch, beta: parts(batch, beta)[0]
+
+
+PEERS: dict[str, Peer] = {name: _loss_of(parts) for name, parts in PARTS.items()}
 
 
 def available(name: str) -> bool:

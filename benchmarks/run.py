@@ -85,7 +85,7 @@ LOSS_GROUPS: dict[str, list[Piece]] = {
     ],
     "growth": [Piece(case, "float32", ("step",), 3) for case in _growth()],
 }
-GROUPS = (*LOSS_GROUPS, "long", "training")
+GROUPS = (*LOSS_GROUPS, "accuracy", "long", "training")
 
 
 def is_measured(group: str, piece: Piece, peers: list[str]) -> bool:
@@ -129,9 +129,9 @@ def main() -> None:
     parser.add_argument(
         "--model",
         default=os.environ.get("ORPO_BENCH_MODEL"),
-        help="group training: folder of a model (default: the variable ORPO_BENCH_MODEL)",
+        help="groups training and accuracy: folder of a model (default: the variable ORPO_BENCH_MODEL)",
     )
-    parser.add_argument("--data", help="group training: pairs as JSONL or parquet, or a hub name")
+    parser.add_argument("--data", help="groups training and accuracy: pairs as JSONL or parquet, or a hub name")
     options = parser.parse_args()
     names = options.peers.split(",") if options.peers else [name for name in PEERS if available(name)]
     unknown = set(names) - set(PEERS)
@@ -142,13 +142,20 @@ def main() -> None:
             for piece in pieces:
                 print(f"{group:13s} {'measured' if is_measured(group, piece, names) else '-':9s} {piece}")
         print(
-            "long          the length at which each peer runs out of memory\ntraining      training step and whole run"
+            "accuracy      errors against float64\n"
+            "long          the length at which each peer runs out of memory\n"
+            "training      training step and whole run"
         )
         return
     if options.group == "long":
         from . import limits
 
         limits.run()
+        return
+    if options.group == "accuracy":
+        from . import accuracy
+
+        accuracy.run(names, options.model, options.data)
         return
     if options.group == "training":
         from . import training
