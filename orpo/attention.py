@@ -7,10 +7,12 @@ the end of the prompt. Letters: B rows, T tokens of a row.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 PROMPT, CHOSEN, REJECTED = range(3)
@@ -103,3 +105,26 @@ def layer_windows(config: Any) -> tuple[int | None, set[str]]:
     if getattr(config, "use_sliding_window", True) is False or layer_types == {"full_attention"}:
         window = None
     return window, layer_types
+
+
+def flash_precision(base: Any, otherwise: torch.dtype | None = None) -> AbstractContextManager:
+    """Autocast, as training has it, where FlashAttention would meet float32 weights, which it does not take.
+
+    For calls before training, of a model that accelerate has not wrapped in its autocast yet. Where training has none,
+    or nobody knows yet, autocast in `otherwise`.
+
+    Raises:
+        ValueError: training has no autocast, and `otherwise` is None.
+    """
+    flash = "flash" in (getattr(base.config, "_attn_implementation", None) or "")
+    if not flash or base.dtype != torch.float32 or torch.is_autocast_enabled(base.device.type):
+        return nullcontext()
+    mixed = AcceleratorState().mixed_precision if AcceleratorState._shared_state else "no"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed, otherwise)
+    if dtype is None:
+        raise ValueError(
+            f"attn_implementation is {base.config._attn_implementation} and the weights are float32, in which "
+            "FlashAttention does not compute: set bf16 true (float32 weights, computed in bfloat16), dtype bfloat16, "
+            "or attn_implementation sdpa"
+        )
+    return torch.autocast(base.device.type, dtype)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo import judges
+from orpo.command import run_command
 from orpo.generation import Messages, generate, load
 from orpo.sources import load_pairs
 
@@ -124,5 +125,10 @@ def _answer_judge(options: argparse.Namespace, parser: argparse.ArgumentParser) 
     print(f"{len(records)} answers of {name} in {options.output}", file=sys.stderr)
 
 
+def command() -> None:
+    """:func:`main` as the shell runs it."""
+    run_command("orpo-generate", main)
+
+
 if __name__ == "__main__":
-    main()
+    command()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.utils import ModelOutput
 
-from orpo.attention import SharedPrefixMask
+from orpo.attention import SharedPrefixMask, flash_precision
 from orpo.heads import effective_weight, trained_copy
 from orpo.loss import orpo_loss_from_rows
 from orpo.sharding import from_rank_0
@@ -249,7 +249,9 @@ def _read_transform(model: nn.Module, fused: FusedHead) -> LogitTransform:
     model.eval()
     try:
         # A call of the model, not of its forward: sharded weights are gathered by hooks around the call.
-        outputs = model(**tiny_inputs(model, 1, grid.shape[1]), orpo=grid)
+        # What the body computes, and in which precision, is replaced by the grid.
+        with flash_precision(model, torch.bfloat16):
+            outputs = model(**tiny_inputs(model, 1, grid.shape[1]), orpo=grid)
     finally:
         model.train(was_training)
     logits = outputs["logits"].float().flatten()

@@ -15,7 +15,7 @@ import torch
 from orpo_kernels.rows import Rows
 from torch import Tensor, nn
 
-from orpo.attention import layer_windows
+from orpo.attention import flash_precision, layer_windows
 from orpo.heads import effective_weight, trained_copy
 from orpo.layout import make_layout
 from orpo.model import LossCall, base_model, tiny_inputs
@@ -79,7 +79,7 @@ def _mismatch(model: nn.Module, layout: Layout, padded: Layout, max_length: int 
     was_training = base.training
     base.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), flash_precision(base):
             expected, tolerance = _answer_logps(model, padded, examples, own_logits=span == 0)
             try:
                 found, _ = _answer_logps(model, layout, examples)
@@ -139,7 +139,7 @@ def _answer_logps(
     pairs, every = len(target) // 2, torch.ones_like(tokens, dtype=torch.bool)
     out = model(**inputs, orpo=LossCall(Rows(hidden, target, tokens, every, tokens < pairs, pairs), settings={}))
     logps = torch.cat([out.chosen_logps, out.rejected_logps])
-    eps = torch.finfo(base.dtype).eps
+    eps = torch.finfo(_computed_in(base.dtype, base.device)).eps
     if base.dtype == torch.float32 and base.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
         eps = 2.0**-10
     tolerance = 2e-4 + 16 * eps
@@ -153,6 +153,11 @@ def _answer_logps(
                 "from those of the model's own logits"
             )
     return logps, tolerance
+
+
+def _computed_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of matmuls whose inputs are `dtype`, under the autocast that is active."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
 
 
 @torch.no_grad()
@@ -181,14 +186,17 @@ def check_fused_logps(model: nn.Module, **settings: Any) -> float:
     was_training = base.training
     base.eval()
     try:
-        logits = model(**inputs).logits[:, -2].float()
-        out = model(**inputs, orpo=LossCall(rows, settings))
+        with flash_precision(base):
+            logits = model(**inputs).logits[:, -2].float()
+            out = model(**inputs, orpo=LossCall(rows, settings))
+            mixed = _computed_in(base.dtype, ids.device)
     finally:
         base.train(was_training)
     own = logits.log_softmax(-1).gather(-1, ids[:, -1:])[:, 0]
     difference = (torch.cat([out.chosen_logps, out.rejected_logps]) - own).abs().max().item()
     weight, _ = effective_weight(trained_copy(base.get_output_embeddings()))
-    tolerance = 1e-3 + 0.5 * torch.finfo(weight.dtype).eps * logits.abs().max().item()
+    eps = max(torch.finfo(dtype).eps for dtype in (weight.dtype, mixed))
+    tolerance = 1e-3 + 0.5 * eps * logits.abs().max().item()
     if not difference <= tolerance:
         raise ValueError(
             f"the fused log-probabilities of {type(base).__name__} differ from those of its own logits by up to "

@@ -12,9 +12,10 @@ Every field of ``ORPOConfig`` and of ``transformers.TrainingArguments`` is an op
 from __future__ import annotations
 
 import argparse
+import difflib
 import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
+from orpo.command import run_command
 from orpo.config import ORPOConfig
 from orpo.disk import check_writable
 from orpo.launch import launch_config
@@ -120,7 +122,7 @@ class DataArguments:
 
 def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, ORPOConfig]:
     """The command line; ``--config``, a file or a recipe, gives defaults that options on the line override."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, ORPOConfig), prog="orpo-train", description=__doc__)
+    parser = _Parser((ModelArguments, DataArguments, ORPOConfig), prog="orpo-train", description=__doc__)
     parser.add_argument("--config", help="A YAML file of options, or the name of a recipe (--list_recipes).")
     parser.add_argument("--list_recipes", "--list-recipes", action=_ListRecipes, nargs=0, help="Name the recipes.")
     parser.add_argument(
@@ -129,8 +131,26 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, ORPOConfi
     config = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].config
     if config is not None:
         parser.set_defaults(**_read_config(config, {action.dest for action in parser._actions}))
-    *arguments, _ = parser.parse_args_into_dataclasses(args=list(argv))
+    *arguments, _, left = parser.parse_args_into_dataclasses(args=list(argv), return_remaining_strings=True)
+    if left:
+        raise ValueError(_unknown(left, parser._option_string_actions))
     return tuple(arguments)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> Any:
+        """``ArgumentParser``'s without its usage, which would be pages long here."""
+        self.exit(2, f"{self.prog}: {message}; all options: {self.prog} --help\n")
+
+
+def _unknown(words: Sequence[str], known: Collection[str]) -> str:
+    """What to say of `words` on the line that are no options, with the nearest of those that are."""
+    texts = []
+    for word in words:
+        near = difflib.get_close_matches(word.partition("=")[0], known, n=1)
+        if word.startswith("--") or near:
+            texts.append(f"{word} is no option" + (f", did you mean {near[0]}?" if near else ""))
+    return "; ".join(texts or [f"nothing takes {' '.join(words)}"])
 
 
 class _ListRecipes(argparse.Action):
@@ -155,12 +175,17 @@ def _read_config(name: str, known: set[str]) -> dict[str, Any]:
         ValueError: there is no such file or recipe, it is no mapping, or it holds options that do not exist.
     """
     path = find_config(name)
-    options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path} has to hold a mapping of options, not a {type(options).__name__}")
     unknown = sorted(set(options) - known)
     if unknown:
-        raise ValueError(f"{path} holds options that do not exist: {', '.join(unknown)}")
+        near = [(name, difflib.get_close_matches(name, known, n=1)) for name in unknown]
+        names = ", ".join(name + (f" (did you mean {found[0]}?)" if found else "") for name, found in near)
+        raise ValueError(f"{path} holds options that do not exist: {names}")
     return options
 
 
@@ -269,5 +294,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         end_process_group()
 
 
+def command() -> None:
+    """:func:`main` as the shell runs it."""
+    run_command("orpo-train", main)
+
+
 if __name__ == "__main__":
-    main()
+    command()

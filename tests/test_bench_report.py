@@ -72,7 +72,9 @@ def test_a_wrong_peer_gets_no_time():
 
     from benchmarks.cases import CASES
     from benchmarks.measure import measure_case
-    from benchmarks.peers import eager
+    from benchmarks.peers import PEERS
+
+    eager = PEERS["torch eager"]
 
     def wrong(batch, beta):
         return 1.01 * eager(batch, beta)

@@ -10,6 +10,7 @@ from tiny import ROWS, SMALL, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, ViTConfig
 
 from orpo import ORPOTrainer, train
+from orpo.command import run_command
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -137,3 +138,42 @@ def test_training_on_a_cpu_needs_no_triton(folder, tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (tmp_path / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--lerning_rate", "1e-4"], 1, "orpo-train: --lerning_rate is no option, did you mean --learning_rate?"),
+        (["--zzz=1"], 1, "orpo-train: --zzz=1 is no option"),
+        (["stray"], 1, "orpo-train: nothing takes stray"),
+        (["--max_steps", "many"], 2, "invalid int value: 'many'; all options: orpo-train --help"),
+        (["--config", "smollm3"], 1, "no such file, and no recipe; the recipes are"),
+        (["--config", "typo.yaml"], 1, "options that do not exist: lerning_rate (did you mean learning_rate?)"),
+        (["--config", "broken.yaml"], 1, "broken.yaml is not YAML: "),
+        (["--model_name_or_path", "model", "--dataset_name", "pears.jsonl"], 1, "there is no file or folder pears"),
+        (["--model_name_or_path", "model", "--dataset_name", "pairs.jsonl", "--load_in_4bit"], 1, "pip install bits"),
+        (["--model_name_or_path", "model", "--dataset_name", "pairs.jsonl", "--output_dir", "pairs.jsonl"], 1,
+         "output_dir pairs.jsonl cannot be written: File exists"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_told_in_a_few_plain_lines(words, code, message, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("ORPO_TRACEBACK", raising=False)
+    monkeypatch.setattr("orpo.packages._is_installed", lambda package: package != "bitsandbytes")
+    (folder / "typo.yaml").write_text("lerning_rate: 1e-4\n")
+    (folder / "broken.yaml").write_text("beta: [0.1\n")
+    with pytest.raises(SystemExit) as stop:
+        run_command("orpo-train", lambda: train.main([*words, "--use_cpu"]))
+    said = capsys.readouterr().err
+    assert stop.value.code == code and message in said
+    assert "Traceback" not in said and len(said.strip().splitlines()) <= 2
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    monkeypatch.setenv("ORPO_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no such file"):
+        run_command("orpo-train", lambda: train.main(["--config", "smollm3"]))
+    monkeypatch.delenv("ORPO_TRACEBACK")
+    for fault in (lambda: torch.ones(2).view(3), lambda: {}["key"], lambda: json.loads("{")):
+        with pytest.raises((RuntimeError, KeyError, ValueError)):
+            run_command("orpo-train", fault)

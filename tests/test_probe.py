@@ -8,6 +8,9 @@ import transformers
 from packaging.version import Version
 from test_architectures import ARCHITECTURES
 from tiny import SEVEN, make_model, make_tokenizer
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from orpo import ORPOConfig, ORPOTrainer
 from orpo.data import Limits, prepare_dataset
@@ -166,3 +169,35 @@ def test_batches_of_similar_length_on_request(tmp_path):
     grouped = list(trainer._get_train_sampler())
     assert sorted(grouped) == list(range(56))
     assert spread(grouped) < 0.2 * spread(torch.randperm(56, generator=torch.Generator().manual_seed(0)).tolist())
+
+
+def half_precision_only(module, query, key, value, *arguments, **options):
+    """As transformers calls FlashAttention: rotary embeddings give float32, which is cast to autocast's dtype."""
+    states = query, key, value
+    if torch.is_autocast_enabled("cpu"):
+        states = [state.to(torch.get_autocast_dtype("cpu")) for state in states]
+    if states[0].dtype == torch.float32:
+        raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+    return sdpa_attention_forward(module, *states, *arguments, **options)
+
+
+@pytest.fixture
+def flash_model():
+    """A model with float32 weights whose attention takes no float32, as FlashAttention."""
+    AttentionInterface.register("flash_stand_in", half_precision_only)
+    AttentionMaskInterface.register("flash_stand_in", sdpa_mask)
+    model = make_model()
+    model.config._attn_implementation = "flash_stand_in"
+    return model
+
+
+def test_flash_attention_trains_float32_weights_in_mixed_precision(flash_model, tmp_path, capsys):
+    args = ORPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=True, max_steps=1, save_strategy="no")
+    ORPOTrainer(flash_model, args, train_dataset=SEVEN, processing_class=make_tokenizer()).train()
+    assert "layout packed: a few pairs score as in the padded layout" in capsys.readouterr().out
+
+
+def test_flash_attention_on_float32_alone_is_refused_in_words(flash_model, tmp_path):
+    args = ORPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match=r"flash_stand_in and the weights are float32, .*: set bf16 true .* sdpa"):
+        ORPOTrainer(flash_model, args, train_dataset=SEVEN, processing_class=make_tokenizer())

@@ -1,6 +1,9 @@
 """orpo.samples and early stopping: answers written at each evaluation, and a run that ends when it no longer helps."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -139,3 +142,12 @@ def test_an_improvement_below_the_threshold_does_not_count(tmp_path):
 def test_early_stopping_that_could_not_work_is_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         make_args(tmp_path, **settings)
+
+
+def test_two_ranks_write_each_sample_once_and_neither_waits_for_ever(tmp_path):
+    script = str(Path(__file__).with_name("run_samples.py"))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, str(tmp_path)]
+    done = subprocess.run([sys.executable, *launcher], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("DistributedDataParallel") == 2
+    assert [record["step"] for record in samples(tmp_path)] == [1, 1, 2, 2]

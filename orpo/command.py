@@ -1,0 +1,55 @@
+"""How a command ends: a mistake in what it was given is one line or two, a fault of the program a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+TRACEBACK = "ORPO_TRACEBACK"
+
+# Packages whose ValueErrors speak to the user; one from anywhere else is a fault, of which the place matters.
+_SPEAKING = {"orpo", "orpo_kernels", "transformers", "datasets", "peft", "accelerate", "huggingface_hub"}
+
+
+def run_command(name: str, main: Callable[[], Any]) -> None:
+    """Calls `main`, and ends the process with ``name: what is wrong`` and code 1 where the user can mend it.
+
+    These are files, packages and memory that are missing, and values that this package or one of those around it
+    refuses. Any other error keeps its traceback, and so does every one where the environment variable
+    ``ORPO_TRACEBACK`` is set.
+
+    Raises:
+        SystemExit: with the message and the notes of the error.
+    """
+    try:
+        main()
+    except Exception as error:
+        if os.environ.get(TRACEBACK) or not _is_the_users(error):
+            raise
+        text = "\n".join([str(error) or type(error).__name__, *getattr(error, "__notes__", ())])
+        print(f"{name}: {text}", file=sys.stderr)
+        print(f"({type(error).__name__}; with {TRACEBACK}=1 in the environment: where it was raised)", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _is_the_users(error: Exception) -> bool:
+    if isinstance(error, OSError | ImportError | torch.OutOfMemoryError):
+        return True
+    module = _raised_in(error)
+    # `python -m orpo.train` is called __main__.
+    ours = module.partition(".")[0] in ("orpo", "orpo_kernels", "__main__")
+    if ours:
+        return isinstance(error, ValueError | RuntimeError | FloatingPointError)
+    return isinstance(error, ValueError) and module.partition(".")[0] in _SPEAKING
+
+
+def _raised_in(error: Exception) -> str:
+    """The name of the module whose code raised `error`."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return "" if place is None else place.tb_frame.f_globals.get("__name__", "")
