@@ -6,6 +6,7 @@ set architecture guides. Sizes in bytes; registers have 32 bits.
 
 from dataclasses import dataclass
 
+from orpo_kernels.configs import Limits
 from triton.backends.compiler import GPUTarget
 
 
@@ -30,6 +31,12 @@ class Chip:
     @property
     def is_amd(self) -> bool:
         return self.target.backend == "hip"
+
+    @property
+    def limits(self) -> Limits:
+        """What the package learns of the chip at run time, to leave out tiles that do not fit."""
+        # 4 SIMDs of 512 registers for 64 lanes.
+        return Limits(self.is_amd, self.major, self.max_shared, 131072 if self.is_amd else 65536)
 
 
 def _nvidia(name: str, cards: str, arch: int, shared_kib: int, max_warps: int, max_blocks: int) -> Chip:

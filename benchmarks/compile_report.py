@@ -5,9 +5,9 @@
     python -m benchmarks.compile_report --csv report.csv
 
 The package's own launchers run on meta tensors of real shapes while a driver pretends to be the chip, so that the
-report compiles exactly what a launch there would: tile tables, specialisation and options are the launchers', none is
-repeated here. It exits with status 1 where a configuration spills registers, does not fit the chip, fails to compile,
-or has a `tl.dot` and no matrix instruction.
+report compiles exactly what a launch there could: specialisation, options and every tile that tuning may choose come
+from the launchers, none is repeated here. It exits with status 1 where a configuration spills registers, does not fit
+the chip, fails to compile, or has a `tl.dot` and no matrix instruction.
 """
 
 import argparse
@@ -40,6 +40,7 @@ class Row:
 
     chip: str
     case: str
+    tile: str
     resources: Resources | None
     problems: tuple[str, ...]
 
@@ -64,17 +65,20 @@ class PretendedDriver:
         return torch.device("meta")
 
 
-def compiled_kernels(launch: Callable[[], Any], chip: Chip) -> list[Any]:
-    """The triton kernels that `launch`, called on meta tensors, would launch on `chip`: compiled, not run.
+def compiled_kernels(launch: Callable[[], Any], chip: Chip) -> list[tuple[str, Any]]:
+    """(tile, compiled kernel) for all that `launch`, called on meta tensors, would launch on `chip`; none is run.
 
     Leaves this process with a driver that pretends to be the chip.
     """
-    found: list[Any] = []
+    found: list[tuple[str, Any]] = []
     original_run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        found.append(original_run(self, *args, grid=grid, warmup=True, **kwargs))
-        return found[-1]
+        tile = "x".join(str(kwargs[name]) for name in ("BLOCK_N", "BLOCK_V", "BLOCK_D") if name in kwargs)
+        tile += " TMA" if kwargs.get("DESCRIPTORS") else ""
+        kernel = original_run(self, *args, grid=grid, warmup=True, **kwargs)
+        found.append((tile or "-", kernel))
+        return kernel
 
     with mock.patch.object(JITFunction, "run", compile_only):
         triton.runtime.driver.set_active(PretendedDriver(chip))
@@ -90,14 +94,17 @@ def report(case: str, launch: Callable[[], Any], chip: Chip) -> list[Row]:
         # Whatever the compiler raises is a finding about this configuration; the rest of the report still has to run.
         # A compilation error shows the source first and says what is wrong in its last line.
         reason = (str(error).strip().splitlines() or [""])[-1]
-        return [Row(chip.name, case, None, (f"does not compile: {type(error).__name__}: {reason}",))]
-    found = [resources(kernel, chip) for kernel in compiled]
-    return [Row(chip.name, case, kernel, tuple(kernel.problems(chip))) for kernel in found]
+        return [Row(chip.name, case, "-", None, (f"does not compile: {type(error).__name__}: {reason}",))]
+    found = [(tile, resources(kernel, chip)) for tile, kernel in compiled]
+    return [Row(chip.name, case, tile, kernel, tuple(kernel.problems(chip))) for tile, kernel in found]
 
 
 def shipped_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(case, launch) for every kernel of the package: dtypes, plain and full heads, even and ragged shapes."""
-    from orpo_kernels import logit_grad, logit_stats, odds_ratio
+    """(case, launch) for every kernel of the package: dtypes, plain and full heads, even and ragged shapes.
+
+    TF32 is a case of its own, where torch's setting can allow it; the kernels without a matmul do not know of it.
+    """
+    from orpo_kernels import configs, logit_grad, logit_stats, odds_ratio
     from orpo_kernels.head import Head
     from orpo_kernels.rows import Rows
 
@@ -116,8 +123,15 @@ def shipped_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], Any]]]:
         row_scale = vector if dtype == torch.float16 else None
         grad_arguments = (targets, vector, vector, row_scale, head)
         strip, statistics = empty(n, v), (empty(1, n), empty(1, n), vector)
-        yield case, lambda a=(x, targets, head): logit_stats.logit_stats(*a)
-        yield case, lambda a=(x, *grad_arguments): logit_grad.logit_grad(*a)
+        with_matmul = (
+            lambda a=(x, targets, head): logit_stats.logit_stats(*a),
+            lambda a=(x, *grad_arguments): logit_grad.logit_grad(*a),
+        )
+        for launch in with_matmul:
+            yield case, launch
+            if dtype == torch.float32 and not chip.is_amd:
+                tf32 = mock.patch.object(configs, "input_precision", lambda: "tf32")
+                yield case.replace("fp32", "tf32"), tf32(launch)
         yield case, lambda a=(strip, targets, head, statistics): logit_stats.add_strip_stats(*a)
         yield case, lambda a=(strip, *grad_arguments, dtype): logit_grad.strip_grad(*a)
     n, pairs = REAL_SHAPE[0], 8
@@ -134,28 +148,49 @@ def chip_report(name: str, cases: str = "") -> list[Row]:
 
     chip = CHIPS[name]
 
-    def matmul_config(x_ND: torch.Tensor, weight_VD: torch.Tensor) -> Any:
+    def matmul_candidates(x_ND: torch.Tensor, weight_VD: torch.Tensor) -> Any:
         aligned = configs.rows_aligned(x_ND, weight_VD)
-        return configs.matmul_config_for(x_ND.dtype, chip.is_amd, chip.major, aligned)
+        return configs.matmul_configs(x_ND.dtype, configs.input_precision(), aligned, chip.limits)
 
-    with mock.patch.object(configs, "matmul_config", matmul_config):
+    def launch_all(kernel: str, candidates: tuple, x_ND: torch.Tensor, head: Any, launch: Callable) -> Any:
+        for config in candidates[1:]:
+            launch(config)
+        return candidates[0]
+
+    with (
+        mock.patch.object(configs, "matmul_candidates", matmul_candidates),
+        mock.patch.object(configs, "fastest", launch_all),
+    ):
         return [row for case, launch in shipped_launches(chip) if cases in case for row in report(case, launch, chip)]
 
 
-FIELDS = ("chip", "kernel", "case", "warps", "stages", "registers", "spills", "shared", "blocks", "matrix", "copies")
+FIELDS = (
+    "chip",
+    "kernel",
+    "case",
+    "tile",
+    "warps",
+    "stages",
+    "registers",
+    "spills",
+    "shared",
+    "blocks",
+    "matrix",
+    "copies",
+)
 
 
 def cells(row: Row) -> list[str]:
     """The row as text, in the order of FIELDS."""
     found = row.resources
     if found is None:
-        return [row.chip, "-", row.case, *["-"] * (len(FIELDS) - 3)]
+        return [row.chip, "-", row.case, row.tile, *["-"] * (len(FIELDS) - 4)]
 
     def counts(instructions: dict[str, int]) -> str:
         return " ".join(f"{name} {count}" for name, count in instructions.items()) or "-"
 
     numbers = (found.warps, found.stages, found.registers, found.spills, found.shared, found.blocks)
-    return [row.chip, found.kernel, row.case, *map(str, numbers), counts(found.matrix), counts(found.copies)]
+    return [row.chip, found.kernel, row.case, row.tile, *map(str, numbers), counts(found.matrix), counts(found.copies)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -183,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed = [row for row in rows if row.problems]
     for row in failed:
         kernel = row.resources.kernel if row.resources else "a kernel"
-        print(f"FAILED {row.chip} {kernel} ({row.case}): {'; '.join(row.problems)}")
+        print(f"FAILED {row.chip} {kernel} {row.tile} ({row.case}): {'; '.join(row.problems)}")
     print(f"{len(rows)} configurations on {len(options.chips)} chips, {len(failed)} must not be shipped")
     return 1 if failed else 0
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.cost                            count, check, print the tables
     python -m benchmarks.cost --csv cost.csv --plot cost.png
+    python -m benchmarks.cost --store                    for benchmarks/results, from which report.py writes the page
 
 1. Counted. Each implementation runs forward and backward on the same small inputs in the interpreter (meter.py):
    FLOPs, bytes of distinct addresses, atomics, peak memory. Every position of every sequence counts, so that what
@@ -25,8 +26,8 @@ import argparse
 import csv
 import importlib.util
 import sys
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -36,22 +37,12 @@ from orpo_kernels import bins, configs, matmul, triton_backend, triton_strip_bac
 from orpo import odds_ratio_loss, orpo_loss
 from tests.kernelcheck import interpreter
 
+from . import cost_pages, results
+from .measure import stamp
 from .meter import Meter
-from .roofline import ACCELERATORS, BYTES, LABEL, Fit, Size, fit
+from .roofline import BYTES, LABEL, Size, fit
 
 DTYPE, ITEM = torch.bfloat16, BYTES
-# Vocabulary, hidden size.
-MODELS = {
-    "Llama-3-8B": (128256, 4096),
-    "Qwen2.5-0.5B": (151936, 896),
-    "Qwen2.5-7B": (152064, 3584),
-    "Gemma-2-2B": (256000, 2304),
-    "Mistral-7B-v0.3": (32768, 4096),
-    "Phi-2": (51200, 2560),
-    "OPT-1.3B": (50272, 2048),
-}
-
-
 # Whole tiles for every implementation, and enough different sizes and numbers of strips to tell the products apart.
 SMALL = [
     Size(N, V, D, N * width * ITEM)
@@ -66,18 +57,23 @@ SMALL = [
     )
 ]
 # The tile that an A100 gets: in the interpreter time goes with the number of tiles, not with their size.
-TILE = configs.matmul_config_for(DTYPE, is_amd=False, major=8)
+TILE = configs.MatmulConfig(128, 128, 64, num_warps=8, num_stages=3)
 
 
-def ours(hidden, weight, labels, size: Size, budget: int = 0) -> torch.Tensor:
-    """`orpo_loss` with the Triton kernels."""
-    options = dict(logits_budget=budget, strip_bytes=size.strip_bytes, backend="triton")
+def ours(hidden, weight, labels, size: Size, budget: int = 0, backend: str = "triton-fused") -> torch.Tensor:
+    """`orpo_loss` with the Triton kernels, logits kept on the chip."""
+    options = dict(logits_budget=budget, strip_bytes=size.strip_bytes, backend=backend)
     return orpo_loss(hidden, weight, labels, shift=False, **options).loss
 
 
 def ours_bins(hidden, weight, labels, size: Size) -> torch.Tensor:
     """`orpo_loss` with a budget that holds all logits: nothing is computed twice."""
     return ours(hidden, weight, labels, size, budget=2**40)
+
+
+def ours_library(hidden, weight, labels, size: Size) -> torch.Tensor:
+    """`orpo_loss` with the library's matmul in front of the kernels."""
+    return ours(hidden, weight, labels, size, backend="triton-strip")
 
 
 def eager(hidden, weight, labels, size: Size) -> torch.Tensor:
@@ -106,12 +102,21 @@ def cce(hidden, weight, labels, size: Size) -> torch.Tensor:
 
 
 IMPLEMENTATIONS: dict[str, tuple[Callable, str | None]] = {
-    "ours, strips": (ours, None),
+    "ours, strips, fused": (ours, None),
+    "ours, strips, library's matmul": (ours_library, None),
     "ours, bins": (ours_bins, None),
     "CCE": (cce, "cut_cross_entropy"),
     "Liger": (liger, "liger_kernel"),
     "eager": (eager, None),
 }
+
+
+def sizes_of(name: str) -> list[Size]:
+    """The small sizes, in strips of the same widths whatever a logit of them takes."""
+    if name != "ours, strips, library's matmul":
+        return SMALL
+    item = triton_strip_backend.strip_element_bytes(DTYPE, DTYPE)
+    return [replace(s, strip_bytes=s.strip_bytes // ITEM * item, element_bytes=item) for s in SMALL]
 
 
 @torch.library.custom_op("cost::mm_wide", mutates_args=())
@@ -138,7 +143,7 @@ def count(implementation: Callable, size: Size) -> Meter:
     """One forward and backward, counted."""
     hidden, weight, labels = inputs(size)
     with (
-        mock.patch.object(configs, "matmul_config", lambda x_ND, weight_VD: TILE),
+        mock.patch.object(configs, "matmul_candidates", lambda x_ND, weight_VD: (TILE,)),
         # Without these, what is counted is the way round that a CPU needs to the same product.
         mock.patch.object(matmul, "matmul", _gpu_matmul),
         mock.patch.object(bins, "matmul", _gpu_matmul),
@@ -166,58 +171,49 @@ def check_ours(meter: Meter, size: Size) -> None:
         )
 
 
-def counted_table(meters: dict[str, list[Meter]]) -> list[list[str]]:
-    """One line an implementation at the last small size."""
-    size = SMALL[-1]
-    lines = [
-        ["implementation", "FLOPs / NVD", "bytes loaded", "bytes stored", "distinct bytes", "atomics", "peak bytes"]
-    ]
-    for name, (*_, meter) in meters.items():
-        total: Counter = meter.total()
-        numbers = [total[key] for key in ("loaded", "stored", "distinct", "atomics")] + [meter.peak_bytes]
-        lines.append([name, f"{total['flops'] / (size.N * size.V * size.D):.2f}", *(f"{n:,}" for n in numbers)])
-    return lines
+def record(name: str, meters: list[Meter], sizes: list[Size]) -> dict:
+    """What is stored of one implementation: its counts at the last size, and its fit."""
+    fitted, size, total = fit(meters, sizes), sizes[-1], meters[-1].total()
+    return dict(
+        kind="count",
+        peer=name,
+        dtype="bfloat16",
+        N=size.N,
+        V=size.V,
+        D=size.D,
+        strips=size.strips,
+        **{key: int(total[key]) for key in ("flops", "loaded", "stored", "distinct", "atomics")},
+        peak_bytes=int(meters[-1].peak_bytes),
+        element_bytes=fitted.element_bytes,
+        fit_flops=fitted.flops,
+        fit_traffic={key: [float(f"{v:.9g}") for v in values] for key, values in fitted.traffic.items()},
+        fit_memory=[float(f"{v:.9g}") for v in fitted.memory],
+    )
 
 
-def model_table(fits: dict[str, Fit], rows: int) -> list[list[str]]:
-    """Milliseconds on each accelerator and MiB for each model and implementation."""
-    lines = [["model", "implementation", *(f"{card} ms" for card in ACCELERATORS), "peak MiB"]]
-    for model, (v, d) in MODELS.items():
-        for name, fitted in fits.items():
-            size = Size(rows, v, d)
-            times = [f"{1e3 * fitted.seconds(size, card):.2f}" for card in ACCELERATORS.values()]
-            lines.append([model, name, *times, f"{fitted.peak_bytes(size) / 2**20:,.0f}"])
-    return lines
+def check_library(meter: Meter, size: Size) -> None:
+    """As check_ours, for the form whose kernels sweep over strips: each logit is read twice, its gradient written."""
+    product, logits = size.N * size.V * size.D, size.N * size.V
+    flops = meter.total()["flops"]
+    assert flops == 8 * product, f"{flops} FLOPs counted, 8 N V D = {8 * product} expected at {size}"
+    for kernel, formula in (("strip_stats_kernel", 4 * logits), ("strip_grad_kernel", (4 + ITEM) * logits)):
+        counted = meter.counts[kernel]["loaded"] + meter.counts[kernel]["stored"]
+        assert abs(counted - formula) <= 0.1 * formula, (
+            f"{kernel}: {counted} bytes counted, {formula} expected at {size}"
+        )
 
 
-def plot(fits: dict[str, Fit], path: str) -> None:
-    """Time model on an H100 and memory, against the vocabulary and against the rows."""
-    import matplotlib
+def check_flops(meter: Meter, size: Size) -> None:
+    """Bins compute nothing twice."""
+    flops, product = meter.total()["flops"], size.N * size.V * size.D
+    assert flops == 6 * product, f"{flops} FLOPs counted, 6 N V D = {6 * product} expected at {size}"
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    vocabularies, rows = [2**k for k in range(14, 19)], [2**k for k in range(9, 16)]
-    sweeps = {
-        "vocabulary (8192 rows, hidden size 4096)": (vocabularies, [Size(8192, v, 4096) for v in vocabularies]),
-        "rows (vocabulary 128256, hidden size 4096)": (rows, [Size(n, 128256, 4096) for n in rows]),
-    }
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex="col")
-    for column, (label, (x, sizes)) in enumerate(sweeps.items()):
-        for name, fitted in fits.items():
-            times = [1e3 * fitted.seconds(size, ACCELERATORS["H100"]) for size in sizes]
-            axes[0, column].plot(x, times, marker="o", label=name)
-            axes[1, column].plot(x, [fitted.peak_bytes(size) / 2**30 for size in sizes], marker="o", label=name)
-        axes[1, column].set_xlabel(label)
-        for axis in axes[:, column]:
-            axis.set(xscale="log", yscale="log")
-            axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("forward and backward on H100, ms (model)")
-    axes[1, 0].set_ylabel("peak memory beyond the inputs, GiB (extrapolated)")
-    axes[0, 0].legend()
-    figure.suptitle(f"ORPO loss in bfloat16: {LABEL}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+CHECKED = {
+    "ours, strips, fused": check_ours,
+    "ours, strips, library's matmul": check_library,
+    "ours, bins": check_flops,
+}
 
 
 def _print(lines: list[list[str]]) -> None:
@@ -228,34 +224,40 @@ def _print(lines: list[list[str]]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=8192, help="N of the model table")
+    parser.add_argument("--rows", type=int, default=cost_pages.ROWS, help="N of the model table")
     parser.add_argument("--csv", help="write the model table there")
     parser.add_argument("--plot", help="write a plot there")
+    parser.add_argument("--store", action="store_true", help="replace benchmarks/results/cost.jsonl")
     options = parser.parse_args(arguments)
     interpreter.install()
     interpreter.install_driver()
     interpreter.install_libdevice()
 
-    meters: dict[str, list[Meter]] = {}
+    records, stamped = [], stamp()
     for name, (implementation, package) in IMPLEMENTATIONS.items():
         if package and importlib.util.find_spec(package) is None:
             print(f"{name}: left out, {package} is not installed")
             continue
-        meters[name] = [count(implementation, size) for size in SMALL]
-    for meter, size in zip(meters["ours, strips"], SMALL, strict=True):
-        check_ours(meter, size)
-    size = SMALL[-1]
-    print(f"counted at N {size.N}, V {size.V}, D {size.D}, {size.strips} strips, bfloat16, forward and backward:")
-    _print(counted_table(meters))
-    fits = {name: fit(counted, SMALL) for name, counted in meters.items()}
+        sizes = sizes_of(name)
+        meters = [count(implementation, size) for size in sizes]
+        if name in CHECKED:
+            for meter, size in zip(meters, sizes, strict=True):
+                CHECKED[name](meter, size)
+        records.append({**record(name, meters, sizes), **stamped})
+    r = records[0]
+    print(f"counted at N {r['N']}, V {r['V']}, D {r['D']}, {r['strips']} strips, bfloat16, forward and backward:")
+    _print(cost_pages.counted_table(records))
     print(f"\n{options.rows} rows, forward and backward: {LABEL}")
-    table = model_table(fits, options.rows)
+    table = cost_pages.model_table(records, options.rows)
     _print(table)
     if options.csv:
         with open(options.csv, "w", newline="") as file:
             csv.writer(file).writerows([["# " + LABEL], *table])
     if options.plot:
-        plot(fits, options.plot)
+        cost_pages.plot(records, options.plot)
+    if options.store:
+        (results.FOLDER / "cost.jsonl").unlink(missing_ok=True)
+        results.append("cost", records)
     return 0
 
 

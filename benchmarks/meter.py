@@ -15,6 +15,7 @@ Deterministic: nothing is timed. Needs TRITON_INTERPRET=1 and CPU tensors. Per k
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections import Counter, defaultdict
 from typing import Any
@@ -81,6 +82,9 @@ class Meter(TorchDispatchMode):
         key = storage._cdata
         if key in self._storages:
             return
+        if self.live_bytes + size > self.peak_bytes:
+            # Wrappers of custom operators are in cycles with storages that nothing uses any more.
+            gc.collect()
         self._storages.add(key)
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)

@@ -11,7 +11,7 @@ import math
 import re
 from pathlib import Path
 
-from . import pictures, results
+from . import cost_pages, pictures, results
 from .lengths import QUANTILES
 
 HERE = Path(__file__).parent
@@ -30,6 +30,7 @@ TITLES = {
     "frozen": "Frozen head",
     "padding": "Padded batches of real lengths",
     "growth": "Growth",
+    "accuracy": "Accuracy",
     "long": "Until memory runs out",
     "training": "Training",
 }
@@ -113,6 +114,28 @@ def exponent(points: list[tuple[float, float]]) -> float:
     return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
 
 
+def accuracy_table(records: list[dict]) -> str:
+    """Each one's errors against float64 on the same input."""
+    rows = [
+        [
+            f"{r['head']}, {r['data']}",
+            r["dtype"],
+            r["peer"],
+            *(
+                [f"{r[name]:.1e}" for name in ("error_loss", "error_logps", "error_dx", "error_dw")]
+                if r["status"] == "measured"
+                else [r["status"], "", "", ""]
+            ),
+        ]
+        for r in records
+    ]
+    text = (
+        "On the same rounded hidden states and weight, against float64: relative error of the loss, largest error of a "
+        "mean log-probability in nats, relative errors (Euclidean norm) of both gradients."
+    )
+    return text + "\n\n" + table(["input", "dtype", "who", "loss", "mean log-probability", "dX", "dW"], rows)
+
+
 def growth_table(records: list[dict]) -> str:
     """Exponents of time and memory by positions and by vocabulary."""
     rows = []
@@ -185,9 +208,13 @@ def pages(stored: dict[str, list[dict]]) -> str:
             out.append("![speed against TRL](results/heads.png)")
         if group == "growth":
             out += ["![growth](results/growth.png)", growth_table(records)]
-        out.append({"long": long_table, "training": training_table}.get(group, loss_table)(records))
+        out.append(
+            {"long": long_table, "training": training_table, "accuracy": accuracy_table}.get(group, loss_table)(records)
+        )
     lengths = [[name, *(str(QUANTILES[name][i]) for i in (0, 2, 5, 10, 15, 18, 20))] for name in QUANTILES]
     out += [
+        "## Counted cost, and a model of GPUs",
+        cost_pages.page(stored["cost"]),
         "## Lengths",
         "Tokens of HH-RLHF (harmless-base), from which padded batches are drawn (`lengths.py`).",
         table(["part", "least", "10 %", "25 %", "median", "75 %", "90 %", "most"], lengths),
@@ -261,7 +288,7 @@ def with_block(readme: str, block: str) -> str:
 
 
 def load_all(folder: Path = results.FOLDER) -> dict[str, list[dict]]:
-    return {group: results.load(group, folder) for group in TITLES}
+    return {group: results.load(group, folder) for group in (*TITLES, "cost")}
 
 
 def main() -> None:
@@ -270,6 +297,8 @@ def main() -> None:
     for group, draw in (("heads", pictures.heads), ("growth", pictures.growth)):
         if stored[group]:
             draw(stored[group], results.FOLDER / f"{group}.png", caption(stored[group]))
+    if stored["cost"]:
+        cost_pages.plot(stored["cost"], results.FOLDER / "cost.png")
     if stored["heads"]:
         README.write_text(with_block(README.read_text(), readme_block(stored)))
 

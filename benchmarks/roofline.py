@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from orpo_kernels.head import STRIP_BYTES, strip_width
 
-from .meter import Meter
+if TYPE_CHECKING:
+    from .meter import Meter
 
 # Of an element in the low-precision dtype that the counts are taken in.
 BYTES = 2
@@ -40,10 +42,12 @@ class Size:
     V: int
     D: int
     strip_bytes: int = STRIP_BYTES
+    # What one logit of a strip takes.
+    element_bytes: int = BYTES
 
     @property
     def width(self) -> int:
-        return strip_width(self.N, self.V, BYTES, self.strip_bytes)
+        return strip_width(self.N, self.V, self.element_bytes, self.strip_bytes)
 
     @property
     def strips(self) -> int:
@@ -68,9 +72,11 @@ class Fit:
     flops: dict[str, float]
     traffic: dict[str, np.ndarray]
     memory: np.ndarray
+    element_bytes: int = BYTES
 
     def seconds(self, size: Size, card: Accelerator) -> float:
         """The roofline's bound."""
+        size = replace(size, element_bytes=self.element_bytes)
         product, features = size.N * size.V * size.D, traffic(size)
         return sum(
             max(self.flops[name] * product / card.flops, features @ self.traffic[name] / card.bandwidth)
@@ -79,6 +85,7 @@ class Fit:
 
     def peak_bytes(self, size: Size) -> float:
         """Memory beyond the inputs."""
+        size = replace(size, element_bytes=self.element_bytes)
         # The peak is the larger of several moments: at the counted sizes the one with the logits; with few rows the
         # last one, when both gradients are there.
         gradients = BYTES * (size.V * size.D + size.N * size.D)
@@ -127,4 +134,4 @@ def fit(meters: list[Meter], sizes: list[Size]) -> Fit:
         ("memory", _residual(memory_features, memory_coefficients, peaks)),
     ):
         assert worst <= 0.05, f"the fitted {what} are {worst:.1%} off at a counted size"
-    return Fit(flops, bytes_of, memory_coefficients)
+    return Fit(flops, bytes_of, memory_coefficients, sizes[0].element_bytes)

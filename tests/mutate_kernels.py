@@ -4,7 +4,8 @@
     python tests/mutate_kernels.py --only strip    those whose name or file contains "strip"
 
 The checks run in order until one fails: kernels interpreted with every access watched, the loss against float64 truth,
-the same kernels compiled and executed. First they have to pass on the untouched copy.
+the same kernels compiled and executed, the choice of a form (first for the files that it is about). First they have to
+pass on the untouched copy, which is taken once: the working tree is never edited, and may change meanwhile.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from mutations import MUTATIONS, Mutation
@@ -30,27 +32,30 @@ CHECKS = (
         ["--kernels=interpret", "-m", "kernels", "tests/test_fused.py::test_float32_is_exact"],
     ),
     ("executed", ["--kernels=simt", "-m", "kernels", "tests/test_fused.py::test_float32_is_exact"]),
+    ("form", ["--kernels=interpret", "tests/test_kernel_form.py", "tests/test_kernel_configs.py"]),
 )
+FORM_FILES = ("triton_strip_backend.py", "form.py", "tuning.py")
 # A fault may make a loop endless.
 SECONDS = 300
 
 
-def copy_tree(folder: Path) -> None:
+def copy_tree(folder: Path, root: Path = ROOT) -> None:
     """Copy what the kernel tests need."""
     for name in COPIED:
-        source = ROOT / name
+        source = root / name
         if source.is_dir():
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".pytest_cache"))
         elif source.exists():
             shutil.copy(source, folder / name)
 
 
-def first_failure(folder: Path) -> str | None:
-    """Run the checks on the tree in `folder`; in words the first that fails, or None."""
+def first_failure(folder: Path, file: str = "") -> str | None:
+    """Run the checks on the tree in `folder`, first those about `file`; in words the first that fails, or None."""
     environment = dict(os.environ, PYTHONPATH=f"{folder / 'kernels'}{os.pathsep}{folder}", PYTHONDONTWRITEBYTECODE="1")
     environment.pop("TRITON_INTERPRET", None)
     environment.setdefault("OMP_NUM_THREADS", "1")
-    for name, arguments in CHECKS:
+    about_form = Path(file).name in FORM_FILES
+    for name, arguments in sorted(CHECKS, key=lambda check: check[0] != "form") if about_form else CHECKS:
         command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
         try:
             result = subprocess.run(
@@ -70,14 +75,14 @@ def _what_failed(result: subprocess.CompletedProcess) -> str:
     return summary[1]
 
 
-def try_mutation(mutation: Mutation) -> str | None:
-    """In words which check notices `mutation`, or None."""
+def try_mutation(mutation: Mutation, root: Path = ROOT) -> str | None:
+    """In words which check notices `mutation` in a copy of the tree at `root`, or None."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        copy_tree(folder)
+        copy_tree(folder, root)
         file = folder / mutation.file
         file.write_text(mutation.apply(file.read_text()))
-        return first_failure(folder)
+        return first_failure(folder, mutation.file)
 
 
 def main() -> int:
@@ -89,16 +94,18 @@ def main() -> int:
     for mutation in chosen:
         mutation.apply((ROOT / mutation.file).read_text())
 
+    survivors = []
     with tempfile.TemporaryDirectory() as name:
-        copy_tree(Path(name))
-        if failure := first_failure(Path(name)):
+        root = Path(name)
+        copy_tree(root)
+        if failure := first_failure(root):
             print(f"the checks fail without any mutation: {failure}")
             return 1
-    survivors = []
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for mutation, noticed in zip(chosen, pool.map(try_mutation, chosen), strict=True):
-            print(f"{mutation.file}: {mutation.fault}: {noticed or 'SURVIVED'}", flush=True)
-            survivors += [mutation] if noticed is None else []
+        with ThreadPoolExecutor(options.jobs) as pool:
+            found = pool.map(partial(try_mutation, root=root), chosen)
+            for mutation, noticed in zip(chosen, found, strict=True):
+                print(f"{mutation.file}: {mutation.fault}: {noticed or 'SURVIVED'}", flush=True)
+                survivors += [mutation] if noticed is None else []
     print(f"{len(chosen)} mutations, {len(survivors)} survived")
     return 1 if survivors or not chosen else 0
 

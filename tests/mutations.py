@@ -41,21 +41,7 @@ MUTATIONS = [
             'tl.where(new_max_N == float("-inf"), 0.0, new_max_N)',
             "new_max_N + 0.0",
         ),
-        ("int32 offset of hidden states", "tl.minimum(offs_n, N - 1).to(tl.int64)", "tl.minimum(offs_n, N - 1)"),
-        ("int32 offset of the weight", "tl.minimum(offs_v, V - 1).to(tl.int64)", "tl.minimum(offs_v, V - 1)"),
         ("int32 offset of a strip", "z_rows = z_ptr + offs_n.to(tl.int64)", "z_rows = z_ptr + offs_n"),
-        ("rows read past the end", "tl.minimum(offs_n, N - 1)", "offs_n"),
-        ("weight read past the end", "tl.minimum(offs_v, V - 1)", "offs_v"),
-        (
-            "swapped strides",
-            "columns[None, :] * stride_wv + (offs_d * stride_wd)",
-            "columns[None, :] * stride_wd + (offs_d * stride_wv)",
-        ),
-        (
-            "last tile of the hidden size dropped",
-            "for d in range(0, D, BLOCK_D)",
-            "for d in range(0, D - BLOCK_D + 1, BLOCK_D)",
-        ),
         (
             "last tile of the vocabulary dropped",
             "for first in range(start, end, BLOCK_V)",
@@ -66,7 +52,6 @@ MUTATIONS = [
             "end = tl.minimum(start + split_columns, V)",
             "end = tl.minimum(start + split_columns, V) - 1",
         ),
-        ("no mask over the hidden size", "mask=(offs_d < D - d)[None, :]", "mask=(offs_d < D)[None, :]"),
         ("target stored by every split", "mask=row_mask & (targets_N >= start) & (targets_N < end)", "mask=row_mask"),
         (
             "statistics stored past the end",
@@ -89,12 +74,6 @@ MUTATIONS = [
         ("wrong sign of the softmax", "-tl.exp(z_NV - lse_N[:, None])", "tl.exp(z_NV - lse_N[:, None])"),
         ("softcap's derivative missing", "g_NV *= 1.0 - t_NV * t_NV", "g_NV *= 1.0"),
         ("float16 rows unscaled", "if HAS_ROW_SCALE:", "if HAS_ROW_SCALE and not HAS_ROW_SCALE:"),
-        (
-            "int32 offset of the weight",
-            "tl.minimum(offs_v, columns - 1).to(tl.int64)",
-            "tl.minimum(offs_v, columns - 1)",
-        ),
-        ("int32 offset of hidden states", "tl.minimum(offs_n, N - 1).to(tl.int64)", "tl.minimum(offs_n, N - 1)"),
         ("int32 offset of the gradient", "g_ptrs = g_ptr + offs_n.to(tl.int64)", "g_ptrs = g_ptr + offs_n"),
         ("int32 offset of a strip", "offs = offs_n.to(tl.int64)", "offs = offs_n"),
         (
@@ -112,6 +91,40 @@ MUTATIONS = [
             "mask = row_mask[:, None] & (offs_v < columns)[None, :]",
             "mask = (offs_n <= N)[:, None] & (offs_v < columns)[None, :]",
         ),
+    ),
+    *_in(
+        "device_math.py",
+        ("int32 offset of hidden states", "N - 1).to(tl.int64)", "N - 1)"),
+        ("int32 offset of the weight", "V - 1).to(tl.int64)", "V - 1)"),
+        (
+            "rows read past the end",
+            "tl.minimum(first_n + tl.arange(0, BLOCK_N), N - 1)",
+            "(first_n + tl.arange(0, BLOCK_N))",
+        ),
+        (
+            "weight read past the end",
+            "tl.minimum(first_v + tl.arange(0, BLOCK_V), V - 1)",
+            "(first_v + tl.arange(0, BLOCK_V))",
+        ),
+        (
+            "swapped strides",
+            "columns[None, :] * stride_wv + (offs_d * stride_wd)",
+            "columns[None, :] * stride_wd + (offs_d * stride_wv)",
+        ),
+        (
+            "last tile of the hidden size dropped",
+            "for d in range(0, D, BLOCK_D)",
+            "for d in range(0, D - BLOCK_D + 1, BLOCK_D)",
+            1,
+        ),
+        ("no mask over the hidden size", "mask=(offs_d < D - d)[None, :]", "mask=(offs_d < D)[None, :]"),
+        (
+            "descriptors: last tile of the hidden size dropped",
+            "for d in range(0, D, BLOCK_D)",
+            "for d in range(0, D - BLOCK_D + 1, BLOCK_D)",
+        ),
+        ("descriptors: weight of the first columns", "weight_ptr.load([first_v, d])", "weight_ptr.load([0, d])"),
+        ("descriptors: rows of the first block", "x_ptr.load([first_n, d])", "x_ptr.load([0, d])"),
     ),
     *_in(
         "odds_ratio.py",
@@ -151,5 +164,36 @@ MUTATIONS = [
         ("last strip dropped", "range(0, vocabulary, width)", "range(0, vocabulary - width, width)"),
         ("strip short by one column", "min(first + width, vocabulary)", "min(first + width, vocabulary - 1)"),
         ("bias of the first strip", "self.bias_V[first:last]", "self.bias_V[: last - first]"),
+    ),
+    *_in(
+        "triton_strip_backend.py",
+        ("strip: targets of the first strip", "targets_N - first", "targets_N"),
+        ("strip: previous strip still alive", "del z_NW", "pass"),
+        (
+            "strip: wider than the budget",
+            "head.weight_VD.dtype), strip_bytes)",
+            "head.weight_VD.dtype), 2 * strip_bytes)",
+        ),
+        ("strip: float16 rows unscaled", "target_grad_N, row_scale_N, head", "target_grad_N, None, head"),
+        (
+            "strip: softmax of other rows",
+            "strip_grad(z_NW, targets_N, lse_N,",
+            "strip_grad(z_NW, targets_N, lse_N.flip(0),",
+        ),
+    ),
+    *_in(
+        "form.py",
+        ("form: the environment forces one alone", "if forced in FORMS:", "if forced in FORMS[:1]:"),
+        ("form: any name is taken", 'if forced != "auto":', 'if forced == "":'),
+        ("form: timed over all rows", "x_ND[: tuning.TIMED_ROWS], targets_N[: tuning.TIMED_ROWS]", "x_ND, targets_N"),
+        ("form: an argument that names none is overruled", 'if backend == "triton":', "if True:"),
+    ),
+    *_in(
+        "tuning.py",
+        ("form: the slower one", "way = min(ways", "way = max(ways"),
+        ("form: timed while a graph is captured", "ways[0] if capturing(device) else _find", "_find"),
+        ("form: timed where results have to repeat", "torch.are_deterministic_algorithms_enabled() or ", ""),
+        ("form: another class's file is believed", 'found["class"] == key and ', ""),
+        ("form: one class for all vocabularies", 'f"V<={1 << (v - 1).bit_length()}",', '"V",'),
     ),
 ]

@@ -98,12 +98,51 @@ def test_the_fit_recovers_its_products():
         cost.fit(odd, cost.SMALL)
 
 
-def test_the_plot_is_labelled_as_a_model(tmp_path):
-    import numpy as np
-
+def test_the_form_with_the_librarys_matmul_costs_what_the_formulas_say():
     from benchmarks import cost
 
-    fitted = cost.Fit({"k": 8.0}, {"k": np.ones(5)}, np.ones(5))
-    cost.plot({"ours": fitted}, str(tmp_path / "cost.png"))
+    size = cost.sizes_of("ours, strips, library's matmul")[0]
+    assert size.strips == cost.SMALL[0].strips > 1
+    meter = cost.count(cost.ours_library, size)
+    cost.check_library(meter, size)
+    meter.counts["strip_grad_kernel"]["loaded"] += size.N * size.V
+    with pytest.raises(AssertionError, match=r"strip_grad_kernel: .* bytes counted"):
+        cost.check_library(meter, size)
+
+
+@pytest.mark.parametrize("name", ["ours, strips, fused", "ours, strips, library's matmul", "ours, bins"])
+def test_the_stored_counts_are_those_of_the_code(name):
+    from benchmarks import cost, results
+
+    (stored,) = [r for r in results.load("cost") if r["peer"] == name]
+    size = cost.sizes_of(name)[-1]
+    meter = cost.count(cost.IMPLEMENTATIONS[name][0], size)
+    total, how = meter.total(), "counts have changed: python -m benchmarks.cost --store && python -m benchmarks.report"
+    assert stored["flops"] == total["flops"] and stored["atomics"] == total["atomics"], how
+    # torch's own operations around the kernels differ a little by its version.
+    for key, found in (("distinct", total["distinct"]), ("loaded", total["loaded"]), ("peak_bytes", meter.peak_bytes)):
+        assert found == pytest.approx(stored[key], rel=0.05), f"{key}: {how}"
+
+
+def test_page_and_picture_say_that_they_are_a_model():
+    from PIL import Image
+
+    from benchmarks import cost_pages, results
+    from benchmarks.pictures import fingerprint
+    from benchmarks.roofline import ACCELERATORS, LABEL
+
+    records = results.load("cost")
+    assert {r["peer"] for r in records} == set(cost_pages.LINES)
+    assert Image.open(results.FOLDER / "cost.png").info["Description"] == fingerprint(records)
+    page = cost_pages.page(records)
+    assert "not a measurement" in LABEL and f"**What follows is a {LABEL}.**" in page
+    assert len(cost_pages.model_table(records)) == 1 + len(cost_pages.MODELS) * len(records)
+    assert all(f"{card}, ms" in page for card in ACCELERATORS)
+
+
+def test_a_plot_is_drawn_from_stored_fits(tmp_path):
+    from benchmarks import cost_pages
+
+    fitted = dict(fit_flops={"k": 8.0}, fit_traffic={"k": [1.0] * 5}, fit_memory=[1.0] * 5, element_bytes=2)
+    cost_pages.plot([{"peer": "eager", **fitted}], tmp_path / "cost.png")
     assert (tmp_path / "cost.png").stat().st_size > 10_000
-    assert "model" in cost.LABEL and "not a measurement" in cost.LABEL

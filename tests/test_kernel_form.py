@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from orpo_kernels import form, matmul
+from orpo_kernels import form, matmul, tuning
 from orpo_kernels.head import Head, Needs
 from problems import make_problem, relative_error
 
@@ -26,9 +26,9 @@ def _fresh(monkeypatch, tmp_path):
     """No choice of an earlier test, of the environment or of the user's cache."""
     monkeypatch.delenv(form.VARIABLE, raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    form.forget()
+    tuning.forget()
     yield
-    form.forget()
+    tuning.forget()
 
 
 class Clock:
@@ -48,7 +48,7 @@ def clock(monkeypatch):
 
     def start(**milliseconds: float) -> Clock:
         found = Clock(**milliseconds)
-        monkeypatch.setattr(form, "can_time", lambda device: True)
+        monkeypatch.setattr(tuning, "can_time", lambda device: True)
         monkeypatch.setattr(form, "_time", found)
         return found
 
@@ -157,6 +157,8 @@ def test_the_environment_and_the_argument_force_a_form(monkeypatch, clock, kerne
     used = []
     monkeypatch.setattr(form, "load_backend", lambda name, load=form.load_backend: used.append(name) or load(name))
     timed = clock(fused=1.0, strip=2.0)
+    # The tiles are timed all the same.
+    monkeypatch.setattr(tuning, "milliseconds", lambda run, device: run() or 1.0)
     problem = make_problem(P=2, T=9, device=kernel_device).requiring_grad()
     monkeypatch.setenv(form.VARIABLE, "strip")
     _run(problem, "triton").loss.backward()
@@ -178,10 +180,10 @@ def test_a_form_that_does_not_exist_is_refused(monkeypatch, kernel_device):
 @pytest.mark.parametrize(("fused", "strip", "expected"), [(1.0, 2.0, "fused"), (2.0, 1.0, "strip")])
 def test_the_faster_form_is_timed_once_and_said(fused, strip, expected, clock, caplog, tmp_path):
     timed = clock(fused=fused, strip=strip)
-    with caplog.at_level(logging.INFO, "orpo_kernels.form"):
+    with caplog.at_level(logging.INFO, "orpo_kernels.tuning"):
         assert [_choose(), _choose(), _choose(rows=8)] == [expected] * 3
     assert timed.timed == ["fused", "strip"]
-    assert len(caplog.messages) == 1 and f"kernel form {expected} for" in caplog.messages[0]
+    assert len(caplog.messages) == 1 and f": {expected}, timed: fused" in caplog.messages[0]
     assert json.loads(_files(tmp_path)[0].read_text())["milliseconds"] == {"fused": fused, "strip": strip}
     # Other shapes are other classes.
     _choose(rows=9), _choose(vocabulary=70), _choose(softcap=30.0)
@@ -196,13 +198,13 @@ def test_the_whole_loss_with_a_choice_by_timing(monkeypatch, kernel_device):
         order.append(len(order))
         return 2.0 - len(order)  # the second one is faster
 
-    monkeypatch.setattr(form, "can_time", lambda device: True)
-    monkeypatch.setattr(form, "capturing", lambda device: False)
-    monkeypatch.setattr(form, "milliseconds", milliseconds)
+    monkeypatch.setattr(tuning, "can_time", lambda device: True)
+    monkeypatch.setattr(tuning, "capturing", lambda device: False)
+    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
     problem = make_problem(P=2, T=9, bias=True, device=kernel_device).requiring_grad()
     out = _run(problem, "triton")
     out.loss.backward()
-    assert order == [0, 1]
+    assert [way for key, way in tuning._chosen.items() if key.startswith("kernel form")] == ["strip"]
     assert torch.equal(out.loss, _run(problem, "triton-strip").loss)
     assert relative_error(problem.weight.grad, problem.truth()[2]) < 1e-6
 
@@ -210,20 +212,20 @@ def test_the_whole_loss_with_a_choice_by_timing(monkeypatch, kernel_device):
 def test_another_process_reads_what_was_timed(clock, tmp_path):
     clock(fused=2.0, strip=1.0)
     assert _choose() == "strip"
-    form.forget()
+    tuning.forget()
     timed = clock(fused=1.0, strip=2.0)
     assert _choose() == "strip"
     assert timed.timed == [] and len(_files(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff", b'{"shape_class": "other", "form": "strip"}'])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff", b'{"class": "other", "chosen": "strip"}'])
 def test_a_corrupt_file_is_ignored_and_replaced(content, clock, caplog, tmp_path):
     clock(fused=2.0, strip=1.0)
     _choose()
     (file,) = _files(tmp_path)
     whole = file.read_bytes()
     file.write_bytes(content)
-    form.forget()
+    tuning.forget()
     timed = clock(fused=2.0, strip=1.0)
     assert _choose() == "strip"
     assert timed.timed == ["fused", "strip"] and "is ignored" in caplog.text
@@ -240,16 +242,18 @@ def test_a_folder_that_cannot_be_written(clock, caplog, tmp_path):
 
 def test_without_a_timing_the_form_is_fused(monkeypatch, clock):
     # No clock on this device.
-    monkeypatch.setattr(form, "can_time", lambda device: False)
+    monkeypatch.setattr(tuning, "can_time", lambda device: False)
     assert _choose() == "fused"
     timed = clock(fused=2.0, strip=1.0)
     # A graph that is captured before the class was timed must not run anything of its own.
-    monkeypatch.setattr(form, "capturing", lambda device: True)
+    monkeypatch.setattr(tuning, "capturing", lambda device: True)
     assert _choose() == "fused" and timed.timed == []
-    monkeypatch.setattr(form, "capturing", lambda device: False)
-    assert _choose() == "strip"
-    monkeypatch.setattr(form, "capturing", lambda device: True)
-    assert _choose() == "strip"
+    monkeypatch.setattr(tuning, "capturing", lambda device: False)
+    # Or the same process would compute the same shapes in two ways.
+    assert _choose() == "fused" and timed.timed == []
+    assert _choose(rows=20) == "strip"
+    monkeypatch.setattr(tuning, "capturing", lambda device: True)
+    assert _choose(rows=20) == "strip"
     torch.use_deterministic_algorithms(True)
     try:
         assert _choose() == "fused"
@@ -265,20 +269,20 @@ def test_a_form_that_does_not_fit_the_card_is_not_chosen(monkeypatch, caplog):
             raise OutOfResources(300_000, 232_448, "shared memory")
         return 5.0
 
-    monkeypatch.setattr(form, "can_time", lambda device: True)
-    monkeypatch.setattr(form, "milliseconds", milliseconds)
+    monkeypatch.setattr(tuning, "can_time", lambda device: True)
+    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
     assert _choose() == "strip"
     assert "fused does not fit this card" in caplog.text
 
 
 def test_timing_does_not_touch_what_it_is_given(kernel_device, monkeypatch):
-    monkeypatch.setattr(form, "milliseconds", lambda run, device: run() or 1.0)
+    monkeypatch.setattr(tuning, "milliseconds", lambda run, device: run() or 1.0)
     problem = make_problem(P=2, T=9, device=kernel_device)
     x, head = problem.hidden.reshape(-1, 24), Head(problem.weight)
     targets = torch.arange(len(x), device=kernel_device)
     before = x.clone(), problem.weight.clone(), targets.clone()
     rows = []
-    monkeypatch.setattr(form, "_TIMED_ROWS", 8)
+    monkeypatch.setattr(tuning, "TIMED_ROWS", 8)
     monkeypatch.setattr(form, "add_matmul", lambda dx, g, w: rows.append(len(g)) or matmul.add_matmul(dx, g, w))
     for name in form.FORMS:
         assert form._time(name, x, targets, head, 4096) == 1.0

@@ -1,4 +1,4 @@
-"""What the kernels share on the device: the head's elementwise part (Eq. 1), and functions precise near 0.
+"""What the kernels share on the device: a tile of logits (Eq. 1), and functions precise near 0.
 
 Written out instead of taken from libdevice: the same code runs on NVIDIA, on AMD and in the interpreter, and the
 hardware's approximate logarithm has no relative precision near 1, where log1p and expm1 are needed.
@@ -51,6 +51,55 @@ def tanh(u):
     e = expm1(-2.0 * tl.abs(u))
     t = -e / (2.0 + e)
     return tl.where(u < 0.0, -t, t)
+
+
+@triton.jit
+def raw_logits(
+    x_ptr,
+    weight_ptr,
+    first_n,
+    first_v,
+    N,
+    D,
+    V,
+    stride_wv,
+    stride_wd,
+    INPUT_PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """x . W of the rows from first_n on and the columns from first_v on, in float32; void past N and V.
+
+    x_ptr and weight_ptr are tensor descriptors where DESCRIPTORS says so: one thread then copies a whole block.
+    """
+    z_NV = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    if DESCRIPTORS:
+        for d in range(0, D, BLOCK_D):
+            x_NB = x_ptr.load([first_n, d])
+            w_BV = weight_ptr.load([first_v, d]).T
+            z_NV = tl.dot(x_NB, w_BV, z_NV, input_precision=INPUT_PRECISION)
+    else:
+        # Past the end the last row or column is read again: no mask in the loop.
+        # int64 before the stride: N * D and V * D may exceed 2^31.
+        rows = tl.minimum(first_n + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+        columns = tl.minimum(first_v + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
+        offs_d = tl.arange(0, BLOCK_D)
+        x_ptrs = x_ptr + rows[:, None] * D + offs_d[None, :]
+        w_ptrs = weight_ptr + columns[None, :] * stride_wv + (offs_d * stride_wd)[:, None]
+        for d in range(0, D, BLOCK_D):
+            if EVEN_D:
+                x_NB = tl.load(x_ptrs)
+                w_BV = tl.load(w_ptrs)
+            else:
+                x_NB = tl.load(x_ptrs, mask=(offs_d < D - d)[None, :], other=0.0)
+                w_BV = tl.load(w_ptrs, mask=(offs_d < D - d)[:, None], other=0.0)
+            z_NV = tl.dot(x_NB, w_BV, z_NV, input_precision=INPUT_PRECISION)
+            x_ptrs += BLOCK_D
+            w_ptrs += BLOCK_D * stride_wd
+    return z_NV
 
 
 @triton.jit

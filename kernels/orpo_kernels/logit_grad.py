@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .device_math import apply_head, grouped_block
+from .device_math import apply_head, grouped_block, raw_logits
 from .head import Head
+from .tuning import TIMED_ROWS
 
 
 @triton.jit
@@ -73,29 +74,29 @@ def logit_grad_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     block_n, block_v = grouped_block(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(columns, BLOCK_V), GROUP_N)
     offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_v = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    offs_d = tl.arange(0, BLOCK_D)
     row_mask = offs_n < N
-    # Past the end the last row or column is read again: no mask in the loop, and the results are not stored.
-    # int64 before the stride: N * D, V * D and N * W may exceed 2^31.
-    x_ptrs = x_ptr + tl.minimum(offs_n, N - 1).to(tl.int64)[:, None] * D + offs_d[None, :]
-    weight_rows = tl.minimum(offs_v, columns - 1).to(tl.int64)
-    w_ptrs = weight_ptr + weight_rows[None, :] * stride_wv + (offs_d * stride_wd)[:, None]
-    z_NV = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    for d in range(0, D, BLOCK_D):
-        if EVEN_D:
-            x_NB = tl.load(x_ptrs)
-            w_BV = tl.load(w_ptrs)
-        else:
-            x_NB = tl.load(x_ptrs, mask=(offs_d < D - d)[None, :], other=0.0)
-            w_BV = tl.load(w_ptrs, mask=(offs_d < D - d)[:, None], other=0.0)
-        z_NV = tl.dot(x_NB, w_BV, z_NV, input_precision=INPUT_PRECISION)
-        x_ptrs += BLOCK_D
-        w_ptrs += BLOCK_D * stride_wd
-
+    z_NV = raw_logits(
+        x_ptr,
+        weight_ptr,
+        block_n * BLOCK_N,
+        block_v * BLOCK_V,
+        N,
+        D,
+        columns,
+        stride_wv,
+        stride_wd,
+        INPUT_PRECISION,
+        EVEN_D,
+        BLOCK_N,
+        BLOCK_V,
+        BLOCK_D,
+        DESCRIPTORS,
+    )
     z_NV = apply_head(z_NV, bias_ptr, offs_v, columns, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
     targets_N = tl.load(targets_ptr + offs_n, mask=row_mask, other=-1).to(tl.int32)
     lse_N = tl.load(lse_ptr + offs_n, mask=row_mask, other=0.0)
@@ -113,6 +114,7 @@ def logit_grad_kernel(
         HAS_SOFTCAP,
         HAS_ROW_SCALE,
     )
+    # int64: N * W may exceed 2^31.
     g_ptrs = g_ptr + offs_n.to(tl.int64)[:, None] * columns + offs_v[None, :]
     tl.store(g_ptrs, g_NV.to(g_ptr.dtype.element_ty), mask=row_mask[:, None] & (offs_v < columns)[None, :])
 
@@ -176,13 +178,29 @@ def logit_grad(
 
     x_ND is contiguous and of the weight's dtype.
     """
-    (n, d), columns = x_ND.shape, head.weight_VD.shape[0]
     assert x_ND.is_contiguous() and x_ND.dtype == head.weight_VD.dtype
-    g_NW = x_ND.new_empty((n, columns))
-    config = configs.matmul_config(x_ND, head.weight_VD)
+    g_NW = x_ND.new_empty((x_ND.shape[0], head.weight_VD.shape[0]))
+    inputs = (x_ND, targets_N, lse_N, target_grad_N, row_scale_N)
+    few = tuple(None if tensor is None else tensor[:TIMED_ROWS] for tensor in inputs)
+    candidates = configs.matmul_candidates(x_ND, head.weight_VD)
+    config = configs.fastest("logit_grad", candidates, x_ND, head, lambda c: _logit_grad(*few, head, g_NW, c))
+    _logit_grad(*inputs, head, g_NW, config)
+    return g_NW
+
+
+def _logit_grad(
+    x_ND: Tensor,
+    targets_N: Tensor,
+    lse_N: Tensor,
+    target_grad_N: Tensor,
+    row_scale_N: Tensor | None,
+    head: Head,
+    g_NW: Tensor,
+    config: configs.MatmulConfig,
+) -> None:
+    (n, d), columns = x_ND.shape, head.weight_VD.shape[0]
     logit_grad_kernel[(triton.cdiv(n, config.block_n) * triton.cdiv(columns, config.block_v),)](
-        x_ND,
-        head.weight_VD,
+        *config.operands(x_ND, head.weight_VD),
         head.bias_V,
         targets_N,
         lse_N,
@@ -203,7 +221,6 @@ def logit_grad(
         EVEN_D=d % config.block_d == 0,
         **config.launch_options(),
     )
-    return g_NW
 
 
 def strip_grad(

@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .device_math import apply_head, grouped_block
+from .device_math import apply_head, grouped_block, raw_logits
 from .head import Head
+from .tuning import TIMED_ROWS
 
 
 @triton.jit
@@ -60,16 +61,12 @@ def logit_stats_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     block_n, split = grouped_block(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, split_columns), GROUP_N)
     offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
     row_mask = offs_n < N
     targets_N = tl.load(targets_ptr + offs_n, mask=row_mask, other=-1).to(tl.int32)
-    # Rows and columns past the end read the last one instead: no mask in the loop, and their results are not kept.
-    # int64 before the stride: N * D and V * D may exceed 2^31.
-    x_rows = x_ptr + tl.minimum(offs_n, N - 1).to(tl.int64)[:, None] * D + offs_d[None, :]
-
     max_N = tl.full([BLOCK_N], float("-inf"), tl.float32)
     sum_N = tl.zeros([BLOCK_N], tl.float32)
     target_N = tl.zeros([BLOCK_N], tl.float32)
@@ -77,20 +74,23 @@ def logit_stats_kernel(
     end = tl.minimum(start + split_columns, V)
     for first in range(start, end, BLOCK_V):
         offs_v = first + tl.arange(0, BLOCK_V)
-        columns = tl.minimum(offs_v, V - 1).to(tl.int64)
-        x_ptrs = x_rows
-        w_ptrs = weight_ptr + columns[None, :] * stride_wv + (offs_d * stride_wd)[:, None]
-        z_NV = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-        for d in range(0, D, BLOCK_D):
-            if EVEN_D:
-                x_NB = tl.load(x_ptrs)
-                w_BV = tl.load(w_ptrs)
-            else:
-                x_NB = tl.load(x_ptrs, mask=(offs_d < D - d)[None, :], other=0.0)
-                w_BV = tl.load(w_ptrs, mask=(offs_d < D - d)[:, None], other=0.0)
-            z_NV = tl.dot(x_NB, w_BV, z_NV, input_precision=INPUT_PRECISION)
-            x_ptrs += BLOCK_D
-            w_ptrs += BLOCK_D * stride_wd
+        z_NV = raw_logits(
+            x_ptr,
+            weight_ptr,
+            block_n * BLOCK_N,
+            first,
+            N,
+            D,
+            V,
+            stride_wv,
+            stride_wd,
+            INPUT_PRECISION,
+            EVEN_D,
+            BLOCK_N,
+            BLOCK_V,
+            BLOCK_D,
+            DESCRIPTORS,
+        )
         z_NV = apply_head(z_NV, bias_ptr, offs_v, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
         max_N, sum_N, target_N = fold_logits(z_NV, offs_v, end, targets_N, max_N, sum_N, target_N)
 
@@ -138,17 +138,25 @@ def strip_stats_kernel(
 
 def logit_stats(x_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
     """Fused form: float32 (max_KN, sum_KN, target_N). x_ND is contiguous and of the weight's dtype."""
-    (n, d), v = x_ND.shape, head.weight_VD.shape[0]
     assert x_ND.is_contiguous() and x_ND.dtype == head.weight_VD.dtype
-    config = configs.matmul_config(x_ND, head.weight_VD)
+    candidates = configs.matmul_candidates(x_ND, head.weight_VD)
+    few_ND, few_N = x_ND[:TIMED_ROWS], targets_N[:TIMED_ROWS]
+    config = configs.fastest("logit_stats", candidates, x_ND, head, lambda c: _logit_stats(few_ND, few_N, head, c))
+    return _logit_stats(x_ND, targets_N, head, config)
+
+
+def _logit_stats(
+    x_ND: Tensor, targets_N: Tensor, head: Head, config: configs.MatmulConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    (n, d), v = x_ND.shape, head.weight_VD.shape[0]
     blocks_n = triton.cdiv(n, config.block_n)
-    splits, split_columns = configs.vocabulary_splits(blocks_n, v, config.block_v, x_ND.device)
+    cores = configs.multiprocessors(x_ND.device)
+    splits, split_columns = configs.vocabulary_splits(blocks_n, v, config.block_v, cores)
     max_KN = x_ND.new_empty((splits, n), dtype=torch.float32)
     sum_KN = torch.empty_like(max_KN)
     target_N = x_ND.new_empty(n, dtype=torch.float32)
     logit_stats_kernel[(blocks_n * splits,)](
-        x_ND,
-        head.weight_VD,
+        *config.operands(x_ND, head.weight_VD),
         head.bias_V,
         targets_N,
         max_KN,
@@ -180,11 +188,23 @@ def start_strip_stats(x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def add_strip_stats(z_NW: Tensor, targets_N: Tensor, head: Head, stats: tuple[Tensor, Tensor, Tensor]) -> None:
     """Strip form: fold raw float32 logits x W^T into `stats`, in place; targets and head are relative to the strip."""
-    n, columns = z_NW.shape
     assert z_NW.is_contiguous() and z_NW.dtype == torch.float32
+    candidates = configs.rows_candidates(z_NW.shape[1])
+    few_NW, few_N = z_NW[:TIMED_ROWS], targets_N[:TIMED_ROWS]
+
+    def launch(config: configs.RowsConfig) -> None:
+        # `stats` must not see this strip twice.
+        _add_strip_stats(few_NW, few_N, head, start_strip_stats(few_NW), config)
+
+    _add_strip_stats(z_NW, targets_N, head, stats, configs.fastest("strip_stats", candidates, z_NW, head, launch))
+
+
+def _add_strip_stats(
+    z_NW: Tensor, targets_N: Tensor, head: Head, stats: tuple[Tensor, Tensor, Tensor], config: configs.RowsConfig
+) -> None:
+    n, columns = z_NW.shape
     max_1N, sum_1N, target_N = stats
-    config = configs.rows_config(columns)
-    strip_stats_kernel[(triton.cdiv(n, config["BLOCK_N"]),)](
+    strip_stats_kernel[(triton.cdiv(n, config.block_n),)](
         z_NW,
         head.bias_V,
         targets_N,
@@ -197,5 +217,5 @@ def add_strip_stats(z_NW: Tensor, targets_N: Tensor, head: Head, stats: tuple[Te
         softcap=head.softcap or 0.0,
         HAS_BIAS=head.bias_V is not None,
         HAS_SOFTCAP=head.softcap is not None,
-        **config,
+        **config.launch_options(),
     )

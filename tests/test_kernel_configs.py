@@ -1,0 +1,322 @@
+"""The tiles of the kernels: which fit a chip, which is chosen with a clock that the test holds, and how grids cover."""
+
+import json
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from orpo_kernels import configs, tuning
+from orpo_kernels.device_math import grouped_block
+from orpo_kernels.head import Head
+from problems import make_problem, relative_error
+
+from orpo import orpo_loss
+
+pytestmark = pytest.mark.kernels
+
+TILES = (
+    configs.MatmulConfig(16, 32, 16, num_warps=1, num_stages=1),
+    configs.MatmulConfig(32, 16, 16, num_warps=1, num_stages=1, group_n=2),
+)
+SM_90 = configs.Limits(is_amd=False, major=9, max_shared=232448, max_registers=65536)
+
+
+class Clock:
+    """Runs what is timed, and says that it took the next of the test's milliseconds."""
+
+    def __init__(self, *milliseconds: float) -> None:
+        self.left = list(milliseconds)
+
+    def __call__(self, run, device) -> float:
+        run()
+        return self.left.pop(0)
+
+
+@pytest.fixture
+def clock(monkeypatch, tmp_path):
+    """A function: from now on the machine has a clock, and what is timed takes these milliseconds."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(configs, "matmul_candidates", lambda x_ND, weight_VD: TILES)
+    monkeypatch.setattr(tuning, "capturing", lambda device: False)
+    tuning.forget()
+
+    def start(*milliseconds: float) -> Clock:
+        found = Clock(*milliseconds)
+        monkeypatch.setattr(tuning, "can_time", lambda device: True)
+        monkeypatch.setattr(tuning, "milliseconds", found)
+        return found
+
+    yield start
+    tuning.forget()
+
+
+def _inputs(device, rows: int = 40, vocabulary: int = 70):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(rows, 24, generator=generator), torch.randn(vocabulary, 24, generator=generator)
+    targets = torch.randint(0, vocabulary, (rows,), generator=generator)
+    return x.to(device), targets.to(device), Head(weight.to(device), softcap=20.0)
+
+
+def _truth(x, targets, head):
+    z = (x.double() @ head.weight_VD.double().T / head.softcap).tanh() * head.softcap
+    return z, z.logsumexp(1), z.log_softmax(1).gather(1, targets[:, None])[:, 0]
+
+
+def _logp(x, targets, head):
+    from orpo_kernels.logit_stats import logit_stats
+    from orpo_kernels.odds_ratio import combine
+
+    return combine(*logit_stats(x, targets, head))[0]
+
+
+@pytest.mark.parametrize("fast", [0, 1])
+def test_the_fastest_tile_runs_from_then_on(fast, clock, monkeypatch, tmp_path, kernel_device):
+    used = []
+    monkeypatch.setattr(
+        configs.MatmulConfig,
+        "launch_options",
+        lambda self, original=configs.MatmulConfig.launch_options: used.append(self) or original(self),
+    )
+    left = clock(*([1.0, 2.0] if fast == 0 else [2.0, 1.0])).left
+    problem = _inputs(kernel_device)
+    first = _logp(*problem)
+    assert used == [*TILES, TILES[fast]] and left == []
+    assert relative_error(first, _truth(*problem)[2]) < 1e-6
+    # Again, and for other rows of the class: not timed, the same tile, the same bits.
+    assert torch.equal(_logp(*problem), first)
+    _logp(*_inputs(kernel_device, rows=50))
+    assert used[3:] == [TILES[fast]] * 2
+    # A later process reads the file.
+    (file,) = (tmp_path / "cache" / "orpo_kernels").glob("*.json")
+    assert json.loads(file.read_text())["chosen"] == str(TILES[fast])
+    tuning.forget()
+    assert torch.equal(_logp(*problem), first)
+    # Another class is timed by itself.
+    clock(1.0, 2.0)
+    _logp(*_inputs(kernel_device, rows=70))
+    assert used[-3:] == [*TILES, TILES[0]]
+
+
+def test_tiles_that_are_no_longer_on_the_list_are_timed_again(clock, monkeypatch, kernel_device):
+    clock(2.0, 1.0)
+    problem = _inputs(kernel_device)
+    _logp(*problem)
+    tuning.forget()
+    monkeypatch.setattr(configs, "matmul_candidates", lambda x_ND, weight_VD: TILES[::-1])
+    left = clock(1.0, 2.0).left
+    _logp(*problem)
+    assert left == []
+
+
+def test_gradients_under_a_clock(clock, monkeypatch, kernel_device):
+    from orpo_kernels import logit_grad
+
+    # Fewer rows are timed than there are.
+    monkeypatch.setattr(logit_grad, "TIMED_ROWS", 8)
+    left = clock(2.0, 1.0).left
+    x, targets, head = _inputs(kernel_device)
+    z, lse, logp = _truth(x, targets, head)
+    g = logit_grad.logit_grad(x, targets, lse.float(), -torch.expm1(logp).float(), None, head)
+    one_hot = torch.nn.functional.one_hot(targets, z.shape[1])
+    assert left == []
+    assert relative_error(g, (one_hot - z.softmax(1)) * (1 - (z / head.softcap) ** 2)) < 1e-6
+
+
+def test_a_strip_is_folded_once_although_it_is_timed(clock, monkeypatch, kernel_device):
+    from orpo_kernels import logit_stats
+    from orpo_kernels.odds_ratio import combine
+
+    monkeypatch.setattr(logit_stats, "TIMED_ROWS", 8)
+    left = clock(2.0, 1.0).left
+    x, targets, head = _inputs(kernel_device)
+    stats = logit_stats.start_strip_stats(x)
+    logit_stats.add_strip_stats(x @ head.weight_VD.T, targets, head, stats)
+    assert left == []
+    assert relative_error(combine(*stats)[0], _truth(x, targets, head)[2]) < 1e-6
+
+
+def test_a_tile_that_the_card_cannot_run_is_not_chosen(clock, caplog, monkeypatch, kernel_device):
+    from triton.runtime.errors import OutOfResources
+
+    clock()
+
+    def milliseconds(run, device):
+        if not caplog.messages:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return 5.0
+
+    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    problem = _inputs(kernel_device)
+    assert relative_error(_logp(*problem), _truth(*problem)[2]) < 1e-6
+    assert list(tuning._chosen.values()) == [str(TILES[1])]
+    assert f"{TILES[0]} does not fit this card" in caplog.text
+
+
+def test_without_a_timing_the_first_tile_runs(clock, monkeypatch, kernel_device):
+    problem = _inputs(kernel_device)
+    clock()  # nothing may be timed: there is no time left to give
+    torch.use_deterministic_algorithms(True)
+    try:
+        _logp(*problem)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert tuning._chosen == {}
+    monkeypatch.setattr(tuning, "can_time", lambda device: False)
+    _logp(*problem)
+    assert tuning._chosen == {}
+    monkeypatch.setattr(tuning, "can_time", lambda device: True)
+    monkeypatch.setattr(tuning, "capturing", lambda device: True)
+    captured = _logp(*problem)
+    # After the capture the process keeps what the graph holds.
+    monkeypatch.setattr(tuning, "capturing", lambda device: False)
+    assert torch.equal(_logp(*problem), captured)
+    assert list(tuning._chosen.values()) == [str(TILES[0])]
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize(("dtype", "precision"), [("bf16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")])
+def test_what_a_chip_can_choose_fits_it(dtype, precision, aligned):
+    from benchmarks.chips import CHIPS
+
+    for chip in CHIPS.values():
+        if chip.is_amd and precision == "tf32":
+            continue
+        found = configs.matmul_configs(DTYPES[dtype], precision, aligned, chip.limits)
+        assert 1 <= len(found) <= 4 and len({str(config) for config in found}) == len(found)
+        assert all(config.fits(chip.limits, DTYPES[dtype].itemsize) for config in found), chip.name
+
+
+def test_pruning_by_shared_memory_registers_and_spills():
+    from dataclasses import replace
+
+    def blocks(chip):
+        found = configs.matmul_configs(torch.bfloat16, "ieee", True, chip)
+        return [
+            (config.block_n, config.block_v, config.num_stages, *["descriptors"][: config.descriptors])
+            for config in found
+        ]
+
+    assert blocks(SM_90) == [(64, 256, 4), (128, 128, 4), (128, 128, 4, "descriptors"), (64, 128, 4, "descriptors")]
+    # An RTX 4090's 99 KB.
+    assert blocks(replace(SM_90, major=8, max_shared=101376)) == [(128, 128, 3), (64, 128, 4)]
+    # A square tile through pointers spills on sm_100.
+    assert blocks(replace(SM_90, major=10)) == [(64, 256, 4), (128, 128, 4, "descriptors"), (64, 128, 4, "descriptors")]
+    # Half the registers: half the sums a thread.
+    assert blocks(replace(SM_90, max_registers=32768)) == [(64, 128, 4, "descriptors")]
+    # Where nothing fits, the smallest is left to say so.
+    assert blocks(replace(SM_90, major=8, max_shared=16384)) == [(64, 128, 4)]
+    # No descriptors before Hopper, whatever the list.
+    assert not configs._DEEP_TMA.fits(replace(SM_90, major=8), 2)
+
+
+@pytest.mark.kernels(modes=("interpret", "cuda"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_operands_through_tensor_descriptors(dtype, monkeypatch, kernel_device):
+    if kernel_device.type == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("needs compute capability 9")
+    blocks = dict(block_n=16, block_v=32, block_d=16, num_warps=4, num_stages=2)
+
+    def run(descriptors: bool):
+        tile = configs.MatmulConfig(**blocks, descriptors=descriptors)
+        monkeypatch.setattr(configs, "matmul_candidates", lambda x_ND, weight_VD: (tile,))
+        # Ragged in every direction, and a hidden size that ends inside a tile.
+        problem = make_problem(P=2, T=13, V=101, D=40, bias=True, dtype=dtype, device=kernel_device).requiring_grad()
+        out = orpo_loss(problem.hidden, problem.weight, problem.labels, lm_head_bias=problem.bias, logits_budget=0,
+                        strip_bytes=6000, backend="triton-fused")  # fmt: skip
+        out.loss.backward()
+        return out.loss, problem.hidden.grad, problem.weight.grad, problem.bias.grad
+
+    for found, expected in zip(run(True), run(False), strict=True):
+        # The same products, summed in the same order.
+        assert torch.equal(found, expected)
+
+
+# What fits the 64 KB of the chip that the compiled kernels are executed as.
+SHIPPED = {"unaligned": (configs._UNALIGNED[0], torch.bfloat16), "AMD": (configs._AMD[2], torch.bfloat16),
+           "fp32": (configs._FLOAT32[0], torch.float32)}  # fmt: skip
+
+
+@pytest.mark.kernels(modes=("simt", "cuda"))
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_tiles_give_the_gradients(name, monkeypatch, kernel_device):
+    tile, dtype = SHIPPED[name]
+    monkeypatch.setattr(configs, "matmul_candidates", lambda x_ND, weight_VD: (tile,))
+    # More than one block of rows, several splits and strips, a hidden size that ends inside a tile.
+    problem = make_problem(P=2, T=19, V=301, D=80, bias=True, dtype=dtype, device=kernel_device).requiring_grad()
+    out = orpo_loss(problem.hidden, problem.weight, problem.labels, logits_budget=0, strip_bytes=20000,
+                    backend="triton-fused", **problem.keywords)  # fmt: skip
+    out.loss.backward()
+    objective, dx, dw, _ = problem.truth()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert relative_error(out.loss.detach(), objective.loss) < tolerance
+    assert relative_error(problem.hidden.grad, dx) < tolerance
+    assert relative_error(problem.weight.grad, dw) < tolerance
+
+
+def test_an_operand_inside_a_flat_buffer_is_not_aligned():
+    flat = torch.zeros(1 + 64 * 32, dtype=torch.bfloat16)
+    assert configs.rows_aligned(flat[:-1].view(64, 32), flat[:-1].view(64, 32))
+    assert not configs.rows_aligned(flat[:-1].view(64, 32), flat[1:].view(64, 32))
+
+
+def test_tf32_only_where_torch_allows_it(monkeypatch):
+    assert configs.input_precision() == "ieee"
+    previous = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert configs.input_precision() == "tf32"
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        assert configs.input_precision() == "ieee"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = previous
+
+
+@pytest.mark.parametrize("cores", [4, 108, 132, 148])
+@pytest.mark.parametrize("block_n", [64, 128])
+def test_splits_of_the_vocabulary_fill_the_chip(block_n, cores):
+    for rows in (1, 64, 100, 500, 1000, 4096, 8192, 50_000):
+        for vocabulary, block_v in ((128256, 256), (50257, 128), (1000, 128), (40, 64)):
+            blocks_n, tiles = -(-rows // block_n), -(-vocabulary // block_v)
+            splits, columns = configs.vocabulary_splits(blocks_n, vocabulary, block_v, cores)
+            assert columns % block_v == 0 and (splits - 1) * columns < vocabulary <= splits * columns
+            programs = blocks_n * splits
+            waves = -(-programs // cores)
+            # Multiprocessors at work, averaged over the run: of each split's tiles, for as long as the waves take.
+            busy = blocks_n * tiles / (cores * waves * (columns // block_v))
+            if blocks_n * tiles >= 16 * cores:
+                assert busy > 0.85, (rows, vocabulary, splits)
+                assert programs >= 0.9 * cores
+            elif vocabulary == 128256:
+                # Whole tiles: no wave that could be spared.
+                assert waves * (columns // block_v) <= math.ceil(blocks_n * tiles / cores)
+
+
+def test_small_batches_reach_every_multiprocessor():
+    # One block of rows: without more than 64 splits half of an H100 would stand idle.
+    splits, columns = configs.vocabulary_splits(1, 128256, 256, 132)
+    assert splits == 126 and columns == 4 * 256
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 3), (8, 5), (9, 5), (64, 18), (3, 501)])
+def test_each_block_has_one_program_and_neighbours_share_operands(rows, columns, kernel_device):
+    @triton.jit
+    def blocks_kernel(out_ptr, rows, columns, programs, BLOCK: tl.constexpr):
+        pid = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        row, column = grouped_block(pid, rows, columns, 8)
+        tl.store(out_ptr + pid, row, mask=pid < programs)
+        tl.store(out_ptr + programs + pid, column, mask=pid < programs)
+
+    programs = rows * columns
+    out = torch.empty((2, programs), dtype=torch.int32, device=kernel_device)
+    blocks_kernel[(triton.cdiv(programs, 64),)](out, rows, columns, programs, BLOCK=64)
+    found = list(zip(*out.tolist(), strict=True))
+    assert sorted(found) == [(row, column) for row in range(rows) for column in range(columns)]
+    for first in range(0, programs - 131, 132):
+        wave = found[first : first + 132]
+        # 132 programs could read 132 + 132 blocks; the fewest is 12 + 11.
+        assert len({row for row, _ in wave}) + len({column for _, column in wave}) <= 48 or rows < 8
