@@ -21,7 +21,7 @@ from typing import Any
 
 from orpo import judges
 from orpo.command import run_command
-from orpo.generation import Messages, generate, load
+from orpo.generation import Answer, Messages, generate, load
 from orpo.sources import load_pairs
 
 
@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     answers = generate(
         model, tokenizer, prompts, chat_template=template, progress=options.output is not None, **settings
     )
+    _say_cut(answers, options.max_new_tokens)
     if options.output is None:
         for prompt, answer in zip(prompts, answers, strict=True):
             if len(prompts) > 1:
@@ -97,6 +98,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             record = {"prompt": prompt, "answer": answer, "model": options.model, **settings}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     print(f"{len(answers)} answers in {options.output}", file=sys.stderr)
+
+
+def _say_cut(answers: Sequence[Answer], limit: int) -> None:
+    """On stderr, how many answers did not end by themselves; nothing where all did."""
+    cut = sum(answer.cut for answer in answers)
+    if cut:
+        print(f"{cut} of {len(answers)} answers reached --max_new_tokens ({limit})", file=sys.stderr)
 
 
 def _answer_judge(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -118,9 +126,12 @@ def _answer_judge(options: argparse.Namespace, parser: argparse.ArgumentParser) 
     if form == "mt-bench":
         name = options.model_id or Path(options.output).stem
         records = judges.mt_bench(model, tokenizer, questions, name, progress=True, **settings)
+        answers = [turn for record in records for turn in record["choices"][0]["turns"]]
     else:
         name = options.model_id or Path(options.model).absolute().name
         records = judges.alpacaeval(model, tokenizer, questions, name, progress=True, **settings)
+        answers = [record["output"] for record in records]
+    _say_cut(answers, settings["max_new_tokens"])
     judges.write(records, options.output, form)
     print(f"{len(records)} answers of {name} in {options.output}", file=sys.stderr)
 

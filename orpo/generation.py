@@ -17,6 +17,25 @@ from orpo.setup import load_model, load_tokenizer
 Messages = list[dict[str, str]]
 
 
+class Answer(str):
+    """A model's answer: a string that knows whether it ended.
+
+    Attributes:
+        cut: whether it reached the limit of tokens without an end token.
+    """
+
+    cut: bool
+
+    def __new__(cls, text: str, cut: bool = False) -> Answer:
+        answer = super().__new__(cls, text)
+        answer.cut = cut
+        return answer
+
+    def strip(self, *args: Any) -> Answer:
+        """:meth:`str.strip`, with :attr:`cut` kept."""
+        return Answer(super().strip(*args), self.cut)
+
+
 def render(prompt: str | Messages, tokenizer: Any, chat_template: bool | None = None, system: str | None = None) -> str:
     """The text that the model continues.
 
@@ -59,8 +78,8 @@ def generate(
     chat_template: bool | None = None,
     system: str | None = None,
     progress: bool = False,
-) -> list[str]:
-    """The model's answer to each prompt, in their order, without special tokens.
+) -> list[Answer]:
+    """The model's answer to each prompt, in their order, without special tokens: strings with ``cut`` beside them.
 
     Prompts are tokenized as in training: a plain string with BOS in front, a chat template's text as it is. A batch is
     filled up on the left. Greedy answers do not depend on the batch size but for rounding; sampled ones repeat with the
@@ -107,7 +126,7 @@ def answer_tokens(
     batch_size: int = 8,
     seed: int = 0,
     progress: bool = False,
-) -> list[str]:
+) -> list[Answer]:
     """:func:`generate` for prompts that are tokens already, at least one each."""
     # Prompts of similar length share a batch: what fills it up is computed like any token.
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -122,7 +141,7 @@ def answer_tokens(
         pad_token_id=pad,
         **sampling,
     )
-    answers = [""] * len(ids)
+    answers = [Answer("")] * len(ids)
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
@@ -139,8 +158,11 @@ def answer_tokens(
                     attention_mask=torch.tensor(mask, device=model.device),
                 )
                 decoded = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-                for i, answer in zip(batch, decoded, strict=True):
-                    answers[i] = answer
+                ended = (
+                    torch.isin(out[:, longest:], torch.tensor(ends, dtype=out.dtype, device=out.device)).any(1).tolist()
+                )
+                for i, answer, has_end in zip(batch, decoded, ended, strict=True):
+                    answers[i] = Answer(answer, cut=not has_end)
     finally:
         model.train(was_training)
     return answers

@@ -101,6 +101,9 @@ def alpacaeval(
         questions: dicts with ``instruction``. A non-empty ``input`` follows it after an empty line.
         generator: the model's name on the leaderboard.
         settings: those of :func:`orpo.generation.generate`.
+
+    Returns:
+        a record a question; ``output`` is an :class:`orpo.generation.Answer`.
     """
     prompts = ["\n\n".join(filter(None, (row["instruction"], row.get("input")))) for row in questions]
     answers = generate(model, tokenizer, prompts, **settings)
@@ -120,6 +123,9 @@ def mt_bench(
         model_id: the model's name, which is to be the name of the file too.
         settings: those of :func:`orpo.generation.generate` but ``temperature``, which the category gives. The second
             turns are sampled with ``seed`` + 1.
+
+    Returns:
+        a record a question; the turns are :class:`orpo.generation.Answer`.
 
     Raises:
         ValueError: the tokenizer has no chat template, or `settings` hold a temperature.

@@ -96,7 +96,8 @@ class EvalSamples(TrainerCallback):
             record = {
                 "step": 0,
                 "prompt": tokenizer.decode(prompt),
-                "answer": answer,
+                # A tracker knows the type str, and none derived from it.
+                "answer": str(answer),
                 "chosen": tokenizer.decode(chosen, skip_special_tokens=True),
             }
             records.append(record if name is None else {**record, "dataset": name})

@@ -1,6 +1,7 @@
 """orpo.generation: what is continued, how batches are filled up, when an answer ends; orpo.generate, the command."""
 
 import json
+import pickle
 
 import peft
 import pytest
@@ -59,6 +60,25 @@ def test_an_answer_ends_at_either_end_token(model):
         model.generation_config.eos_token_id = before
     first = tokens.index(tokens[2])
     assert answer == tokenizer.decode(tokens[: first + 1], skip_special_tokens=True)
+
+
+def test_an_answer_knows_whether_it_ended(model):
+    tokenizer = make_tokenizer()
+    ids = [[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in PROMPTS]
+    tokens = greedy(model, ids[0], 5, {tokenizer.eos_token_id})
+    assert len(tokens) == 5 and tokenizer.eos_token_id not in tokens
+    (cut,) = generate(model, tokenizer, PROMPTS[:1], max_new_tokens=5)
+    assert cut.cut and cut.strip().cut and pickle.loads(pickle.dumps(cut)).cut
+    assert json.dumps(cut) == json.dumps(str(cut)) and type(str(cut)) is str
+    # The same tokens, of which the last one now ends the answer: as long as the limit, and not cut.
+    end, before = tokens[-1], model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = [end]
+    try:
+        answers = generate(model, tokenizer, PROMPTS, max_new_tokens=5)
+    finally:
+        model.generation_config.eos_token_id = before
+    expected = [end not in greedy(model, row, 5, {end, tokenizer.eos_token_id}) for row in ids]
+    assert [answer.cut for answer in answers] == expected and not answers[0].cut and any(expected)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -154,8 +174,27 @@ def test_the_command_writes_prompt_and_answer(folder, tmp_path, model, capsys):
     expected = generate(model, make_tokenizer(), PROMPTS, max_new_tokens=5)
     assert [(r["prompt"], r["answer"]) for r in records] == list(zip(PROMPTS, expected, strict=True))
     assert records[0]["temperature"] == 0.0 and records[0]["model"] == str(folder)
+    capsys.readouterr()
     main([*line, "--prompt", PROMPTS[0]])
     assert capsys.readouterr().out == expected[0] + "\n"
+
+
+def test_the_command_says_how_many_answers_did_not_end(folder, tmp_path, model, capsys):
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    cut = sum(answer.cut for answer in generate(model, make_tokenizer(), PROMPTS, max_new_tokens=3))
+    assert cut > 0
+    line = [str(folder), "--device", "cpu", "--prompts", str(tmp_path / "p.txt"), "--max_new_tokens", "3"]
+    for output in ([], ["--output", str(tmp_path / "answers.jsonl")]):
+        main([*line, *output])
+        assert f"{cut} of 4 answers reached --max_new_tokens (3)\n" in capsys.readouterr().err
+    # Where every token ends an answer, none is cut.
+    model.generation_config.eos_token_id = list(range(model.config.vocab_size))
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config.eos_token_id = make_tokenizer().eos_token_id
+    main(line)
+    assert "reached" not in capsys.readouterr().err
 
 
 def test_an_adapters_folder_answers_as_the_adapted_model(folder, tmp_path):

@@ -84,11 +84,12 @@ def test_mt_bench_has_a_temperature_for_each_category(monkeypatch, tokenizer):
     assert {seed for _, seed, _ in calls} == {4, 5}
 
 
-def test_the_alpacaeval_file_of_the_command(folder, tmp_path):
+def test_the_alpacaeval_file_of_the_command(folder, tmp_path, capsys):
     (tmp_path / "alpaca_eval.json").write_text(json.dumps(ALPACA))
     output = tmp_path / "answers.json"
     arguments = ["--prompts", str(tmp_path / "alpaca_eval.json"), "--format", "alpacaeval", "--output", str(output)]
     main([folder, *arguments, "--max_new_tokens", "3"])
+    assert "2 of 2 answers reached --max_new_tokens (3)\n" in capsys.readouterr().err
     records = json.loads(output.read_text())
     assert isinstance(records, list) and len(records) == 2
     for record in records:
@@ -99,12 +100,13 @@ def test_the_alpacaeval_file_of_the_command(folder, tmp_path):
     assert json.loads(output.read_text())[0]["generator"] == "named"
 
 
-def test_the_mt_bench_file_of_the_command(folder, tmp_path):
+def test_the_mt_bench_file_of_the_command(folder, tmp_path, capsys):
     questions, output = tmp_path / "question.jsonl", tmp_path / "my-model.jsonl"
     questions.write_text("".join(json.dumps(row) + "\n" for row in MT_BENCH))
     main(
         [folder, "--prompts", str(questions), "--format", "mt-bench", "--output", str(output), "--max_new_tokens", "3"]
     )
+    assert "6 of 6 answers reached --max_new_tokens (3)\n" in capsys.readouterr().err
     # As fastchat/llm_judge/common.py loads them: the file's name is the model's.
     answers = {(r := json.loads(line))["question_id"]: r for line in output.read_text().splitlines()}
     assert list(answers) == [3, 5, 7]
