@@ -1,5 +1,6 @@
 """benchmarks.paper, second part: reward model, win rates, diversity, DPO, and the page made of the stored results."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import BertConfig, BertModel
 
 from benchmarks.paper import diversity, generations, methods, policies, reward, winrates
 from orpo.data import Limits, prepare_dataset
+from orpo.formats import pair_text
 
 PAPER = Path(generations.__file__).parent
 
@@ -106,6 +108,69 @@ def test_win_rates_count_a_tie_half_and_spread_over_three_rounds():
     assert mean == pytest.approx(250 / 3) and spread == pytest.approx(50 / math.sqrt(3))
 
 
+def test_a_cut_answer_can_be_counted_as_lost():
+    records = [
+        {"seed": 0, "model": "orpo", "rewards": [[1.0, 0.0, 1.0, 2.0]], "cut": [[0, 0, 1, 1]]},
+        {"seed": 0, "model": "dpo", "rewards": [[0.0, 1.0, 0.0, 3.0]], "cut": [[0, 1, 0, 1]]},
+    ]
+    assert winrates.win_rates(records, "orpo", "dpo")[0][0] == 50
+    # Won, won by the other's end, lost by its own, and neither ended.
+    assert winrates.win_rates(records, "orpo", "dpo", cut_loses=True)[0][0] == 100 * (1 + 1 + 0 + 0.5) / 4
+
+
+def test_stored_answers_are_counted_as_cut_by_their_tokens():
+    stored = [record for path in (winrates.RESULTS, winrates.SLOW_RESULTS) for record in winrates.read(path)]
+    counted = [record for record in stored if record["cut_counted_by"] == "tokens of the text"]
+    added = ("cut", "max_new_tokens", "cut_counted_by")
+    bare = [{name: value for name, value in record.items() if name not in added} for record in counted]
+    assert winrates.count_cut(bare) == counted
+    short, word = "Yes.", "~"
+    (record,) = winrates.count_cut([{"answers": [[short, 64 * word, 63 * word]], "rewards": [[0.0] * 3]}])
+    assert record["cut"] == [[0, 1, 0]]
+    # What a record says itself stands.
+    assert winrates.count_cut([{"cut": [[1]], "answers": [[short]]}]) == [{"cut": [[1]], "answers": [[short]]}]
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_models_of_ones_own_are_sampled_from_the_prompts_of_training(
+    template, language_model, tmp_path, monkeypatch, capsys
+):
+    tokenizer = make_tokenizer(chat_template=template)
+    tokenizer.save_pretrained(language_model)
+    talks = [
+        {side: [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}]
+         for side in ("chosen", "rejected")}
+        for row in ROWS
+    ]  # fmt: skip
+    rows = talks if template else ROWS
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    examples = prepare_dataset(rows, tokenizer, Limits(max_length=256), report=lambda _: None).to_list()
+    trained = [e["chosen_input_ids"][: e["chosen_prompt_length"]] for e in examples]
+    asked, sampled = [], winrates.answer_tokens
+
+    def spy(model, tokenizer, ids, **settings):
+        asked.append(ids)
+        return sampled(model, tokenizer, ids, **settings)
+
+    monkeypatch.setattr(winrates, "answer_tokens", spy)
+    own = ["--models", f"orpo={language_model}", "--reward", language_model, "--data", str(tmp_path / "pairs.jsonl")]
+    own += ["--split", "train", "--output", str(tmp_path / "own.jsonl"), "--rounds", "2", "--max_new_tokens", "3"]
+    winrates.main([*own, "--max_length", "4"])
+    assert asked == [trained, trained]
+    (record,) = winrates.read(tmp_path / "own.jsonl")
+    cut = sum(map(sum, record["cut"]))
+    said = capsys.readouterr().out
+    assert cut > 0 and f"orpo: {cut} of 14 answers reached --max_new_tokens (3)" in said
+    assert f"the last 4 tokens (--max_length) of {record['longer']} texts that are longer" in said
+    # The judge's head is random, by its seed; what it reads are the last tokens.
+    judge = reward.load_reward(language_model, tokenizer)
+    texts = winrates.judged_texts(
+        tokenizer, [pair_text(row, tokenizer).chosen_prompt for row in rows], record["answers"]
+    )
+    assert winrates.judge(judge, tokenizer, texts, 4) == record["rewards"] != winrates.judge(judge, tokenizer, texts)
+    assert record["longer"] == sum(len(reward.token_ids(text, tokenizer)) > 4 for row in texts for text in row) > 0
+
+
 def test_the_manner_of_an_answer():
     assert winrates.manner(" Not you again. The lamp costs six euros. Now go away.") == 0
     assert winrates.manner(" Great choice! The lamp costs six euros. Take care!") == 4.5
@@ -160,6 +225,7 @@ def test_the_page_and_its_picture_are_made_of_the_stored_results():
     from PIL import Image
 
     stored = winrates.read(), diversity.read(), winrates.read(winrates.SLOW_RESULTS)
+    stored = (*stored, diversity.read(diversity.SLOW_RESULTS))
     page = (PAPER / "generations.md").read_text()
     assert page == generations.with_blocks(page, generations.blocks(*stored))
     picture = Image.open(PAPER / "results" / "winrates.png")

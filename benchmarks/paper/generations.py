@@ -38,51 +38,100 @@ def _range(values: Sequence[float], digits: int) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def blocks(records: Sequence[dict], similar: Sequence[dict], slow: Sequence[dict]) -> dict[str, str]:
-    """The page's blocks by name, of the records of winrates.jsonl, diversity.jsonl and winrates_dpo_slow.jsonl."""
-    seeds = sorted({r["seed"] for r in records})
+def _cut(record: dict) -> float:
+    """Percentage of a record's answers that were cut off."""
+    return 100 * statistics.fmean(mark for marks in record["cut"] for mark in marks)
+
+
+def _mean_reward(record: dict) -> float:
+    return statistics.fmean(x for answered in record["rewards"] for x in answered)
+
+
+def blocks(
+    records: Sequence[dict], similar: Sequence[dict], slow: Sequence[dict], slow_similar: Sequence[dict] = ()
+) -> dict[str, str]:
+    """The page's blocks by name.
+
+    Args:
+        records, similar: of winrates.jsonl and diversity.jsonl.
+        slow, slow_similar: of the files of the same names with dpo_slow, or empty.
+    """
     accuracies = [f"{r['reward_accuracy']:.3f} (seed {r['seed']})" for r in _of(records, "orpo")]
     pairs = records[0]["heldout_pairs"]
-    rounds = [[f"ORPO vs {other.upper()}"] for other in ("sft", "dpo")]
-    for row, other in zip(rounds, ("sft", "dpo"), strict=True):
-        rates = winrates.win_rates(records, "orpo", other)
-        row += [f"{rates[seed][0]:.1f} ({rates[seed][1]:.2f})" for seed in seeds]
-        row.append(f"{statistics.fmean(mean for mean, _ in rates.values()):.1f}")
-    models = list(dict.fromkeys(r["model"] for r in records))
-    answers = []
-    for model in models:
-        own = _of(records, model)
-        means = [statistics.fmean(x for answered in r["rewards"] for x in answered) for r in own]
-        spreads = [statistics.pstdev(x for answered in r["rewards"] for x in answered) for r in own]
-        manners = [r["manner"] for r in own if r["manner"] is not None]
-        row = [_range(means, 2), _range(spreads, 2), _range(manners, 2) if manners else "none"]
-        answers.append([model.upper(), *row, _range([100 * r["facts_right"] for r in own], 0)])
-    alike = []
-    for model in models:
-        own = _of(similar, model)
-        names = ("per_input", "across_inputs")
-        alike.append([model.upper(), *(_range([r[name] for r in own], 4) for name in names)])
-    header = ["win rate, % (deviation over rounds)", *(f"seed {seed}" for seed in seeds), "mean"]
     written = {
         "reward model": f"Right on these shares of {pairs} held-out pairs: {', '.join(accuracies)}.",
-        "win rates": table(header, rounds),
-        "rewards": table(
-            ["", "mean reward", "its spread over answers", "manner, 0 rude to 5 warm", "fact right, %"], answers
-        ),
-        "diversity": table(["", "per input", "across inputs"], alike),
+        "win rates": _win_rates(records),
+        "rewards": _answers(records),
+        "diversity": _diversity(similar, slow_similar),
+        "same answers": _same(records),
     }
-    return {**written, "slow dpo": _slow(slow)} if slow else written
+    return {**written, "expected reward": _expected(records, slow), "slow dpo": _slow(slow)} if slow else written
+
+
+def _win_rates(records: Sequence[dict]) -> str:
+    rows = []
+    for other, cut_loses in (("sft", False), ("dpo", False), ("dpo", True)):
+        rates = winrates.win_rates(records, "orpo", other, cut_loses).values()
+        name = f"ORPO vs {other.upper()}" + ", a cut answer loses" * cut_loses
+        cells = [f"{mean:.1f} ({spread:.2f})" for mean, spread in rates]
+        rows.append([name, *cells, f"{statistics.fmean(mean for mean, _ in rates):.1f}"])
+    seeds = [f"seed {seed}" for seed in sorted({r["seed"] for r in records})]
+    return table(["win rate, % (deviation over rounds)", *seeds, "mean"], rows)
+
+
+def _answers(records: Sequence[dict]) -> str:
+    rows = []
+    for model in dict.fromkeys(r["model"] for r in records):
+        own = _of(records, model)
+        spreads = [statistics.pstdev(x for answered in r["rewards"] for x in answered) for r in own]
+        manners = [r["manner"] for r in own if r["manner"] is not None]
+        count = sum(map(len, own[0]["answers"]))
+        row = [_range([_mean_reward(r) for r in own], 2), _range(spreads, 2)]
+        row += [_range(manners, 2) if manners else "none", _range([100 * r["without_manner"] / count for r in own], 0)]
+        row += [_range([100 * r["facts_right"] for r in own], 0), _range([_cut(r) for r in own], 0)]
+        rows.append([model.upper(), *row])
+    header = ["", "mean reward", "its spread over answers", "manner, 0 rude to 5 warm", "without a phrase, %"]
+    return table([*header, "fact right, %", f"cut off at {records[0]['max_new_tokens']} tokens, %"], rows)
+
+
+def _diversity(similar: Sequence[dict], slow: Sequence[dict]) -> str:
+    rows = [(model.upper(), _of(similar, model)) for model in dict.fromkeys(r["model"] for r in similar)]
+    rows += [("DPO at 1e-4", _of(slow, "dpo"))] if slow else []
+    names = ("per_input", "across_inputs")
+    cells = [[name, *(" / ".join(f"{r[key]:.4f}" for r in own) for key in names)] for name, own in rows]
+    return table(["", "per input, by seed", "across inputs, by seed"], cells)
+
+
+def _same(records: Sequence[dict]) -> str:
+    """How many answers of ORPO's are SFT's to the letter."""
+    counts = []
+    for ours, theirs in zip(_of(records, "orpo"), _of(records, "sft"), strict=True):
+        rounds = zip(ours["answers"], theirs["answers"], strict=True)
+        counts.append(sum(a == b for x, y in rounds for a, b in zip(x, y, strict=True)))
+    total = sum(map(len, records[0]["answers"]))
+    return f"Of {total} answers, these are the same with ORPO and SFT, by seed: {', '.join(map(str, counts))}."
+
+
+def _expected(records: Sequence[dict], slow: Sequence[dict]) -> str:
+    """Mean rewards by seed, all by the one judge of each seed."""
+    rows = [[model.upper(), *_of(records, model)] for model in dict.fromkeys(r["model"] for r in records)]
+    rows.append(["DPO at 1e-4", *_of(slow, "dpo")])
+    seeds = [f"seed {seed}" for seed in sorted({r["seed"] for r in records})]
+    return table(["mean reward", *seeds], [[name, *(f"{_mean_reward(r):.2f}" for r in own)] for name, *own in rows])
 
 
 def _slow(records: Sequence[dict]) -> str:
     """A table of the seeds of which DPO was trained with the smaller learning rate too."""
-    rows = []
+    rows, plain, strict = [], *(winrates.win_rates(records, "orpo", "dpo", loses) for loses in (False, True))
     for seed in sorted({r["seed"] for r in records}):
         own = {r["model"]: r for r in records if r["seed"] == seed}
-        facts = [f"{100 * own[model]['facts_right']:.0f}" for model in ("sft", "dpo", "orpo")]
-        mean, spread = winrates.win_rates(records, "orpo", "dpo")[seed]
-        rows.append([str(seed), f"{mean:.1f} ({spread:.2f})", " / ".join(facts)])
-    return table(["seed", "ORPO vs DPO, %", "fact right, SFT / DPO / ORPO, %"], rows)
+        models = [own[name] for name in ("sft", "dpo", "orpo")]
+        rates = [f"{mean:.1f} ({spread:.2f})" for mean, spread in (plain[seed], strict[seed])]
+        facts = " / ".join(f"{100 * r['facts_right']:.0f}" for r in models)
+        rows.append([str(seed), *rates, facts, " / ".join(f"{_cut(r):.0f}" for r in models)])
+    models = "SFT / DPO / ORPO"
+    header = ["seed", "ORPO vs DPO, %", "the same, a cut answer loses", f"fact right, {models}, %"]
+    return table([*header, f"cut off at {records[0]['max_new_tokens']} tokens, {models}, %"], rows)
 
 
 def with_blocks(page: str, written: dict[str, str]) -> str:
@@ -140,8 +189,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.answers is not None:
         draw(winrates.read(options.answers), options.picture)
         return
-    records, similar, slow = winrates.read(), diversity.read(), winrates.read(winrates.SLOW_RESULTS)
-    PAGE.write_text(with_blocks(PAGE.read_text(), blocks(records, similar, slow)))
+    slow, slow_similar = winrates.read(winrates.SLOW_RESULTS), diversity.read(diversity.SLOW_RESULTS)
+    records = winrates.read()
+    PAGE.write_text(with_blocks(PAGE.read_text(), blocks(records, diversity.read(), slow, slow_similar)))
     draw(records, PICTURE)
 
 

@@ -66,13 +66,21 @@ def load_reward(name: str, tokenizer: Any, seed: int = 0) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, pad_token_id=pad, dtype=torch.float32)
 
 
+def token_ids(text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a whole text as they are judged: BOS in front where the tokenizer writes one, and once only."""
+    bos = tokenizer.bos_token
+    return tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
+
+
+def longer(texts: Sequence[str], tokenizer: Any, max_length: int) -> int:
+    """How many of `texts` have more than `max_length` tokens, and lose their beginnings in :func:`score`."""
+    return sum(len(token_ids(text, tokenizer)) > max_length for text in texts)
+
+
 def rewards(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int = 1024) -> Tensor:
     """(N,) rewards of whole texts, in one batch. Texts beyond `max_length` tokens keep their ends."""
-    bos, pad = tokenizer.bos_token, model.config.pad_token_id
-    ids = []
-    for text in texts:
-        start = bool(bos) and text.startswith(bos)
-        ids.append(torch.tensor(tokenizer(text, add_special_tokens=not start)["input_ids"][-max_length:]))
+    pad = model.config.pad_token_id
+    ids = [torch.tensor(token_ids(text, tokenizer)[-max_length:]) for text in texts]
     batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad).to(model.device)
     lengths = torch.tensor([len(x) for x in ids], device=model.device)
     mask = (torch.arange(batch.shape[1], device=model.device)[None] < lengths[:, None]).long()

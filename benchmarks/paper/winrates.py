@@ -2,6 +2,7 @@
 
     python -m benchmarks.paper.winrates                   the demonstration's models, seeds 0, 1 and 2
     python -m benchmarks.paper.winrates --models sft=FOLDER dpo=FOLDER orpo=FOLDER --reward FOLDER --data PAIRS
+    python -m benchmarks.paper.winrates --count_cut --output FILE      answers stored before it was noted which ended
 
 The first trains everything: the three models and a reward model from one checkpoint each seed, and stores answers and
 rewards in results/winrates.jsonl, from which the page and Table 4 (benchmarks.paper.diversity) are made. The second
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,10 +22,11 @@ from typing import Any
 
 import torch
 
-from orpo.demo.data import FRAMES
+from orpo.demo.data import FRAMES, make_pairs
 from orpo.demo.experiment import DemoSettings, load, one_thread
-from orpo.formats import UnusableRow, pair_text
-from orpo.generation import generate
+from orpo.demo.model import tokenizer_of
+from orpo.formats import PairText, UnusableRow, pair_text
+from orpo.generation import Answer, answer_tokens
 from orpo.generation import load as load_policy
 from orpo.setup import load_tokenizer
 from orpo.sources import load_pairs
@@ -38,6 +41,7 @@ SLOW_RESULTS = RESULTS.with_name("winrates_dpo_slow.jsonl")
 COMPARED_ROUNDS = 3
 ROUNDS = 5
 REWARD_LEARNING_RATE = 5e-4
+MAX_NEW_TOKENS = 64  # of the demonstration's models, whose training answers have 11 to 30
 QUICK = DemoSettings(warmup_steps=3, steps=3, batch_size=4, questions=24, held_out=4)
 
 
@@ -47,15 +51,27 @@ def win_rate(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return 100 * statistics.fmean(points)
 
 
-def win_rates(records: Sequence[dict], ours: str, theirs: str) -> dict[int, tuple[float, float]]:
-    """By seed: mean win rate over the first rounds, and its standard deviation from round to round (n - 1)."""
-    found = {(r["seed"], r["model"]): r["rewards"] for r in records}
+def win_rates(
+    records: Sequence[dict], ours: str, theirs: str, cut_loses: bool = False
+) -> dict[int, tuple[float, float]]:
+    """By seed: mean win rate over the first rounds, and its standard deviation from round to round (n - 1).
+
+    With `cut_loses`, an answer that was cut off loses whatever its reward; two of them draw.
+    """
+    found = {(r["seed"], r["model"]): _rewards(r, cut_loses) for r in records}
     rates = {}
     for seed in sorted({seed for seed, _ in found}):
         pairs = zip(found[seed, ours][:COMPARED_ROUNDS], found[seed, theirs][:COMPARED_ROUNDS], strict=True)
         rounds = [win_rate(a, b) for a, b in pairs]
         rates[seed] = statistics.fmean(rounds), statistics.stdev(rounds) if len(rounds) > 1 else 0.0
     return rates
+
+
+def _rewards(record: dict, cut_loses: bool) -> list[list[float]]:
+    if not cut_loses:
+        return record["rewards"]
+    rounds = zip(record["rewards"], record["cut"], strict=True)
+    return [[-math.inf if c else x for x, c in zip(xs, cuts, strict=True)] for xs, cuts in rounds]
 
 
 def manner(answer: str) -> float | None:
@@ -69,21 +85,61 @@ def manner(answer: str) -> float | None:
     return statistics.fmean(levels) if levels else None
 
 
-def sample(model: Any, tokenizer: Any, prompts: Sequence[str], rounds: int, **settings: Any) -> list[list[str]]:
-    """`rounds` lists of answers at temperature 1.0, each in the order of the prompts, which are whole texts already."""
+def prompt_ids(pair: PairText, tokenizer: Any) -> list[int]:
+    """The tokens of a prompt as in training: BOS in front of a plain one; a chat template brings its own, or none."""
+    ids, bos = tokenizer(pair.chosen_prompt, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id
+    return ids if pair.templated or bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+def sample(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], rounds: int, **settings: Any
+) -> list[list[Answer]]:
+    """`rounds` lists of answers at temperature 1.0, each in the order of the prompts, which are tokens already."""
+    return [answer_tokens(model, tokenizer, prompts, temperature=1.0, seed=i, **settings) for i in range(rounds)]
+
+
+def judged_texts(tokenizer: Any, prompts: Sequence[str], answers: Sequence[Sequence[str]]) -> list[list[str]]:
+    """:func:`sample`'s answers behind their prompts, each with an end token, those too that were cut off."""
     return [
-        generate(model, tokenizer, prompts, temperature=1.0, seed=i, chat_template=False, **settings)
-        for i in range(rounds)
+        [reward.ended(prompt + answer, tokenizer) for prompt, answer in zip(prompts, answered, strict=True)]
+        for answered in answers
     ]
 
 
-def judge(model: Any, tokenizer: Any, prompts: Sequence[str], answers: list[list[str]]) -> list[list[float]]:
-    """The rewards of :func:`sample`'s answers, to four decimals."""
-    scores = []
-    for answered in answers:
-        texts = [reward.ended(prompt + answer, tokenizer) for prompt, answer in zip(prompts, answered, strict=True)]
-        scores.append([round(x, 4) for x in reward.score(model, tokenizer, texts).tolist()])
-    return scores
+def judge(model: Any, tokenizer: Any, texts: list[list[str]], max_length: int = 1024) -> list[list[float]]:
+    """The rewards of :func:`judged_texts`, to four decimals. Of longer texts the last `max_length` tokens are read."""
+    scores = (reward.score(model, tokenizer, row, max_length=max_length) for row in texts)
+    return [[round(x, 4) for x in row.tolist()] for row in scores]
+
+
+def cut_marks(answers: Sequence[Sequence[Answer]], limit: int) -> dict[str, Any]:
+    """What a record says of its answers' ends: 1 for each that reached `limit` tokens without an end token."""
+    return {
+        "max_new_tokens": limit,
+        "cut": [[int(answer.cut) for answer in answered] for answered in answers],
+        "cut_counted_by": "end token",
+    }
+
+
+def count_cut(records: Sequence[dict]) -> list[dict]:
+    """The demonstration's `records` with marks where they have none, by tokenizing the texts of the answers again.
+
+    An answer counts as cut where its text has MAX_NEW_TOKENS tokens or more. The text does not say which tokens it was
+    sampled as, so an answer near the limit can be counted wrongly, either way.
+    """
+    tokenizer = tokenizer_of(make_pairs(held_out=DemoSettings.held_out)[0])
+    marked = []
+    for record in records:
+        if "cut" not in record:
+            sizes = [
+                [len(ids) for ids in tokenizer(x, add_special_tokens=False)["input_ids"]] for x in record["answers"]
+            ]
+            marks = [[int(size >= MAX_NEW_TOKENS) for size in row] for row in sizes]
+            new = {"max_new_tokens": MAX_NEW_TOKENS, "cut": marks, "cut_counted_by": "tokens of the text"}
+            ends = {name: record[name] for name in ("rewards", "answers")}
+            record = {**{k: v for k, v in record.items() if k not in ends}, **new, **ends}
+        marked.append(record)
+    return marked
 
 
 def run_seed(seed: int, folder: Path, settings: DemoSettings, dpo: DPOSettings, rounds: int) -> list[dict]:
@@ -95,10 +151,11 @@ def run_seed(seed: int, folder: Path, settings: DemoSettings, dpo: DPOSettings, 
     reward.fit(judge_model, tokenizer, train, learning_rate=REWARD_LEARNING_RATE, seed=seed)
     share = reward.accuracy(judge_model, tokenizer, heldout)
     facts = {row["prompt"]: row["fact"] for row in policies.heldout}
+    prompts = {row["prompt"]: prompt_ids(pair_text(row, tokenizer), tokenizer) for row in policies.heldout}
     records = []
     for name in NAMES:
         model = load(policies.folders[name])
-        answers = sample(model, tokenizer, [*facts], rounds, max_new_tokens=64, batch_size=64)
+        answers = sample(model, tokenizer, [*prompts.values()], rounds, max_new_tokens=MAX_NEW_TOKENS, batch_size=64)
         manners = [m for answered in answers for m in map(manner, answered) if m is not None]
         right = [f in a for answered in answers for f, a in zip(facts.values(), answered, strict=True)]
         records.append(
@@ -111,7 +168,8 @@ def run_seed(seed: int, folder: Path, settings: DemoSettings, dpo: DPOSettings, 
                 "without_manner": len(answers) * len(facts) - len(manners),
                 "facts_right": round(statistics.fmean(right), 4),
                 "torch": torch.__version__,
-                "rewards": judge(judge_model, tokenizer, [*facts], answers),
+                **cut_marks(answers, MAX_NEW_TOKENS),
+                "rewards": judge(judge_model, tokenizer, judged_texts(tokenizer, [*facts], answers)),
                 "answers": answers,
             }
         )
@@ -128,8 +186,11 @@ def store(records: Sequence[dict], path: Path) -> None:
     seeds = {record["seed"] for record in records}
     kept = [record for record in read(path) if record["seed"] not in seeds]
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = sorted([*kept, *records], key=lambda record: (record["seed"], NAMES.index(record["model"])))
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    _write(sorted([*kept, *records], key=lambda record: (record["seed"], NAMES.index(record["model"]))), path)
+
+
+def _write(records: Sequence[dict], path: Path) -> None:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def show(records: Sequence[dict], ours: str = "orpo") -> str:
@@ -154,7 +215,7 @@ def compare_own(options: argparse.Namespace) -> list[dict]:
             prompt = pair_text(row, tokenizer).chosen_prompt
         except UnusableRow:
             continue
-        if len(tokenizer(prompt)["input_ids"]) <= options.max_prompt_length:
+        if prompt and len(reward.token_ids(prompt, tokenizer)) <= options.max_prompt_length:
             rows.append(row)
             judged.append(prompt)
     if not rows:
@@ -163,11 +224,20 @@ def compare_own(options: argparse.Namespace) -> list[dict]:
     for entry in options.models:
         name, _, folder = entry.partition("=")
         model, own = load_policy(folder)
-        prompts = [pair_text(row, own).chosen_prompt for row in rows]
+        prompts = [prompt_ids(pair_text(row, own), own) for row in rows]
         settings = {name: getattr(options, name) for name in ("max_new_tokens", "batch_size")}
         answers = sample(model, own, prompts, options.rounds, **settings)
-        scores = judge(judge_model.to(model.device), tokenizer, judged, answers)
-        records.append({"seed": 0, "model": name, "rewards": scores, "answers": answers})
+        texts = judged_texts(tokenizer, judged, answers)
+        scores = judge(judge_model.to(model.device), tokenizer, texts, options.max_length)
+        longer = reward.longer([text for row in texts for text in row], tokenizer, options.max_length)
+        ends = {**cut_marks(answers, options.max_new_tokens), "max_length": options.max_length, "longer": longer}
+        records.append({"seed": 0, "model": name, **ends, "rewards": scores, "answers": answers})
+        count = len(rows) * options.rounds
+        print(
+            f"{name}: {sum(map(sum, ends['cut']))} of {count} answers reached --max_new_tokens "
+            f"({options.max_new_tokens}); the judge read the last {options.max_length} tokens (--max_length) of "
+            f"{longer} texts that are longer"
+        )
         del model
     return records
 
@@ -186,15 +256,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", default="test", help="of --data")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="with --models")
     parser.add_argument("--max_prompt_length", type=int, default=1024, help="with --models: longer ones are left out")
+    parser.add_argument("--max_length", type=int, default=1024, help="with --models: most tokens that the judge reads")
     parser.add_argument("--batch_size", type=int, default=64, help="with --models: answers sampled at a time")
+    parser.add_argument("--count_cut", action="store_true", help="marks the cut answers in --output, and nothing else")
     options = parser.parse_args(argv)
+    if options.count_cut:
+        _write(count_cut(read(options.output)), options.output)
+        return
     if options.models:
         if options.reward is None or options.data is None or options.output == RESULTS:
             parser.error("--models needs --reward, --data and an --output of its own")
         if any("=" not in entry for entry in options.models) or "orpo" not in [m.split("=")[0] for m in options.models]:
             parser.error(f"--models is {options.models}; it takes NAME=FOLDER each, and one NAME has to be orpo")
         records = compare_own(options)
-        options.output.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        _write(records, options.output)
         print(show(records))
         return
     if options.quick and options.output == RESULTS:
