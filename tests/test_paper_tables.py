@@ -16,13 +16,13 @@ from accelerate.commands.launch import launch_command_parser
 from tiny import SEVEN, make_model, make_tokenizer
 from transformers import BertConfig, BertModel
 
-from orpo import generate
+from orpo import generate, train
 from orpo.recipes import FOLDER
 
 PAGE = Path(__file__).parents[1] / "benchmarks" / "paper" / "tables.md"
 PARTS = re.split(r"^## ", PAGE.read_text(), flags=re.M)
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.M | re.S)
-INSTALL, NAMES = BLOCK.findall(PARTS[0])
+INSTALL, JUDGE, NAMES = BLOCK.findall(PARTS[0])
 SECTIONS = {part.partition("\n")[0]: BLOCK.findall(part) for part in PARTS[1:]}
 ADDED = {
     name: shlex.split(options)
@@ -123,6 +123,13 @@ def commands(script, folder):
     return [(Path(row[0]), row[1:]) for row in found]
 
 
+def all_commands(folder, program):
+    """The commands of all sections that begin with `program`; nothing is run."""
+    (folder / "FastChat/fastchat/llm_judge").mkdir(parents=True)
+    blocks = [block for blocks in SECTIONS.values() for block in blocks]
+    return [words for block in blocks for _, words in commands(NAMES + block, folder) if words[0] == program]
+
+
 class World:
     """A folder in which the names of the page are tiny models and data sets. Sections run in order, each once."""
 
@@ -167,10 +174,12 @@ class World:
         elif words[0] == "alpaca_eval":
             rows = json.loads(Path(option(words, "--model_outputs")).read_text())
             assert [set(row) for row in rows] == [{"dataset", "instruction", "output", "generator"}] * 2
+            assert re.match(r"alpaca-[12]/", option(words, "--output_path"))
         else:
-            assert words[:3] == ["python", "gen_judgment.py", "--model-list"]
-            lines = (where / f"data/mt_bench/model_answer/{words[3]}.jsonl").read_text().splitlines()
-            assert [len(json.loads(line)["choices"][0]["turns"]) for line in lines] == [2, 2]
+            assert words[1] in ("gen_judgment.py", "show_result.py") and words[2] == "--model-list"
+            for model in words[3:]:
+                lines = (where / f"data/mt_bench/model_answer/{model}.jsonl").read_text().splitlines()
+                assert [len(json.loads(line)["choices"][0]["turns"]) for line in lines] == [2, 2]
 
     def check(self, words):
         """What a script of this project says it writes is there."""
@@ -194,13 +203,14 @@ class World:
             parsed = launch_command_parser().parse_args([*launch_args, "dpo.py", *training_script_args])
             assert Path(parsed.config_file).is_file() and parsed.num_processes == 4 and script_name == "dpo.py"
             arguments = dpo.make_parser().parse_args_and_config(training_script_args, fail_with_unknown_args=False)
-            assert arguments[1].beta == 0.1 and arguments[1].learning_rate == 5e-6
             dpo.main(*arguments[:4])
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("trl.cli.accelerate_launcher.launch_training_script", launch)
             assert main([*words[1:], *ADDED["trl dpo"]]) == 0
         assert Path(folder, "config.json").exists()
+        (state,) = Path(folder).glob("checkpoint-*/trainer_state.json")
+        assert json.loads(state.read_text())["best_model_checkpoint"] == f"{folder}/{state.parent.name}"
         self.run_with.append(folder)
 
 
@@ -239,11 +249,61 @@ def test_launch_lines_are_those_of_the_recipes():
         assert f"# Launch: {lines[prefix]} --config {recipe}\n" in (FOLDER / f"{recipe}.yaml").read_text()
 
 
+def test_training_has_the_slides_settings(tmp_path):
+    """Rate, epochs, scheduler, whether the best epoch is kept, and lambda, of each command with its recipe."""
+    arrived = {}
+    for words in all_commands(tmp_path, "accelerate"):
+        arguments = launch_command_parser().parse_args(words[2:]).training_script_args
+        args = train.parse([*arguments, "--use_cpu", "True", "--bf16", "False"])[2]
+        kept = (args.num_train_epochs, args.lr_scheduler_type, args.load_best_model_at_end, args.beta)
+        arrived[args.output_dir] = (args.learning_rate, *kept)
+    expected = {
+        "mistral-orpo-alpha": (8e-6, 1, "cosine", False, 0.1),
+        "mistral-orpo-lambda-1": (8e-6, 1, "cosine", False, 1.0),
+        "mistral-orpo-beta": (5e-6, 5, "inverse_sqrt", True, 0.1),
+    }
+    lambdas = {f"{data}-{size}": 0.1 for data in ("hh", "uf") for size in ("125m", "350m", "1.3b")}
+    for name, weight in {**lambdas, "phi-2": 0.25, "llama-2": 0.2}.items():
+        expected[f"{name}-orpo"] = (8e-6, 10, "cosine", True, weight)
+        expected[f"{name}-sft"] = (1e-5, 1, "cosine", True, 0.0)
+    assert arrived == expected
+
+
+def test_figures_3_and_9_have_commands(tmp_path):
+    (block,) = (b for b in BLOCK.findall(PAGE.with_name("README.md").read_text()) if "accelerate" in b)
+    found = []
+    for _, words in commands(block, tmp_path):
+        arguments = launch_command_parser().parse_args(words[2:]).training_script_args
+        model, data, args = train.parse([*arguments, "--use_cpu", "True", "--bf16", "False"])
+        found.append(
+            (model.model_name_or_path, data.dataset_name, args.beta, args.learning_rate, args.num_train_epochs)
+        )
+    mistral = ("mistralai/Mistral-7B-v0.1", "HuggingFaceH4/ultrafeedback_binarized")
+    sft = ("facebook/opt-350m", "Anthropic/hh-rlhf", 0.0, 1e-5, 1)
+    assert found == [sft, *((*mistral, weight, 8e-6, 1) for weight in (0.1, 0.5, 1.0))]
+
+
+def test_dpo_has_the_slides_settings(tmp_path):
+    pytest.importorskip("trl", reason="needs TRL, which trains with DPO: pip install '.[paper]'")
+    from trl.scripts import dpo
+
+    found = all_commands(tmp_path, "trl")
+    assert len(found) == 8
+    for words in found:
+        assert words[1:3] == ["dpo", "--accelerate_config"] and words[4:6] == ["--num_processes", "4"]
+        line = [*words[6:], "--use_cpu", "--bf16", "False"]
+        args = dpo.make_parser().parse_args_and_config(line, fail_with_unknown_args=False)[1]
+        assert (args.beta, args.learning_rate, args.num_train_epochs) == (0.1, 5e-6, 3)
+        assert args.lr_scheduler_type == "cosine" and args.load_best_model_at_end
+        assert args.save_strategy == args.eval_strategy == "epoch"
+
+
 def test_what_is_installed_has_an_extra(tmp_path):
     import tomllib
 
     found = [words for _, words in commands(INSTALL, tmp_path)]
     assert [words[0] for words in found] == ["pip", "hf", "git"]
     extras = tomllib.loads((PAGE.parents[2] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert [words[:3] for _, words in commands(JUDGE, tmp_path)] == [["pip", "install", "-e"]]
     (asked,) = re.findall(r"\.\[(.*)\]", found[0][2])
     assert set(asked.split(",")) <= set(extras)
