@@ -204,8 +204,11 @@ def test_pruning_by_shared_memory_registers_and_spills():
     assert blocks(SM_90) == [(64, 256, 4), (128, 128, 4), (128, 128, 4, "descriptors"), (64, 128, 4, "descriptors")]
     # An RTX 4090's 99 KB.
     assert blocks(replace(SM_90, major=8, max_shared=101376)) == [(128, 128, 3), (64, 128, 4)]
-    # A square tile through pointers spills on sm_100.
-    assert blocks(replace(SM_90, major=10)) == [(64, 256, 4), (128, 128, 4, "descriptors"), (64, 128, 4, "descriptors")]
+    # A square tile spills on sm_100.
+    assert blocks(replace(SM_90, major=10)) == [(64, 256, 4), (64, 128, 4, "descriptors")]
+    # An RTX 5090.
+    found = blocks(replace(SM_90, major=12, max_shared=101376))
+    assert found == [(128, 128, 3), (128, 128, 3, "descriptors"), (64, 128, 4), (64, 128, 4, "descriptors")]
     # Half the registers: half the sums a thread.
     assert blocks(replace(SM_90, max_registers=32768)) == [(64, 128, 4, "descriptors")]
     # Where nothing fits, the smallest is left to say so.
