@@ -65,6 +65,11 @@ def caption(records: list[dict]) -> str:
     return "; ".join(f"{where}, commit {' and '.join(sorted(commits[where]))}" for where in sorted(commits))
 
 
+def by_device(records: list[dict]) -> list[list[dict]]:
+    """The records of each machine, in the order in which machines were first measured."""
+    return [[r for r in records if r["device"] == device] for device in dict.fromkeys(r["device"] for r in records)]
+
+
 def is_ours(record: dict) -> bool:
     return record["peer"].startswith("ours")
 
@@ -90,7 +95,7 @@ def losses(records: list[dict], margin: float = 1.05) -> list[str]:
     cases: dict[tuple, list[dict]] = {}
     for r in records:
         if r["status"] == "measured":
-            names = ("group", "head", "pairs", "positions", "prompt", "padded", "V", "dtype", "kind")
+            names = ("group", "head", "pairs", "positions", "prompt", "padded", "V", "dtype", "kind", "device")
             cases.setdefault(tuple(r.get(name) for name in names), []).append(r)
     lines = []
     for rows in cases.values():
@@ -102,7 +107,7 @@ def losses(records: list[dict], margin: float = 1.05) -> list[str]:
             r = fastest
             lines.append(
                 f"* {r['head']}, {r['dtype']}, {r['pairs']} x {r['positions']}, {r['prompt']} prompt, "
-                f"{KINDS[r['kind']]}: {r['peer']} {r['median']:.3g} s, ours {best['median']:.3g} s"
+                f"{KINDS[r['kind']]}: {r['peer']} {r['median']:.3g} s, ours {best['median']:.3g} s ({r['device']})"
             )
     return lines
 
@@ -203,14 +208,14 @@ def pages(stored: dict[str, list[dict]]) -> str:
         if not records:
             out += [f"## {title}", f"Not measured yet: `python -m benchmarks.run --group {group}`."]
             continue
-        out += [f"## {title}", caption(records) + "."]
+        out.append(f"## {title}")
         if group == "heads":
             out.append("![speed against TRL](results/heads.png)")
         if group == "growth":
             out += ["![growth](results/growth.png)", growth_table(records)]
-        out.append(
-            {"long": long_table, "training": training_table, "accuracy": accuracy_table}.get(group, loss_table)(records)
-        )
+        write = {"long": long_table, "training": training_table, "accuracy": accuracy_table}.get(group, loss_table)
+        for part in by_device(records):
+            out += [caption(part) + ".", write(part)]
     lengths = [[name, *(str(QUANTILES[name][i]) for i in (0, 2, 5, 10, 15, 18, 20))] for name in QUANTILES]
     out += [
         "## Counted cost, and a model of GPUs",
@@ -257,6 +262,8 @@ def readme_training(records: list[dict]) -> list[str]:
     steps = [r for r in records if r["kind"] == "training step" and not r["data"].startswith("random words")]
     if not steps:
         return []
+    # The machine that was measured last.
+    steps = by_device(steps)[-1]
     text = (
         f"Training steps of {steps[0]['head']} on `{steps[0]['data']}`, {steps[0]['pairs']} pairs a batch, on "
         f"{caption(steps)}; medians of `python -m benchmarks.training --model FOLDER --data FILE`. `trl sft` is TRL's "

@@ -40,6 +40,8 @@ def test_a_faster_peer_is_named_with_both_times():
     assert report.losses([*rows, {**ROW, "peer": "trl", "median": 1.95}]) == []
     (line,) = report.losses([*rows, {**ROW, "peer": "trl", "median": 1.5}])
     assert "trl 1.5 s, ours 2 s" in line
+    # On another machine it is no comparison.
+    assert report.losses([*rows, {**ROW, "peer": "trl", "median": 1.5, "device": "y"}]) == []
 
 
 def test_a_measurement_taken_again_replaces_the_old_one(tmp_path):
