@@ -62,7 +62,8 @@ def model_card(
         trainer: an :class:`orpo.ORPOTrainer`, trained or not.
         folder: where the card goes. ``curves.png`` is shown if it lies there.
         model_name: the heading. Default: the name of `folder`.
-        finetuned_from: the base model. Default: where the model, or that below its adapter, was loaded from.
+        finetuned_from: the base model. Default: where the model, or that below its adapter, was loaded from. Of a
+            local folder the text has the name, and the metadata what the folder's own card names as its base.
         dataset: names of the data sets; a local file is named without its folder, and not linked.
         dataset_args: a configuration or a split, for each of `dataset`.
         dataset_tags: data sets on the hub that the metadata links. Default: those in `dataset` that are not local.
@@ -75,11 +76,14 @@ def model_card(
     adapters = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
     base = finetuned_from or _base_model(trainer, adapters)
     names = _listed(dataset)
+    known = _card_of(base)
+    # Another place has no such folder: what a local base was made from is known there, if its card names it.
+    origin = known.base_model if known and isinstance(known.base_model, str) else None
     metadata = ModelCardData(
-        base_model=base if base and not _is_local(base) else None,
+        base_model=base if base and not _is_local(base) else origin,
         datasets=_listed(dataset_tags) or [name for name in names if not _is_local(name)] or None,
         language=language,
-        license=license or _license_of(base),
+        license=license or (known.license if known else None),
         library_name="peft" if adapters else "transformers",
         model_name=model_name or Path(folder).absolute().name,
         pipeline_tag=(_listed(tasks) or ["text-generation"])[0],
@@ -87,7 +91,7 @@ def model_card(
     )
     parts = [
         f"# {metadata.model_name}",
-        f"{_described(base, adapters)}, trained on preference pairs with "
+        f"{_described(base, adapters)}{f' (made from `{origin}`)' if origin else ''}, trained on preference pairs with "
         "[ORPO](https://arxiv.org/abs/2403.07691), Odds Ratio Preference Optimization, by fused-orpo.",
         "## Data",
         _data(trainer, names, _listed(dataset_args)),
@@ -127,9 +131,9 @@ def _base_model(trainer: Any, adapters: dict[str, Any]) -> str | None:
     return getattr(getattr(trainer.model, "config", None), "_name_or_path", None) or None
 
 
-def _license_of(base: str | None) -> str | None:
+def _card_of(base: str | None) -> ModelCardData | None:
     card = Path(base, "README.md") if base and Path(base).is_dir() else None
-    return ModelCard.load(card, ignore_metadata_errors=True).data.license if card and card.is_file() else None
+    return ModelCard.load(card, ignore_metadata_errors=True).data if card and card.is_file() else None
 
 
 def _described(base: str | None, adapters: dict[str, Any]) -> str:
@@ -171,6 +175,8 @@ def _settings(trainer: Any, adapters: dict[str, Any]) -> str:
     args = trainer.args
     values, defaults = args.to_dict(), type(args).__dataclass_fields__
     changed = {name: values[name] for name in SHOWN if values[name] != _json(defaults[name].default)}
+    if not args.bf16 and not args.bf16_by_default:
+        changed.pop("bf16", None)
     for adapter in adapters.values():
         for name in ("r", "lora_alpha", "lora_dropout", "target_modules"):
             value = getattr(adapter, name, None)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -13,6 +15,14 @@ TRACEBACK = "ORPO_TRACEBACK"
 
 # Packages whose ValueErrors speak to the user; one from anywhere else is a fault, of which the place matters.
 _SPEAKING = {"orpo", "orpo_kernels", "transformers", "datasets", "peft", "accelerate", "huggingface_hub"}
+
+
+class OneLineErrors(argparse.ArgumentParser):
+    """A parser whose errors are one line, without its usage, which may be pages long."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with code 2."""
+        self.exit(2, f"{self.prog}: {message}; all options: {self.prog} --help\n")
 
 
 def run_command(name: str, main: Callable[[], Any]) -> None:
@@ -25,6 +35,8 @@ def run_command(name: str, main: Callable[[], Any]) -> None:
     Raises:
         SystemExit: with the message and the notes of the error.
     """
+    # peft asks for it under its older name, wherever it wraps a model.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
         main()
     except Exception as error:

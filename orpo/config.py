@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from orpo_kernels.backends import NAMES as BACKENDS
 from transformers import TrainingArguments
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from orpo.batch import NLL_SPANS, NLLSpan
 from orpo.data import Limits
@@ -138,7 +138,11 @@ class ORPOConfig(TrainingArguments):
             self.activation_checkpointing = self.gradient_checkpointing is not False
             self.gradient_checkpointing = self.activation_checkpointing
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+            self.bf16 = self.bf16_by_default
+        elif self.bf16 and not self.use_cpu and not (is_torch_bf16_gpu_available() or is_torch_xla_available()):
+            raise ValueError(
+                "bf16 is set, and there is no accelerator that has it: on a CPU, add --use_cpu (use_cpu=True)"
+            )
         super().__post_init__()
         for tracker in TRACKERS.intersection(self.report_to):
             require(tracker, f"report_to {tracker}")
@@ -147,6 +151,11 @@ class ORPOConfig(TrainingArguments):
         if self.accelerator_config.dispatch_batches is None:
             # The rows of a batch cannot be cut in pieces on rank 0, which is what dispatching a streamed batch does.
             self.accelerator_config.dispatch_batches = False
+
+    @property
+    def bf16_by_default(self) -> bool:
+        """What ``bf16`` is where it is not set."""
+        return not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
 
     @property
     def limits(self) -> Limits:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orpo.formats import EMPTY_ANSWER, PROMPTS_DIFFER, PairText, UnusableRow, pair_text
+from orpo.formats import AS_THEY_ARE, EMPTY_ANSWER, PROMPTS_DIFFER, PairText, UnusableRow, pair_text, skips_template
 from orpo.streams import ATTRIBUTE, DropCounter, summarize
 
 # Where a prepared data set keeps the report on it.
@@ -48,7 +48,7 @@ class Limits:
         if self.max_length and self.max_prompt_length and self.max_prompt_length >= self.max_length:
             raise ValueError(
                 f"max_prompt_length is {self.max_prompt_length} and max_length {self.max_length}: "
-                "the prompt may not fill the sequence"
+                "the prompt may not fill the sequence; lower --max_prompt_length too, or leave it out"
             )
         if self.truncation_mode not in ("keep_end", "keep_start"):
             raise ValueError(f"truncation_mode is {self.truncation_mode!r}; it has to be 'keep_end' or 'keep_start'")
@@ -209,6 +209,8 @@ def prepare_dataset(
         tokenized = data.map(tokenize, batched=True, with_indices=True, remove_columns=columns)
         report(f"{name}: a stream; rows that cannot train are left out as they come, and counted after each epoch")
         reasons = (EMPTY_ANSWER, PROMPTS_DIFFER, *([] if limits.max_length is None else [limits.too_long]))
+        if skips_template(next(iter(data)), tokenizer):
+            report(f"{name}: {AS_THEY_ARE}")
         counter = DropCounter(name, reasons)
         prepared = tokenized.filter(counter).remove_columns("dropped")
         setattr(prepared, ATTRIBUTE, counter)
@@ -226,6 +228,8 @@ def prepare_dataset(
     if reasons.total() == len(data):
         raise ValueError(f"no row of the {name} set can train: {summary}")
     report(summary)
+    if skips_template(data[0], tokenizer):
+        report(f"{name}: {AS_THEY_ARE}")
     kept = tokenized.filter(_is_kept, num_proc=num_proc, desc=f"Filtering the {name} set") if reasons else tokenized
     prepared = kept.remove_columns("dropped")
     setattr(prepared, SUMMARY, summary)

@@ -6,6 +6,8 @@ import math
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,28 @@ def check_writable(output_dir: str | Path) -> None:
     Raises:
         ValueError: that is not possible.
     """
+    if Path(output_dir).is_file():
+        raise ValueError(f"output_dir {output_dir} is a file; it has to be a folder")
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir) as file:
             file.write(b"\0")
     except OSError as error:
         raise ValueError(f"output_dir {output_dir} cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def leaves_no_empty_folder(output_dir: str | Path) -> Iterator[None]:
+    """Where the block raises, removes `output_dir` and its parents again, as far as they are new and empty."""
+    path = Path(output_dir).absolute()
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for folder in new:
+                folder.rmdir()
+        raise
 
 
 def checkpoint_bytes(model: nn.Module, args: Any) -> int:

@@ -19,6 +19,19 @@ EMPTY_ANSWER = "empty answer"
 PROMPTS_DIFFER = "pair whose prompts differ"
 
 
+AS_THEY_ARE = (
+    "the prompts are strings, trained as they are although the tokenizer has a chat template: an instruct model wants "
+    "conversations; to answer such prompts after training, orpo-generate --no_chat_template"
+)
+
+
+def skips_template(row: Mapping[str, Any], tokenizer: Any) -> bool:
+    """Whether the pair in `row` is joined from strings although `tokenizer` has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None)) and all(
+        isinstance(row.get(name), str) for name in ("prompt", "chosen", "rejected")
+    )
+
+
 class UnusableRow(Exception):
     """A row that cannot train; the message is the reason under which it is counted."""
 

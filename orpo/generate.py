@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo import judges
-from orpo.command import run_command
+from orpo.command import OneLineErrors, run_command
 from orpo.generation import Answer, Messages, generate, load
 from orpo.sources import load_pairs
 
@@ -46,7 +46,7 @@ def read_prompts(name: str, split: str = "train") -> list[str | Messages]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command ``orpo-generate``."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineErrors(
         prog="orpo-generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="a folder, a folder of an adapter, or a model of the hub")

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import Field, fields
 from typing import Any
 
+from orpo.arguments import DataArguments, ModelArguments
 from orpo.config import ORPOConfig
-from orpo.train import DataArguments, ModelArguments
 
 OLDER = "Older name, mapped with a warning to "
 

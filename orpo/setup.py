@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from orpo.config import ORPOConfig
+from orpo.hub import check_hub_name
 from orpo.packages import require
 
 
@@ -28,11 +29,12 @@ def load_model(name: str, *, trust_remote_code: bool = False, **options: Any) ->
 
     Raises:
         ImportError: FlashAttention is asked for and not installed.
-        ValueError: there is no such folder, the model is an encoder-decoder or has no language-modeling head, or
-            ``dtype`` names no torch dtype.
+        ValueError: there is no such folder, the hub cannot be reached, the model is an encoder-decoder or has no
+            language-modeling head, or ``dtype`` names no torch dtype.
     """
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise ValueError(f"there is no folder {name} to load a model from")
+    check_hub_name(name, cache_dir=options.get("cache_dir"))
     kwargs = {"trust_remote_code": trust_remote_code, "use_safetensors": True, **options}
     dtype = kwargs.get("dtype")
     if isinstance(dtype, str) and dtype != "auto":
@@ -70,12 +72,13 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str 
     """The tokenizer that belongs to the model called `name`.
 
     Raises:
-        ValueError: `name` is empty, or a folder without a tokenizer.
+        ValueError: `name` is empty, a folder without a tokenizer, or neither a folder nor to be had from the hub.
     """
     if not name:
         raise ValueError("processing_class is not given, and the model has no name to find its tokenizer by")
     if Path(name).is_dir() and not list(Path(name).glob("*token*")):
         raise ValueError(f"{name} holds a model without its tokenizer: save it there with tokenizer.save_pretrained")
+    check_hub_name(name)
     return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
 
@@ -105,7 +108,13 @@ def wrap_peft(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
     # The adapter's initial weights are random, and nothing has set the seed yet.
     torch.manual_seed(args.seed)
-    return peft.get_peft_model(model, peft_config)
+    try:
+        return peft.get_peft_model(model, peft_config)
+    except ValueError as error:
+        if "target" in str(error).lower():
+            linear = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+            error.add_note(f"--lora_target_modules takes all-linear, or some of {', '.join(sorted(linear))}")
+        raise
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from orpo.hub import check_hub_name
+
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+KINDS = {str: "a string", list: "a list", dict: "an object", int: "a number", float: "a number", bool: "true or false"}
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+
+
+class NoSuchSplit(ValueError):
+    """A data set without the split that was asked for."""
 
 
 def reader_for(path: str | Path) -> str | None:
@@ -28,7 +40,8 @@ def load_pairs(name: str, split: str = "train", *, config: str | None = None, st
         streaming: read it as it is trained on, rather than beforehand.
 
     Raises:
-        ValueError: there is no such file, it is empty, broken or of no kind that we read, or there is no such split.
+        ValueError: there is no such file, it is empty, broken or of no kind that we read, or the hub cannot be reached.
+        NoSuchSplit: there is no such split.
     """
     import datasets
 
@@ -43,18 +56,61 @@ def load_pairs(name: str, split: str = "train", *, config: str | None = None, st
     elif (name.startswith((".", "/", "~")) or reader_for(name) is not None) and not path.exists():
         raise ValueError(f"there is no file or folder {name}")
     else:
+        check_hub_name(name, "dataset")
         arguments = {"path": str(path) if path.is_dir() else name, "name": config}
     try:
-        return datasets.load_dataset(**arguments, split=split, streaming=streaming)
+        with _silent_reader():
+            return datasets.load_dataset(**arguments, split=split, streaming=streaming)
     except (StopIteration, datasets.exceptions.DatasetGenerationError) as error:
         # What went wrong in the file is the cause, behind a sentence that says nothing.
-        reason = error.__cause__ or "no row was found"
+        reason = _broken_line(path) or error.__cause__ or "no row was found"
         raise ValueError(f"{name} could not be read as {arguments['path']}: {reason}") from error
     except ValueError as error:
         if "corresponds to no data" in str(error):
             raise ValueError(
                 f"{name} has no row in {split!r}: it is empty, or has too few rows for that part"
             ) from error
-        if "split" not in str(error).lower():
+        if "split" in str(error).lower():
+            raise NoSuchSplit(f"{name} has no split {split!r}: {error}") from error
+        reason = _broken_line(path)
+        if reason is None:
             raise
-        raise ValueError(f"{name} has no split {split!r}: {error}") from error
+        raise ValueError(f"{name} could not be read as {arguments['path']}: {reason}") from error
+
+
+@contextmanager
+def _silent_reader() -> Iterator[None]:
+    """Without the line that the JSON reader logs before it raises the same."""
+    logger = logging.getLogger("datasets.packaged_modules.json.json")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _broken_line(path: Path) -> str | None:
+    """What is wrong in a file of JSON lines, its lines counted from 1; None where nothing is, or it is no such file."""
+    opened = {".jsonl": open, ".json": open, ".gz": gzip.open}.get(path.suffix.lower())
+    if opened is None or not path.is_file() or reader_for(path) != "json":
+        return None
+    with opened(path, "rt", encoding="utf-8", errors="replace") as file:
+        lines = file.read().splitlines()
+    if lines[0].strip() in ("[", "{") or lines[0].startswith("["):
+        return None
+    first_of: dict[str, tuple[str, int]] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            return f"line {number} is no JSON: {error.msg} in column {error.colno}"
+        if not isinstance(row, dict):
+            return f"line {number} is {line.strip()[:40]}, no JSON object"
+        for column, value in row.items():
+            kind = KINDS.get(type(value))
+            known, first = first_of.setdefault(column, (kind, number)) if kind else (None, 0)
+            if kind != known:
+                return f"{column!r} is {known} in line {first} and {kind} in line {number}"
+    return None

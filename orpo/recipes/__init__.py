@@ -32,4 +32,5 @@ def find_config(name: str) -> Path:
 def describe_recipes() -> str:
     """One line a recipe: its name, and the first line of its file."""
     texts = {name: (FOLDER / f"{name}.yaml").read_text(encoding="utf-8") for name in recipe_names()}
-    return "\n".join(f"{name:<20} {text.splitlines()[0].lstrip('# ')}" for name, text in texts.items())
+    width = max(map(len, texts))
+    return "\n".join(f"{name:<{width}}  {text.splitlines()[0].lstrip('# ')}" for name, text in texts.items())

