@@ -13,7 +13,6 @@ from typing import Any
 from orpo.hub import check_hub_name
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
-KINDS = {str: "a string", list: "a list", dict: "an object", int: "a number", float: "a number", bool: "true or false"}
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 
 
@@ -98,7 +97,6 @@ def _broken_line(path: Path) -> str | None:
         lines = file.read().splitlines()
     if lines[0].strip() in ("[", "{") or lines[0].startswith("["):
         return None
-    first_of: dict[str, tuple[str, int]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -108,9 +106,4 @@ def _broken_line(path: Path) -> str | None:
             return f"line {number} is no JSON: {error.msg} in column {error.colno}"
         if not isinstance(row, dict):
             return f"line {number} is {line.strip()[:40]}, no JSON object"
-        for column, value in row.items():
-            kind = KINDS.get(type(value))
-            known, first = first_of.setdefault(column, (kind, number)) if kind else (None, 0)
-            if kind != known:
-                return f"{column!r} is {known} in line {first} and {kind} in line {number}"
     return None

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from tiny import ROWS, SEVEN, make_model, make_tokenizer
 from trainers import make_trainer
 
+from orpo.recipes import smollm2
 from orpo.train import main
 
 
@@ -41,7 +42,7 @@ def test_the_card_says_what_was_run(tmp_path):
         *("@software{fused_orpo", f"* transformers {transformers.__version__}"),
     ):
         assert expected in card.text, expected
-    for absent in ("weight_decay", "runtime", str(tmp_path), "adapter"):
+    for absent in ("weight_decay", "bf16", "runtime", str(tmp_path), "adapter"):
         assert absent not in card.text
 
 
@@ -68,6 +69,25 @@ def test_a_local_base_gives_its_license_and_not_its_folder(tmp_path, has_license
     assert card.data.license == ("apache-2.0" if has_license else None)
     assert card.data.base_model is None and card.data.datasets is None
     assert "`base-model`, trained on" in card.text and str(tmp_path) not in str(card)
+
+
+def test_bf16_is_named_where_it_is_not_the_default(tmp_path, monkeypatch):
+    make_trainer(tmp_path, bf16=True).create_model_card()
+    assert "| `bf16` | True |" in card_of(tmp_path).text
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(type(trainer.args), "bf16_by_default", True)
+    trainer.create_model_card()
+    assert "| `bf16` | False |" in card_of(tmp_path).text
+
+
+def test_a_local_base_names_what_it_was_made_from(tmp_path):
+    base = tmp_path / "base-model"
+    make_model("llama").save_pretrained(base)
+    (base / "README.md").write_text(smollm2.CARD)
+    make_trainer(tmp_path / "out", model=str(base)).create_model_card()
+    card = card_of(tmp_path / "out")
+    assert (card.data.base_model, card.data.license) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
+    assert "`base-model` (made from `HuggingFaceTB/SmolLM2-135M-Instruct`), trained on" in card.text
 
 
 def test_an_adapter_has_a_card_of_ours_and_the_hub_knows_its_base(tmp_path):

@@ -219,6 +219,16 @@ def test_an_output_that_cannot_be_written_is_said_before_the_work(folder, tmp_pa
     assert "in a folder that does not exist" in capsys.readouterr().err
 
 
+def test_a_mistake_on_the_line_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["out"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said == (
+        "orpo-generate: one of the arguments --prompt --prompts is required; all options: orpo-generate --help\n"
+    )
+
+
 def test_a_model_without_its_head_is_refused(tmp_path):
     LlamaModel(LlamaConfig(**SMALL)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a model without its head"):

@@ -3,15 +3,18 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
-from tiny import ROWS, SMALL, make_model, make_tokenizer
+from tiny import CHATML, ROWS, SMALL, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, ViTConfig
 
 from orpo import ORPOTrainer, train
 from orpo.command import run_command
 
+NAME = "is_gradient_checkpointing"
+RUN = ["--model_name_or_path", "model", "--dataset_name", "pairs.jsonl"]
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
@@ -38,6 +41,7 @@ def folder(tmp_path_factory):
         "empty.jsonl": "",
         "empty.json": "[]",
         "header.csv": "prompt,chosen,rejected\n",
+        "one-line-broken.jsonl": lines(ROWS[:3]) + '\n{"prompt": \n',
         "broken.jsonl": '{"prompt": "a", "chosen": \n nonsense',
     }.items():
         (folder / name).write_text(text)
@@ -153,7 +157,14 @@ def test_training_on_a_cpu_needs_no_triton(folder, tmp_path):
         (["--model_name_or_path", "model", "--dataset_name", "pears.jsonl"], 1, "there is no file or folder pears"),
         (["--model_name_or_path", "model", "--dataset_name", "pairs.jsonl", "--load_in_4bit"], 1, "pip install bits"),
         (["--model_name_or_path", "model", "--dataset_name", "pairs.jsonl", "--output_dir", "pairs.jsonl"], 1,
-         "output_dir pairs.jsonl cannot be written: File exists"),
+         "output_dir pairs.jsonl is a file"),
+        ([*RUN, "--eval_strategy", "steps"], 1, "to evaluate on: --eval_dataset_name FILE, or parts of the one data"),
+        ([*RUN, "--generate_during_eval"], 1, "nothing is evaluated: give --eval_strategy steps and --eval_dat"),
+        ([*RUN, "--chat_template", "none.jinja"], 1, "--chat_template is 'none.jinja': no such file"),
+        ([*RUN, "--use_peft", "--lora_target_modules", "foo"], 1, "--lora_target_modules takes all-linear, or some of"),
+        ([*RUN, "--dataset_name", "one-line-broken.jsonl"], 1, "line 4 is no JSON: Expecting value in column 12"),
+        ([*RUN, "--config", "smollm2-lora", "--max_length", "64"], 1, "lower --max_prompt_length too"),
+        ([*RUN, "--config", "smollm2-lora", "--max_length", "64"], 1, "smollm2-lora sets max_prompt_length to 512"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_told_in_a_few_plain_lines(words, code, message, folder, monkeypatch, capsys):
@@ -166,7 +177,53 @@ def test_a_mistake_is_told_in_a_few_plain_lines(words, code, message, folder, mo
         run_command("orpo-train", lambda: train.main([*words, "--use_cpu"]))
     said = capsys.readouterr().err
     assert stop.value.code == code and message in said
-    assert "Traceback" not in said and len(said.strip().splitlines()) <= 2
+    # Behind progress bars, where something was read before.
+    told = said[said.index("orpo-train: ") :].strip().splitlines()
+    assert "Traceback" not in said and len(told) <= 3
+    assert not (folder / "trainer_output").exists()
+
+
+def test_a_refused_run_leaves_what_was_there(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for output in ("empty", "new/folder"):
+        with pytest.raises(ValueError, match="rename its columns"):
+            run(folder, tmp_path / output, data="other-columns.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_bare_bf16_is_true_and_a_cpu_has_to_be_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("orpo.config.is_torch_bf16_gpu_available", lambda: False)
+    line = ["--output_dir", str(tmp_path), "--bf16"]
+    assert train.parse([*line, "--use_cpu"])[2].bf16 is True
+    assert train.parse([*line, "false", "--use_cpu", "--nll_scores_eos"])[2].nll_scores_eos is True
+    with pytest.raises(ValueError, match="on a CPU, add --use_cpu"):
+        train.parse(line)
+
+
+def test_a_file_of_held_out_pairs_needs_no_split(folder, tmp_path):
+    run(folder, tmp_path, eval_dataset_name=folder / "pairs.jsonl")
+    assert json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("form", ["strings", "talks"])
+def test_strings_for_a_model_with_a_template_are_pointed_at(form, folder, tmp_path, capsys):
+    make_model("llama").save_pretrained(tmp_path / "chat")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path / "chat")
+    data = folder / ("pairs.jsonl" if form == "strings" else "talks.jsonl")
+    for streaming in (False, True):
+        run(tmp_path, tmp_path / f"out-{streaming}", model="chat", dataset_name=data, dataset_streaming=streaming)
+        hint = "the prompts are strings, trained as they are although the tokenizer has a chat template"
+        assert capsys.readouterr().out.count(hint) == (form == "strings")
+    run(folder, tmp_path / "plain")
+    assert "although the tokenizer" not in capsys.readouterr().out
+
+
+def test_pefts_deprecated_name_is_no_ones_concern(recwarn):
+    run_command("orpo-train", lambda: warnings.warn(f"`{NAME}` is deprecated and more", FutureWarning, stacklevel=1))
+    run_command("orpo-train", lambda: warnings.warn("`another` is deprecated", FutureWarning, stacklevel=1))
+    assert [str(warning.message) for warning in recwarn] == ["`another` is deprecated"]
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):

@@ -9,7 +9,7 @@ from tiny import ROWS, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from orpo import train
-from orpo.sources import load_pairs, reader_for
+from orpo.sources import NoSuchSplit, load_pairs, reader_for
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +66,34 @@ def test_sources_that_cannot_be_read(files):
         load_pairs(str(files / "pairs.txt"))
     with pytest.raises(ValueError, match="there is no file or folder"):
         load_pairs(str(files / "nothing.jsonl"))
-    with pytest.raises(ValueError, match="has no split 'test'"):
+    with pytest.raises(NoSuchSplit, match="has no split 'test'"):
         load_pairs(str(files / "pairs.jsonl"), "test")
     assert reader_for("a.JSON.zst") == "json" and reader_for("a.gz") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": "x"}\n\n{"a": \n', "line 3 is no JSON: Expecting value in column 7"),
+        ('{"a": "x"}\n[1]\n', r"line 2 is \[1\], no JSON object"),
+    ],
+)
+@pytest.mark.parametrize("name", ["broken.jsonl", "broken.json", "broken.jsonl.gz"])
+def test_lines_of_a_broken_file_are_counted_from_1(name, text, message, tmp_path, capfd):
+    with (gzip.open if name.endswith("gz") else open)(tmp_path / name, "wt") as file:
+        file.write(text)
+    with pytest.raises(ValueError, match=rf"{name} could not be read as json: {message}"):
+        load_pairs(str(tmp_path / name))
+    assert "Failed to load" not in "".join(capfd.readouterr())
+
+
+def test_a_json_file_over_many_lines_is_no_broken_one(tmp_path):
+    (tmp_path / "pairs.json").write_text(json.dumps(ROWS, indent=1))
+    assert load_pairs(str(tmp_path / "pairs.json")).to_list() == ROWS
+    (tmp_path / "pairs.json").write_text(json.dumps(ROWS, indent=1)[:-5])
+    with pytest.raises(ValueError) as caught:
+        load_pairs(str(tmp_path / "pairs.json"))
+    assert "line 1 " not in str(caught.value)
 
 
 def test_a_run_from_the_command_line(files, tmp_path):
@@ -146,11 +171,12 @@ def test_half_a_call_is_refused(line, message, tmp_path):
         (["--use_cpu", "--seed", "3", "--output_dir=demo"], {"device": "cpu", "seed": 3, "output_dir": "demo"}),
     ],
 )
-def test_without_model_and_data_the_demonstration_runs(line, call, monkeypatch):
+def test_without_model_and_data_the_demonstration_runs(line, call, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr("orpo.demo.run_demo", lambda **options: calls.append(options))
     train.main(line)
     assert calls == [call]
+    assert capsys.readouterr().out.startswith("no model and no data set are given: the demonstration")
 
 
 def test_help_lists_every_kind_of_option(capsys):
@@ -159,3 +185,8 @@ def test_help_lists_every_kind_of_option(capsys):
     text = capsys.readouterr().out
     for option in ("--model_name_or_path", "--dataset_name", "--beta", "--learning_rate", "--config", "--lora_r"):
         assert option in text
+    assert text.splitlines()[0] == "usage: orpo-train [--config FILE] [--option value ...]"
+    assert "\n    orpo-train --config run.yaml --learning_rate 8e-6  " in text and "``" not in text
+    assert "(default: trl)" in text
+    said = text[text.index("--resume_from_checkpoint") :][:600]
+    assert "Not directly used by Trainer" not in said and "anew" in said

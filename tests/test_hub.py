@@ -1,0 +1,78 @@
+"""orpo.hub: a wrong name is told at once, and what could still be had is not refused."""
+
+from types import SimpleNamespace
+
+import datasets
+import pytest
+from huggingface_hub import constants
+
+from orpo import hub
+from orpo.setup import load_model, load_tokenizer
+from orpo.sources import load_pairs
+
+
+class ConnectError(Exception):
+    pass
+
+
+class ReadTimeout(Exception):
+    pass
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """A hub that cannot be reached, with an empty cache; the list of requests to it."""
+    requests = []
+
+    def head(url, timeout):
+        requests.append(url)
+        raise ConnectError("no route")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "get_session", lambda: SimpleNamespace(head=head))
+    monkeypatch.setattr(hub, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    return requests
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer, load_pairs])
+def test_no_folder_and_no_hub(load, asked):
+    with pytest.raises(ValueError, match=r"there is no folder nothere, and the hub cannot be reached \(no route\)"):
+        load("nothere")
+    assert asked == [constants.ENDPOINT]
+
+
+def test_what_lies_here_is_not_asked_for(asked, tmp_path):
+    for folder in ("model", "hub/models--someone--base", "hub/datasets--someone--pairs", "datasets/someone___my_set"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name, kind in (
+        ("model", "model"),
+        ("someone/base", "model"),
+        ("someone/pairs", "dataset"),
+        ("someone/MySet", "dataset"),
+    ):
+        hub.check_hub_name(name, kind)
+    assert not asked
+    with pytest.raises(ValueError, match="no folder someone/pairs"):
+        hub.check_hub_name("someone/pairs")
+    (tmp_path / "elsewhere" / "models--someone--pairs").mkdir(parents=True)
+    hub.check_hub_name("someone/pairs", cache_dir=tmp_path / "elsewhere")
+
+
+def test_offline_nothing_is_asked(asked, monkeypatch):
+    monkeypatch.setattr(hub, "is_offline_mode", lambda: True)
+    with pytest.raises(ValueError, match="no folder nothere, and HF_HUB_OFFLINE keeps from asking the hub for a model"):
+        hub.check_hub_name("nothere")
+    with pytest.raises(ValueError, match="no folder runs/of/mine, and no name on the hub has two slashes"):
+        hub.check_hub_name("runs/of/mine")
+    assert not asked
+
+
+def test_any_other_failure_is_the_hubs_to_tell(asked, monkeypatch):
+    def head(url, timeout):
+        raise ReadTimeout
+
+    for answer in (head, lambda url, timeout: SimpleNamespace(status_code=503)):
+        monkeypatch.setattr(hub, "get_session", lambda answer=answer: SimpleNamespace(head=answer))
+        hub.check_hub_name("someone/base")
