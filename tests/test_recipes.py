@@ -214,6 +214,15 @@ def write_gguf(path, model):
     writer.close()
 
 
+def test_the_list_of_recipes_has_two_columns(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--list_recipes"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == recipe_names()
+    columns = {len(line) - len(line.partition(" ")[2].lstrip()) for line in lines}
+    assert columns == {max(map(len, recipe_names())) + 2}
+
+
 def test_smollm2s_wheel_becomes_a_folder_that_gives_the_same_logits(tmp_path, capsys):
     model = make_model("llama")
     write_gguf(tmp_path / "tiny.gguf", model)
@@ -230,6 +239,7 @@ def test_smollm2s_wheel_becomes_a_folder_that_gives_the_same_logits(tmp_path, ca
     assert torch.allclose(reloaded(ids).logits, model(ids).logits, atol=1e-5)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer("hello")["input_ids"] and tokenizer.chat_template
+    assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in (folder / "README.md").read_text()
 
 
 def test_without_a_network_the_command_says_what_to_do(monkeypatch, tmp_path):
