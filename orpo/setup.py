@@ -34,13 +34,13 @@ def load_model(name: str, *, trust_remote_code: bool = False, **options: Any) ->
     """
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise ValueError(f"there is no folder {name} to load a model from")
-    check_hub_name(name, cache_dir=options.get("cache_dir"))
     kwargs = {"trust_remote_code": trust_remote_code, "use_safetensors": True, **options}
     dtype = kwargs.get("dtype")
     if isinstance(dtype, str) and dtype != "auto":
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype is {dtype!r}; it has to be 'auto' or a torch dtype")
         kwargs["dtype"] = getattr(torch, dtype)
+    check_hub_name(name, cache_dir=options.get("cache_dir"))
     config = AutoConfig.from_pretrained(
         name, revision=kwargs.get("revision"), trust_remote_code=kwargs["trust_remote_code"]
     )

@@ -94,7 +94,10 @@ def test_no_allocation_is_larger_than_a_strip(frozen, dtype):
     n = problem.rows.rows_N.numel()
     assert n * vocabulary * dtype.itemsize > 10 * strip and vocabulary * 16 * 4 < strip
     _, largest, _ = measure(lambda: loss_of(problem, logits_budget=0, strip_bytes=strip).backward())
-    assert largest <= strip + ROUND
+    # Where the CPU has AMX, its library's bfloat16 matmul packs a transposed operand of its own accord: the strip's
+    # columns, padded.
+    packed = strip // 2 if dtype == torch.bfloat16 else 0
+    assert largest <= strip + packed + ROUND
 
 
 def test_memory_by_strips():
