@@ -218,7 +218,10 @@ def test_another_process_reads_what_was_timed(clock, tmp_path):
     assert timed.timed == [] and len(_files(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff", b'{"class": "other", "chosen": "strip"}'])
+OTHER_CLASS = b'{"class": "other", "chosen": "fused", "milliseconds": {"fused": 1.0, "strip": 2.0}}'
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff", OTHER_CLASS])
 def test_a_corrupt_file_is_ignored_and_replaced(content, clock, caplog, tmp_path):
     clock(fused=2.0, strip=1.0)
     _choose()
