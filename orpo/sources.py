@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ def load_pairs(name: str, split: str = "train", *, config: str | None = None, st
     try:
         with _silent_reader():
             return datasets.load_dataset(**arguments, split=split, streaming=streaming)
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{name} could not be unpacked: {error}") from error
     except (StopIteration, datasets.exceptions.DatasetGenerationError) as error:
         # What went wrong in the file is the cause, behind a sentence that says nothing.
         reason = _broken_line(path) or error.__cause__ or "no row was found"
@@ -93,15 +95,23 @@ def _broken_line(path: Path) -> str | None:
     opened = {".jsonl": open, ".json": open, ".gz": gzip.open}.get(path.suffix.lower())
     if opened is None or not path.is_file() or reader_for(path) != "json":
         return None
-    with opened(path, "rt", encoding="utf-8", errors="replace") as file:
-        lines = file.read().splitlines()
-    if lines[0].strip() in ("[", "{") or lines[0].startswith("["):
+    try:
+        with opened(path, "rt", encoding="utf-8", errors="replace") as file:
+            return _first_broken(file)
+    except (OSError, EOFError):
+        # A file that does not unpack: what the reader says of it stands.
         return None
+
+
+def _first_broken(lines: Iterable[str]) -> str | None:
     for number, line in enumerate(lines, 1):
+        if number == 1 and (line.startswith("[") or line.strip() == "{"):
+            # One value over many lines.
+            return None
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.rstrip("\r\n"))
         except json.JSONDecodeError as error:
             return f"line {number} is no JSON: {error.msg} in column {error.colno}"
         if not isinstance(row, dict):

@@ -32,7 +32,15 @@ CHECKS = (
         ["--kernels=interpret", "-m", "kernels", "tests/test_fused.py::test_float32_is_exact"],
     ),
     ("executed", ["--kernels=simt", "-m", "kernels", "tests/test_fused.py::test_float32_is_exact"]),
-    ("form", ["--kernels=interpret", "tests/test_kernel_form.py", "tests/test_kernel_configs.py"]),
+    (
+        "form",
+        [
+            "--kernels=interpret",
+            "tests/test_kernel_form.py",
+            "tests/test_kernel_tuning.py",
+            "tests/test_kernel_configs.py",
+        ],
+    ),
 )
 FORM_FILES = ("triton_strip_backend.py", "form.py", "tuning.py")
 # A fault may make a loop endless.

@@ -1,180 +1,20 @@
-"""The tiles of the kernels: which fit a chip, which is chosen with a clock that the test holds, and how grids cover."""
+"""The tiles of the kernels: which fit a chip, what they compute, and how grids cover rows and vocabulary."""
 
-import json
 import math
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from orpo_kernels import configs, tuning
+from orpo_kernels import configs
 from orpo_kernels.device_math import grouped_block
-from orpo_kernels.head import Head
 from problems import make_problem, relative_error
 
 from orpo import orpo_loss
 
 pytestmark = pytest.mark.kernels
 
-TILES = (
-    configs.MatmulConfig(16, 32, 16, num_warps=1, num_stages=1),
-    configs.MatmulConfig(32, 16, 16, num_warps=1, num_stages=1, group_n=2),
-)
 SM_90 = configs.Limits(is_amd=False, major=9, max_shared=232448, max_registers=65536)
-
-
-class Clock:
-    """Runs what is timed, and says that it took the next of the test's milliseconds."""
-
-    def __init__(self, *milliseconds: float) -> None:
-        self.left = list(milliseconds)
-
-    def __call__(self, run, device) -> float:
-        run()
-        return self.left.pop(0)
-
-
-@pytest.fixture
-def clock(monkeypatch, tmp_path):
-    """A function: from now on the machine has a clock, and what is timed takes these milliseconds."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(configs, "matmul_candidates", lambda x_ND, weight_VD: TILES)
-    monkeypatch.setattr(tuning, "capturing", lambda device: False)
-    tuning.forget()
-
-    def start(*milliseconds: float) -> Clock:
-        found = Clock(*milliseconds)
-        monkeypatch.setattr(tuning, "can_time", lambda device: True)
-        monkeypatch.setattr(tuning, "milliseconds", found)
-        return found
-
-    yield start
-    tuning.forget()
-
-
-def _inputs(device, rows: int = 40, vocabulary: int = 70):
-    generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(rows, 24, generator=generator), torch.randn(vocabulary, 24, generator=generator)
-    targets = torch.randint(0, vocabulary, (rows,), generator=generator)
-    return x.to(device), targets.to(device), Head(weight.to(device), softcap=20.0)
-
-
-def _truth(x, targets, head):
-    z = (x.double() @ head.weight_VD.double().T / head.softcap).tanh() * head.softcap
-    return z, z.logsumexp(1), z.log_softmax(1).gather(1, targets[:, None])[:, 0]
-
-
-def _logp(x, targets, head):
-    from orpo_kernels.logit_stats import logit_stats
-    from orpo_kernels.odds_ratio import combine
-
-    return combine(*logit_stats(x, targets, head))[0]
-
-
-@pytest.mark.parametrize("fast", [0, 1])
-def test_the_fastest_tile_runs_from_then_on(fast, clock, monkeypatch, tmp_path, kernel_device):
-    used = []
-    monkeypatch.setattr(
-        configs.MatmulConfig,
-        "launch_options",
-        lambda self, original=configs.MatmulConfig.launch_options: used.append(self) or original(self),
-    )
-    left = clock(*([1.0, 2.0] if fast == 0 else [2.0, 1.0])).left
-    problem = _inputs(kernel_device)
-    first = _logp(*problem)
-    assert used == [*TILES, TILES[fast]] and left == []
-    assert relative_error(first, _truth(*problem)[2]) < 1e-6
-    # Again, and for other rows of the class: not timed, the same tile, the same bits.
-    assert torch.equal(_logp(*problem), first)
-    _logp(*_inputs(kernel_device, rows=50))
-    assert used[3:] == [TILES[fast]] * 2
-    # A later process reads the file.
-    (file,) = (tmp_path / "cache" / "orpo_kernels").glob("*.json")
-    assert json.loads(file.read_text())["chosen"] == str(TILES[fast])
-    tuning.forget()
-    assert torch.equal(_logp(*problem), first)
-    # Another class is timed by itself.
-    clock(1.0, 2.0)
-    _logp(*_inputs(kernel_device, rows=70))
-    assert used[-3:] == [*TILES, TILES[0]]
-
-
-def test_tiles_that_are_no_longer_on_the_list_are_timed_again(clock, monkeypatch, kernel_device):
-    clock(2.0, 1.0)
-    problem = _inputs(kernel_device)
-    _logp(*problem)
-    tuning.forget()
-    monkeypatch.setattr(configs, "matmul_candidates", lambda x_ND, weight_VD: TILES[::-1])
-    left = clock(1.0, 2.0).left
-    _logp(*problem)
-    assert left == []
-
-
-def test_gradients_under_a_clock(clock, monkeypatch, kernel_device):
-    from orpo_kernels import logit_grad
-
-    # Fewer rows are timed than there are.
-    monkeypatch.setattr(logit_grad, "TIMED_ROWS", 8)
-    left = clock(2.0, 1.0).left
-    x, targets, head = _inputs(kernel_device)
-    z, lse, logp = _truth(x, targets, head)
-    g = logit_grad.logit_grad(x, targets, lse.float(), -torch.expm1(logp).float(), None, head)
-    one_hot = torch.nn.functional.one_hot(targets, z.shape[1])
-    assert left == []
-    assert relative_error(g, (one_hot - z.softmax(1)) * (1 - (z / head.softcap) ** 2)) < 1e-6
-
-
-def test_a_strip_is_folded_once_although_it_is_timed(clock, monkeypatch, kernel_device):
-    from orpo_kernels import logit_stats
-    from orpo_kernels.odds_ratio import combine
-
-    monkeypatch.setattr(logit_stats, "TIMED_ROWS", 8)
-    left = clock(2.0, 1.0).left
-    x, targets, head = _inputs(kernel_device)
-    stats = logit_stats.start_strip_stats(x)
-    logit_stats.add_strip_stats(x @ head.weight_VD.T, targets, head, stats)
-    assert left == []
-    assert relative_error(combine(*stats)[0], _truth(x, targets, head)[2]) < 1e-6
-
-
-def test_a_tile_that_the_card_cannot_run_is_not_chosen(clock, caplog, monkeypatch, kernel_device):
-    from triton.runtime.errors import OutOfResources
-
-    clock()
-
-    def milliseconds(run, device):
-        if not caplog.messages:
-            raise OutOfResources(300_000, 232_448, "shared memory")
-        return 5.0
-
-    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
-    problem = _inputs(kernel_device)
-    assert relative_error(_logp(*problem), _truth(*problem)[2]) < 1e-6
-    assert list(tuning._chosen.values()) == [str(TILES[1])]
-    assert f"{TILES[0]} does not fit this card" in caplog.text
-
-
-def test_without_a_timing_the_first_tile_runs(clock, monkeypatch, kernel_device):
-    problem = _inputs(kernel_device)
-    clock()  # nothing may be timed: there is no time left to give
-    torch.use_deterministic_algorithms(True)
-    try:
-        _logp(*problem)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert tuning._chosen == {}
-    monkeypatch.setattr(tuning, "can_time", lambda device: False)
-    _logp(*problem)
-    assert tuning._chosen == {}
-    monkeypatch.setattr(tuning, "can_time", lambda device: True)
-    monkeypatch.setattr(tuning, "capturing", lambda device: True)
-    captured = _logp(*problem)
-    # After the capture the process keeps what the graph holds.
-    monkeypatch.setattr(tuning, "capturing", lambda device: False)
-    assert torch.equal(_logp(*problem), captured)
-    assert list(tuning._chosen.values()) == [str(TILES[0])]
-
-
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 

@@ -88,16 +88,14 @@ def test_rows_that_cannot_matter_cost_nothing():
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
 def test_no_allocation_is_larger_than_a_strip(frozen, dtype):
     # Many rows: N * V is 10 strips; what is larger than a strip may only be the gradients that were asked for. In
-    # bfloat16 elementwise work goes through float32 copies of 2 MiB.
-    vocabulary, strip = 20011, 2**21
+    # bfloat16 elementwise work goes through float32 copies of 2 MiB, and where the CPU has AMX the library's matmul
+    # keeps up to 3 MB of its own, whatever the strip.
+    vocabulary, strip = 40013, 2**22
     problem = make_problem(8, 128, 16, vocabulary, dtype=dtype).requiring_grad(True, not frozen)
     n = problem.rows.rows_N.numel()
     assert n * vocabulary * dtype.itemsize > 10 * strip and vocabulary * 16 * 4 < strip
     _, largest, _ = measure(lambda: loss_of(problem, logits_budget=0, strip_bytes=strip).backward())
-    # Where the CPU has AMX, its library's bfloat16 matmul packs a transposed operand of its own accord: the strip's
-    # columns, padded.
-    packed = strip // 2 if dtype == torch.bfloat16 else 0
-    assert largest <= strip + packed + ROUND
+    assert largest <= strip + ROUND
 
 
 def test_memory_by_strips():

@@ -91,6 +91,17 @@ def test_lines_of_a_broken_file_are_counted_from_1(name, text, message, tmp_path
     assert not records and not logger.disabled
 
 
+@pytest.mark.parametrize(
+    "content",
+    [gzip.compress(b""), gzip.compress(b"{}" * 99)[:-9], b"no gzip"],
+    ids=["empty", "cut off", "not compressed"],
+)
+def test_a_compressed_file_without_rows_is_refused_with_its_name(content, tmp_path):
+    (tmp_path / "pairs.jsonl.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"pairs\.jsonl\.gz"):
+        load_pairs(str(tmp_path / "pairs.jsonl.gz"))
+
+
 def test_a_json_file_over_many_lines_is_no_broken_one(tmp_path):
     (tmp_path / "pairs.json").write_text(json.dumps(ROWS, indent=1))
     assert load_pairs(str(tmp_path / "pairs.json")).to_list() == ROWS
