@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 from pathlib import Path
 
 from orpo.plots import COLOURS
+
+from .cases import HEADS
 
 # Ours in one colour in every picture; hatching tells apart what the palette is too short for.
 PEER_COLOURS = {
@@ -47,10 +50,20 @@ def _save(figure, path: Path, records: list[dict]) -> None:
     _figure().close(figure)
 
 
+def _steps(records: list[dict]) -> list[dict]:
+    """Forward and backward beside TRL, on the machine that was measured last: bars of two would stand on each other."""
+    last = records[-1]["device"]
+    timed = [r for r in records if r["status"] == "measured" and r["kind"] == "step" and "ratio" in r]
+    return [r for r in timed if r["device"] == last]
+
+
 def heads(records: list[dict], path: Path, caption: str) -> None:
     """Speed of every peer relative to TRL, forward and backward, in front of every head; one panel a dtype."""
-    timed = [r for r in records if r["status"] == "measured" and r["kind"] == "step" and "ratio" in r]
-    names, dtypes = list(dict.fromkeys(r["head"] for r in timed)), sorted({r["dtype"] for r in timed}, reverse=True)
+    timed = _steps(records)
+    names, dtypes = (
+        [h for h in HEADS if any(r["head"] == h for r in timed)],
+        sorted({r["dtype"] for r in timed}, reverse=True),
+    )
     peers = [p for p in PEER_COLOURS if any(r["peer"] == p for r in timed)]
     figure, axes = _figure().subplots(len(dtypes), 1, figsize=(10, 3.4 * len(dtypes)), squeeze=False)
     for axis, dtype in zip(axes[:, 0], dtypes, strict=True):
@@ -64,6 +77,40 @@ def heads(records: list[dict], path: Path, caption: str) -> None:
         axis.grid(axis="y", alpha=0.3)
     axes[0, 0].legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.32), frameon=False)
     axes[-1, 0].set_xlabel(caption, fontsize=8)
+    _save(figure, path, records)
+
+
+def shares(records: list[dict], path: Path, caption: str) -> None:
+    """Speed relative to TRL by the share of prompt: a dot for each head, a line through their geometric means."""
+    timed = _steps(records)
+    dtypes = sorted({r["dtype"] for r in timed}, reverse=True)
+    peers = [p for p in PEER_COLOURS if p != "trl" and any(r["peer"] == p for r in timed)]
+    figure, axes = _figure().subplots(1, len(dtypes), figsize=(5.2 * len(dtypes), 4.2), squeeze=False, sharey=True)
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
+        for i, peer in enumerate(peers):
+            ratios: dict[float, list[float]] = {}
+            for r in timed:
+                if (r["dtype"], r["peer"]) == (dtype, peer):
+                    ratios.setdefault(100 * r["prompt"] / r["positions"], []).append(r["ratio"])
+            at, colour = sorted(ratios), colour_of(peer)
+            # Side by side, or the dots of one peer would hide another's.
+            aside = 1.2 * (i - (len(peers) - 1) / 2)
+            axis.plot(
+                [x + aside for x in at], [statistics.geometric_mean(ratios[x]) for x in at], color=colour, label=peer
+            )
+            axis.scatter(
+                [x + aside for x in at for _ in ratios[x]], [y for x in at for y in ratios[x]], 9, color=colour
+            )
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(
+            title=dtype,
+            xlabel="prompt, % of a sequence",
+            xticks=sorted({100 * r["prompt"] / r["positions"] for r in timed}),
+        )
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("times as fast as TRL, forward and backward")
+    axes[0, 0].legend(fontsize=8)
+    figure.suptitle(caption, fontsize=8)
     _save(figure, path, records)
 
 

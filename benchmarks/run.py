@@ -65,7 +65,7 @@ LOSS_GROUPS: dict[str, list[Piece]] = {
         for dtype in ("float32", "bfloat16")
     ],
     # Half of a sequence is prompt: forward and backward, and evaluation, in front of every head.
-    "heads": [Piece(head_case(head, 0.5), dtype, MAIN, 3) for dtype in ("float32", "bfloat16") for head in HEADS],
+    "heads": [Piece(head_case(head, 0.5), dtype, MAIN, 5) for dtype in ("float32", "bfloat16") for head in HEADS],
     "prompt_share": [
         Piece(head_case(head, share), dtype, MAIN, 3)
         for dtype in ("float32", "bfloat16")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report, results
+from benchmarks import report, results, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW = dict(group="heads", head="h", pairs=1, positions=8, prompt=4, padded=False, V=10, D=4, dtype="float32",
@@ -23,25 +23,25 @@ def test_figures_of_the_readme_are_the_stored_ones():
     assert readme == report.with_block(readme, report.readme_block(stored))
 
 
-@pytest.mark.parametrize("group", ["heads", "growth"])
+@pytest.mark.parametrize("group", report.PICTURES)
 def test_pictures_are_drawn_from_the_stored_figures(group):
     from PIL import Image
 
     from benchmarks.pictures import fingerprint
 
-    stored = results.load(group)
-    if not stored:
+    stored = report.shown_in(group, report.load_all())
+    if not results.load(group):
         pytest.skip(f"no results of group {group} are stored")
     assert Image.open(results.FOLDER / f"{group}.png").info["Description"] == fingerprint(stored)
 
 
 def test_a_faster_peer_is_named_with_both_times():
     rows = [{**ROW, "peer": "ours", "median": 2.0}, {**ROW, "peer": "ours (strips)", "median": 3.0}]
-    assert report.losses([*rows, {**ROW, "peer": "trl", "median": 1.95}]) == []
-    (line,) = report.losses([*rows, {**ROW, "peer": "trl", "median": 1.5}])
+    assert tables.losses([*rows, {**ROW, "peer": "trl", "median": 1.95}]) == []
+    (line,) = tables.losses([*rows, {**ROW, "peer": "trl", "median": 1.5}])
     assert "trl 1.5 s, ours 2 s" in line
     # On another machine it is no comparison.
-    assert report.losses([*rows, {**ROW, "peer": "trl", "median": 1.5, "device": "y"}]) == []
+    assert tables.losses([*rows, {**ROW, "peer": "trl", "median": 1.5, "device": "y"}]) == []
 
 
 def test_a_measurement_taken_again_replaces_the_old_one(tmp_path):
@@ -52,7 +52,7 @@ def test_a_measurement_taken_again_replaces_the_old_one(tmp_path):
 
 
 def test_exponents_are_recovered():
-    assert report.exponent([(x, 3 * x**1.5) for x in (1, 2, 7, 20)]) == pytest.approx(1.5)
+    assert tables.exponent([(x, 3 * x**1.5) for x in (1, 2, 7, 20)]) == pytest.approx(1.5)
 
 
 def test_lengths_drawn_have_the_shares_of_the_data():

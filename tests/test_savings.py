@@ -147,8 +147,8 @@ def test_tiles_stay_within_the_budget_whatever_the_batch(pairs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_evaluation_holds_one_chunk_of_a_tile_and_has_trainings_bits(dtype):
-    """1,100 rows are three chunks, the last one smaller."""
-    problem = make_problem(P=10, T=61, D=16, V=4001, dtype=dtype, softcap=30.0).requiring_grad()
+    """2,300 rows are three chunks, the last one smaller."""
+    problem = make_problem(P=10, T=121, D=16, V=4001, dtype=dtype, softcap=30.0).requiring_grad()
     n = problem.rows.rows_N.numel()
     assert 2 * torch_backend._CHUNK_ROWS < n < 3 * torch_backend._CHUNK_ROWS and n % 3
     budget = 2**30

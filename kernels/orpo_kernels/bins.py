@@ -114,10 +114,14 @@ class HeadGradient:
         """Add factor * other and empty `other`."""
         for name in ("weight_VD", "bias_V"):
             mine, theirs = getattr(self, name), getattr(other, name)
-            if theirs is not None:
+            if theirs is None:
+                continue
+            if mine is not None and mine.dtype == theirs.dtype == factor.dtype:
+                mine.addcmul_(theirs, factor)
+            else:
                 theirs = theirs.to(factor.dtype).mul_(factor)
                 setattr(self, name, theirs if mine is None else theirs.add_(mine))
-                setattr(other, name, None)
+            setattr(other, name, None)
 
 
 def forward(
@@ -136,15 +140,16 @@ def forward(
     total = HeadGradient(needs)
 
     bins = make_bins(rows, capacity)
+    memory = backend.tile_memory(max(map(_rows_of_a_tile, bins), default=0), x_ND, head, with_grad=needs.any)
     for bin_ in bins:
         if not needs.any:
             tiles = [bin_.slices] if bin_.slices else [(slice(r.first, r.last),) for runs in bin_.answers for r in runs]
             for tile in tiles:
-                logp, _ = backend.tile_stats(_take(x_ND, tile), _take(rows.targets_N, tile), head)
+                logp, _ = backend.tile_stats(_take(x_ND, tile), _take(rows.targets_N, tile), head, memory)
                 _put(logp_N, tile, logp)
         elif bin_.slices:
             x, part = _take(x_ND, bin_.slices), _take_rows(rows, bin_.slices)
-            logp, _, g_NV = backend.tile_stats_and_grad(x, part.targets_N, head)
+            logp, _, g_NV = backend.tile_stats_and_grad(x, part.targets_N, head, memory)
             _put(logp_N, bin_.slices, logp)
             coef = head.scale * backend.objective(logp, part, **settings).coef_N
             coef = backend.grad_coefficient(coef, logp, g_NV.dtype)
@@ -154,7 +159,7 @@ def forward(
                 total.add(g_NV, x, coef, last=bin_ is bins[-1])
             del g_NV
         else:
-            _oversized_pair(backend, x_ND, rows, head, settings, bin_, logp_N, dx_ND, total)
+            _oversized_pair(backend, x_ND, rows, head, settings, bin_, logp_N, dx_ND, total, memory)
     return logp_N, Gradients(dx_ND, total.weight_VD, total.bias_V)
 
 
@@ -168,6 +173,7 @@ def _oversized_pair(
     logp_N: Tensor,
     dx_ND: Tensor | None,
     total: HeadGradient,
+    memory: Tensor | None,
 ) -> None:
     """One pair, run by run: an answer's response rows are summed without their common factor, known at the end."""
     nll_coef = -head.scale * settings["nll_weight"] / settings["num_nll_tokens"]
@@ -179,7 +185,7 @@ def _oversized_pair(
         sums.append((answer, main))
         for run in runs:
             here = slice(run.first, run.last)
-            logp, _, g_NV = backend.tile_stats_and_grad(x_ND[here], rows.targets_N[here], head)
+            logp, _, g_NV = backend.tile_stats_and_grad(x_ND[here], rows.targets_N[here], head, memory)
             logp_N[here] = logp
             one = backend.grad_coefficient(torch.ones_like(logp), logp, g_NV.dtype)
             if dx_ND is not None:
@@ -200,6 +206,12 @@ def _oversized_pair(
     for answer, main in sums:
         if main is not None:
             total.take(answer, coef_N[main.first])
+
+
+def _rows_of_a_tile(bin_: Bin) -> int:
+    """Rows of the bin's largest tile."""
+    whole = sum(s.stop - s.start for s in bin_.slices)
+    return max([whole, *(run.last - run.first for runs in bin_.answers for run in runs)])
 
 
 def _take(t: Tensor, tiles: tuple[slice, ...]) -> Tensor:

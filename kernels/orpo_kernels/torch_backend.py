@@ -27,8 +27,8 @@ from .rows import Rows
 # Elementwise passes over one block of rows: small enough to stay in a core's cache from one pass to the next.
 _BLOCK_BYTES = 2 * 2**20
 # Rows of a tile to one matmul: with fewer the weight is packed too often; without a gradient a tile's memory is that of
-# one chunk, used over and over, since the first touch of fresh memory costs a tenth of the matmul.
-_CHUNK_ROWS = 512
+# one chunk, used over and over.
+_CHUNK_ROWS = 1024
 
 
 def compute_dtype(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> torch.dtype:
@@ -164,30 +164,37 @@ def token_stats(x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int) -
     return stats.finish()
 
 
-def _tile_blocks(
-    x_ND: Tensor, targets_N: Tensor, head: Head, g_NV: Tensor | None = None
-) -> Iterator[tuple[slice, LogitStrip, slice]]:
-    """(rows, tile, the rows within the tile) of a tile over the whole vocabulary, kept in g_NV where given.
+def tile_memory(rows: int, x_ND: Tensor, head: Head, with_grad: bool) -> Tensor:
+    """Memory for tiles of at most `rows` rows, one after the other: their logits, or those of one chunk of rows.
 
-    The same matmuls with and without g_NV: their shapes decide how they round.
+    Without it every tile's is fresh, and the first touch of fresh memory costs a tenth of the matmul.
+    """
+    dtype = compute_dtype(x_ND.dtype, head.weight_VD.dtype)
+    return x_ND.new_empty(rows if with_grad else min(rows, _CHUNK_ROWS), head.weight_VD.shape[0], dtype=dtype)
+
+
+def _tile_blocks(
+    x_ND: Tensor, targets_N: Tensor, head: Head, memory_NV: Tensor, keep: bool
+) -> Iterator[tuple[slice, LogitStrip, slice]]:
+    """(rows, tile, the rows within the tile) of a tile over the whole vocabulary, to `keep` in memory_NV or not.
+
+    The same matmuls either way: their shapes decide how they round.
     """
     (n, _), v = x_ND.shape, head.weight_VD.shape[0]
-    dtype = compute_dtype(x_ND.dtype, head.weight_VD.dtype)
-    weight_VD = head.weight_VD.to(dtype)
+    weight_VD = head.weight_VD.to(memory_NV.dtype)
     size = -(-n // max(1, -(-n // _CHUNK_ROWS)))
-    buffer_NV = x_ND.new_empty(size, v, dtype=dtype) if g_NV is None else None
     for start in range(0, n, size or 1):
         chunk = slice(start, min(start + size, n))
-        out = buffer_NV[: chunk.stop - start] if g_NV is None else g_NV[chunk]
+        out = memory_NV[chunk] if keep else memory_NV[: chunk.stop - start]
         tile = LogitStrip(x_ND[chunk], targets_N[chunk], head, 0, v, weight_VD, out)
         for block in tile.blocks():
             yield slice(start + block.start, start + block.stop), tile, block
 
 
-def tile_stats(x_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+def tile_stats(x_ND: Tensor, targets_N: Tensor, head: Head, memory_NV: Tensor) -> tuple[Tensor, Tensor]:
     """Stage 1 on a tile over the whole vocabulary: (logp_N, lse_N), bit for bit those of `tile_stats_and_grad`."""
     stats = RunningStats(x_ND.shape[0], x_ND, accumulation_dtype(x_ND, head.weight_VD))
-    for rows, tile, block in _tile_blocks(x_ND, targets_N, head):
+    for rows, tile, block in _tile_blocks(x_ND, targets_N, head, memory_NV, keep=False):
         z = tile.read(block)
         stats.target_N[rows] = _take_target(z, targets_N[rows], 0, tile.last)[2]
         stats.add(rows, z)
@@ -233,13 +240,14 @@ def frozen_head_stats_and_grad(
     return logp_N, lse_N, u_ND
 
 
-def tile_stats_and_grad(x_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
+def tile_stats_and_grad(
+    x_ND: Tensor, targets_N: Tensor, head: Head, memory_NV: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Stages 1 and 3 on a tile over the whole vocabulary: (logp_N, lse_N, g_NV), g in the matmul's dtype."""
-    dtype = compute_dtype(x_ND.dtype, head.weight_VD.dtype)
-    g_NV = x_ND.new_empty(x_ND.shape[0], head.weight_VD.shape[0], dtype=dtype)
+    g_NV = memory_NV[: x_ND.shape[0]]
     stats = RunningStats(x_ND.shape[0], x_ND, accumulation_dtype(x_ND, head.weight_VD))
     logp_N, lse_N = stats.target_N.clone(), stats.target_N.clone()
-    for rows, tile, block in _tile_blocks(x_ND, targets_N, head, g_NV):
+    for rows, tile, block in _tile_blocks(x_ND, targets_N, head, g_NV, keep=True):
         z = tile.read(block)
         slope = _softcap_slope(z, head)
         row, column, z_y = _take_target(z, targets_N[rows], 0, tile.last)

@@ -83,13 +83,17 @@ def logit_grad(
     return grad(x_ND, targets_N - first, lse_N, -torch.expm1(logp_N), row_scale_N, head), head.weight_VD
 
 
-def tile_stats(x_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+def tile_memory(rows: int, x_ND: Tensor, head: Head, with_grad: bool) -> None:
+    """None: a GPU's allocator hands the memory of one tile out to the next by itself."""
+
+
+def tile_stats(x_ND: Tensor, targets_N: Tensor, head: Head, memory_NV: None) -> tuple[Tensor, Tensor]:
     """Stage 1 on a tile over the whole vocabulary: (logp_N, lse_N), bit for bit those of `tile_stats_and_grad`."""
     _, logp_N, lse_N = _tile(*operands(x_ND, head), targets_N)
     return logp_N, lse_N
 
 
-def tile_stats_and_grad(x_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
+def tile_stats_and_grad(x_ND: Tensor, targets_N: Tensor, head: Head, memory_NV: None) -> tuple[Tensor, Tensor, Tensor]:
     """Stages 1 and 3 on a tile over the whole vocabulary: (logp_N, lse_N, g_NV)."""
     x_ND, head = operands(x_ND, head)
     z_NV, logp_N, lse_N = _tile(x_ND, head, targets_N)

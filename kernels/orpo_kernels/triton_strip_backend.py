@@ -29,6 +29,7 @@ from .triton_backend import (
     operands,
     strip_head_grad,
     tile_element_bytes,
+    tile_memory,
     tile_stats,
     tile_stats_and_grad,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "strip_element_bytes",
     "strip_head_grad",
     "tile_element_bytes",
+    "tile_memory",
     "tile_stats",
     "tile_stats_and_grad",
     "token_stats",
