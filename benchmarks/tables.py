@@ -115,8 +115,11 @@ def loss_table(records: list[dict]) -> str:
     return table(header, [row[: len(header)] for row in rows])
 
 
-def losses(records: list[dict], margin: float = 1.05) -> list[str]:
-    """One line for each case in which a peer is faster than the faster form of ours by more than `margin`."""
+FIGURES = {"median": lambda r: f"{r['median']:.3g} s", "peak_bytes": lambda r: f"{r['peak_bytes'] / 2**20:,.0f} MiB"}
+
+
+def losses(records: list[dict], margin: float = 1.05, figure: str = "median") -> list[str]:
+    """One line for each case in which a peer's `figure` is below that of both forms of ours by more than `margin`."""
     cases: dict[tuple, list[dict]] = {}
     for r in records:
         if r["status"] == "measured":
@@ -127,12 +130,12 @@ def losses(records: list[dict], margin: float = 1.05) -> list[str]:
         ours, others = ([r for r in rows if is_ours(r) == mine] for mine in (True, False))
         if not ours or not others:
             continue
-        best, fastest = (min(part, key=lambda r: r["median"]) for part in (ours, others))
-        if best["median"] > margin * fastest["median"]:
-            r = fastest
+        best, least = (min(part, key=lambda r: r[figure]) for part in (ours, others))
+        if best[figure] > margin * least[figure]:
+            r = least
             lines.append(
                 f"* {r['head']}, {r['dtype']}, {r['pairs']} x {r['positions']}, {r['prompt']} prompt, "
-                f"{KINDS[r['kind']]}: {r['peer']} {r['median']:.3g} s, ours {best['median']:.3g} s ({r['device']})"
+                f"{KINDS[r['kind']]}: {r['peer']} {FIGURES[figure](r)}, ours {FIGURES[figure](best)} ({r['device']})"
             )
     return lines
 

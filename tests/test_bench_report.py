@@ -40,8 +40,17 @@ def test_a_faster_peer_is_named_with_both_times():
     assert tables.losses([*rows, {**ROW, "peer": "trl", "median": 1.95}]) == []
     (line,) = tables.losses([*rows, {**ROW, "peer": "trl", "median": 1.5}])
     assert "trl 1.5 s, ours 2 s" in line
+    large = [{**row, "peak_bytes": 2**22} for row in rows]
+    (line,) = tables.losses([*large, {**ROW, "peer": "trl", "median": 9.0}], figure="peak_bytes")
+    assert "trl 1 MiB, ours 4 MiB" in line
     # On another machine it is no comparison.
     assert tables.losses([*rows, {**ROW, "peer": "trl", "median": 1.5, "device": "y"}]) == []
+
+
+def test_the_reason_for_losing_fits_every_case_in_which_we_lose():
+    stored = report.load_all()
+    lines = tables.losses([r for group in report.LOSS_GROUPS for r in stored[group]])
+    assert lines and all(": cce " in line for line in lines), "benchmarks/report.py gives a reason for CCE alone"
 
 
 def test_a_measurement_taken_again_replaces_the_old_one(tmp_path):

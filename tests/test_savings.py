@@ -145,6 +145,17 @@ def test_tiles_stay_within_the_budget_whatever_the_batch(pairs):
     assert largest <= budget + ROUND
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_one_memory_serves_all_tiles(trained):
+    """Fresh memory for each would cost its first touch again."""
+    problem = make_problem(16, T, 16, 2003).requiring_grad()
+    budget = 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, torch.set_grad_enabled(trained):
+        loss_of(problem, logits_budget=budget)
+    events = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert len([size for size in events if size > budget // 4]) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_evaluation_holds_one_chunk_of_a_tile_and_has_trainings_bits(dtype):
     """2,300 rows are three chunks, the last one smaller."""
