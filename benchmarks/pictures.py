@@ -127,6 +127,10 @@ def growth(records: list[dict], path: Path, caption: str) -> None:
                 )
         for axis in axes[:, column]:
             axis.set(yscale="log", xscale="linear" if label == "prompt share" else "log")
+            sizes = sorted({axis_value(r, label) for r in rows})
+            # The labels of a logarithmic axis of its own would run into one another.
+            axis.set_xticks(sizes, [f"{size:,g}" for size in sizes], minor=False)
+            axis.xaxis.set_minor_locator(_figure().NullLocator())
             axis.grid(alpha=0.3, which="both")
         axes[1, column].set_xlabel(label)
     axes[0, 0].set_ylabel("forward and backward, s")

@@ -115,3 +115,19 @@ def test_roofline_beside_the_bars_is_the_matmuls_at_the_cards_peak():
     one = roofline_seconds({**row, "rows": 1, "kind": "evaluation"}, "NVIDIA H100 80GB HBM3")
     assert one == pytest.approx(2 * 128256 * 4096 / 3.35e12)
     assert roofline_seconds({**row, "kind": "step"}, "some other card") is None
+
+
+def test_the_picture_of_prompt_shares_is_drawn(tmp_path):
+    from PIL import Image
+
+    from benchmarks.pictures import fingerprint, shares
+
+    rows = [
+        {**ROW, "head": head, "peer": peer, "prompt": prompt, "dtype": dtype, "ratio": 1.0 + prompt}
+        for head in ("a", "b")
+        for peer in ("ours", "trl")
+        for prompt in (0, 4)
+        for dtype in ("float32", "bfloat16")
+    ]
+    shares(rows, tmp_path / "shares.png", "caption")
+    assert Image.open(tmp_path / "shares.png").info["Description"] == fingerprint(rows)
