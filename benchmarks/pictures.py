@@ -51,19 +51,23 @@ def _save(figure, path: Path, records: list[dict]) -> None:
 
 
 def _steps(records: list[dict]) -> list[dict]:
-    """Forward and backward beside TRL, on the machine that was measured last: bars of two would stand on each other."""
-    last = records[-1]["device"]
-    timed = [r for r in records if r["status"] == "measured" and r["kind"] == "step" and "ratio" in r]
-    return [r for r in timed if r["device"] == last]
+    """Forward and backward where TRL was timed beside it."""
+    return [r for r in records if r["status"] == "measured" and r["kind"] == "step" and "ratio" in r]
+
+
+def ratios_by_share(timed: list[dict]) -> dict[float, list[float]]:
+    """Speeds relative to TRL, one for each head, at each share of prompt in percent."""
+    ratios: dict[float, list[float]] = {}
+    for r in sorted(timed, key=lambda r: r["prompt"] / r["positions"]):
+        ratios.setdefault(100 * r["prompt"] / r["positions"], []).append(r["ratio"])
+    return ratios
 
 
 def heads(records: list[dict], path: Path, caption: str) -> None:
     """Speed of every peer relative to TRL, forward and backward, in front of every head; one panel a dtype."""
     timed = _steps(records)
-    names, dtypes = (
-        [h for h in HEADS if any(r["head"] == h for r in timed)],
-        sorted({r["dtype"] for r in timed}, reverse=True),
-    )
+    names = [h for h in HEADS if any(r["head"] == h for r in timed)]
+    dtypes = sorted({r["dtype"] for r in timed}, reverse=True)
     peers = [p for p in PEER_COLOURS if any(r["peer"] == p for r in timed)]
     figure, axes = _figure().subplots(len(dtypes), 1, figsize=(10, 3.4 * len(dtypes)), squeeze=False)
     for axis, dtype in zip(axes[:, 0], dtypes, strict=True):
@@ -88,24 +92,18 @@ def shares(records: list[dict], path: Path, caption: str) -> None:
     figure, axes = _figure().subplots(1, len(dtypes), figsize=(5.2 * len(dtypes), 4.2), squeeze=False, sharey=True)
     for axis, dtype in zip(axes[0], dtypes, strict=True):
         for i, peer in enumerate(peers):
-            ratios: dict[float, list[float]] = {}
-            for r in timed:
-                if (r["dtype"], r["peer"]) == (dtype, peer):
-                    ratios.setdefault(100 * r["prompt"] / r["positions"], []).append(r["ratio"])
-            at, colour = sorted(ratios), colour_of(peer)
+            ratios = ratios_by_share([r for r in timed if (r["dtype"], r["peer"]) == (dtype, peer)])
             # Side by side, or the dots of one peer would hide another's.
             aside = 1.2 * (i - (len(peers) - 1) / 2)
-            axis.plot(
-                [x + aside for x in at], [statistics.geometric_mean(ratios[x]) for x in at], color=colour, label=peer
-            )
-            axis.scatter(
-                [x + aside for x in at for _ in ratios[x]], [y for x in at for y in ratios[x]], 9, color=colour
-            )
+            means = [(share + aside, statistics.geometric_mean(ratios[share])) for share in ratios]
+            dots = [(share + aside, ratio) for share in ratios for ratio in ratios[share]]
+            axis.plot(*zip(*means, strict=True), color=colour_of(peer), label=peer)
+            axis.scatter(*zip(*dots, strict=True), 9, color=colour_of(peer))
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set(
             title=dtype,
             xlabel="prompt, % of a sequence",
-            xticks=sorted({100 * r["prompt"] / r["positions"] for r in timed}),
+            xticks=list(ratios_by_share(timed)),
         )
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("times as fast as TRL, forward and backward")

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from . import cost_pages, pictures, results, tables
 from .lengths import QUANTILES
+from .run import LOSS_GROUPS
 from .tables import by_device, caption, losses, table
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 MARKS = ("<!-- figures: written by python -m benchmarks.report -->", "<!-- end of figures -->")
-LOSS_GROUPS = ("targets", "heads", "prompt_share", "frozen", "padding")
 README_PEERS = ("ours", "ours (strips)", "trl", "liger", "liger compiled", "cce")
 TITLES = {
     "targets": "Sequences of 256 and 1024 tokens, 96 and 384 of them prompt",
@@ -59,7 +59,7 @@ WHY = (
     "inside the matmul's accumulator first, which the CPU library does by one more write and read of the logits, "
     "and that is what makes a log-probability thirty times as exact (see Accuracy). Then, CCE's passes over the logits "
     "are one loop, made by the C++ compiler that it needs at run time; ours are torch's own operations, one after the "
-    "other, over blocks of rows that stay in cache."
+    "other, over blocks of rows that stay in cache. Differences of a tenth have changed sign from one run to the next."
 )
 
 
@@ -79,7 +79,8 @@ def pages(stored: dict[str, list[dict]]) -> str:
         "# Results",
         "Written by `python -m benchmarks.report` from `benchmarks/results/`. Every peer's loss and gradients are "
         "compared with float64 before it is timed; peers take turns in every round; memory is what a call allocates at "
-        "most, its gradients included. Errors are relative, of loss, hidden-state gradient and weight gradient. "
+        "most, its gradients included. Times are medians of 3 or 5 rounds; the files have their spread. Errors are "
+        "relative, of loss, hidden-state gradient and weight gradient. "
         "Vocabulary and hidden size are those of the real heads, without Phi-2's bias and Gemma 2's softcap; batches "
         "are scaled down to what two CPU cores finish in seconds, as the tables say. No figure was measured on a GPU.",
         "## Where we lose",
@@ -118,8 +119,7 @@ def pages(stored: dict[str, list[dict]]) -> str:
 
 def readme_block(stored: dict[str, list[dict]]) -> str:
     """The README's picture and figures."""
-    # The machine that was measured last.
-    records = by_device(stored["heads"])[-1]
+    records = shown_in("heads", stored)
     timed = [r for r in records if r["status"] == "measured"]
     shown = [r for r in timed if r["kind"] == "step" and r["peer"] in README_PEERS]
     lost = len(losses(records))
@@ -180,8 +180,13 @@ PICTURES = {"heads": pictures.heads, "prompt_share": pictures.shares, "growth": 
 
 
 def shown_in(group: str, stored: dict[str, list[dict]]) -> list[dict]:
-    """What a group's picture is drawn from: the shares of prompt include the half, measured with the heads."""
-    return [*(stored["heads"] if group == "prompt_share" else []), *stored[group]]
+    """What a group's picture and the README show: one machine, the last that it was measured on.
+
+    The shares of prompt include the half, which is measured with the heads.
+    """
+    device = by_device(stored[group])[-1][0]["device"]
+    records = [*(stored["heads"] if group == "prompt_share" else []), *stored[group]]
+    return [r for r in records if r["device"] == device]
 
 
 def main() -> None:
@@ -190,7 +195,7 @@ def main() -> None:
     for group, draw in PICTURES.items():
         if stored[group]:
             records = shown_in(group, stored)
-            draw(records, results.FOLDER / f"{group}.png", caption(by_device(records)[-1]))
+            draw(records, results.FOLDER / f"{group}.png", caption(records))
     if stored["cost"]:
         cost_pages.plot(stored["cost"], results.FOLDER / "cost.png")
     if stored["heads"]:

@@ -58,15 +58,21 @@ def peers_of(records: list[dict]) -> list[str]:
     return [peer for peer in pictures.PEER_COLOURS if any(r["peer"] == peer for r in records)]
 
 
+def shape_of(record: dict) -> tuple[str, str, str, str]:
+    """Head, batch, dtype and what was timed, in words."""
+    r = record
+    # No head's: one of the sizes that growth is measured over.
+    head = r["head"] if r["head"] in HEADS else f"V {r['V']:,}, D {r['D']}"
+    batch = f"{r['pairs']} x {r['positions']}, " + ("padded" if r["padded"] else f"{r['prompt']} prompt")
+    return head, batch, r["dtype"], KINDS[r["kind"]]
+
+
 def wide_table(records: list[dict]) -> str:
     """One line a case, one column for each peer: seconds and MiB, the least of either in bold."""
     one_kind = len({r["kind"] for r in records}) == 1
     cases: dict[tuple, dict[str, dict]] = {}
     for r in in_order(records):
-        batch = f"{r['pairs']} x {r['positions']}, {r['prompt']} prompt" + (", padded" if r["padded"] else "")
-        head = r["head"] if r["head"] in HEADS else f"V {r['V']:,}, D {r['D']}"
-        what = () if one_kind else (KINDS[r["kind"]],)
-        cases.setdefault((head, batch, r["dtype"], *what), {})[r["peer"]] = r
+        cases.setdefault(shape_of(r)[: 3 if one_kind else 4], {})[r["peer"]] = r
     names = peers_of(records)
 
     def cell(r: dict | None, right: list[dict]) -> str:
@@ -103,14 +109,13 @@ def loss_table(records: list[dict]) -> str:
     """Every peer of every case: time, spread, ratio, memory, errors."""
     rows = []
     for r in records:
-        shape = [r["head"], f"{r['pairs']} x {r['positions']}, {r['prompt']} prompt", r["dtype"], KINDS[r["kind"]]]
         if r["status"] != "measured":
-            rows.append([*shape, r["peer"], r["status"], *[""] * 4])
+            rows.append([*shape_of(r), r["peer"], r["status"], *[""] * 4])
             continue
         errors = " / ".join(f"{r[name]:.0e}" for name in ("error_loss", "error_dx", "error_dw"))
         spread = f"{r['median']:.3g} s ({r['q20']:.3g} to {r['q80']:.3g})"
         ratio = f"{r['ratio']:.2f}" if "ratio" in r else ""
-        rows.append([*shape, r["peer"], spread, ratio, f"{r['peak_bytes'] / 2**20:,.0f}", errors])
+        rows.append([*shape_of(r), r["peer"], spread, ratio, f"{r['peak_bytes'] / 2**20:,.0f}", errors])
     header = ["head", "batch", "dtype", "what", "who", "median (20 to 80 %)", "times as fast as TRL", "MiB", "error"]
     return table(header, [row[: len(header)] for row in rows])
 
@@ -132,10 +137,9 @@ def losses(records: list[dict], margin: float = 1.05, figure: str = "median") ->
             continue
         best, least = (min(part, key=lambda r: r[figure]) for part in (ours, others))
         if best[figure] > margin * least[figure]:
-            r = least
             lines.append(
-                f"* {r['head']}, {r['dtype']}, {r['pairs']} x {r['positions']}, {r['prompt']} prompt, "
-                f"{KINDS[r['kind']]}: {r['peer']} {FIGURES[figure](r)}, ours {FIGURES[figure](best)} ({r['device']})"
+                f"* {', '.join(shape_of(least))}: {least['peer']} {FIGURES[figure](least)}, "
+                f"ours {FIGURES[figure](best)} ({least['device']})"
             )
     return lines
 

@@ -29,9 +29,9 @@ def test_pictures_are_drawn_from_the_stored_figures(group):
 
     from benchmarks.pictures import fingerprint
 
-    stored = report.shown_in(group, report.load_all())
     if not results.load(group):
         pytest.skip(f"no results of group {group} are stored")
+    stored = report.shown_in(group, report.load_all())
     assert Image.open(results.FOLDER / f"{group}.png").info["Description"] == fingerprint(stored)
 
 
@@ -120,7 +120,7 @@ def test_roofline_beside_the_bars_is_the_matmuls_at_the_cards_peak():
 def test_the_picture_of_prompt_shares_is_drawn(tmp_path):
     from PIL import Image
 
-    from benchmarks.pictures import fingerprint, shares
+    from benchmarks.pictures import fingerprint, ratios_by_share, shares
 
     rows = [
         {**ROW, "head": head, "peer": peer, "prompt": prompt, "dtype": dtype, "ratio": 1.0 + prompt}
@@ -129,5 +129,35 @@ def test_the_picture_of_prompt_shares_is_drawn(tmp_path):
         for prompt in (0, 4)
         for dtype in ("float32", "bfloat16")
     ]
+    assert ratios_by_share(rows[:8]) == {0.0: [1.0] * 4, 50.0: [5.0] * 4}
     shares(rows, tmp_path / "shares.png", "caption")
     assert Image.open(tmp_path / "shares.png").info["Description"] == fingerprint(rows)
+
+
+def test_the_wide_table_marks_the_least_and_names_the_wrong():
+    rows = [
+        {**ROW, "peer": "ours", "median": 2.0, "peak_bytes": 2**21},
+        {**ROW, "peer": "trl", "median": 1.5, "peak_bytes": 2**22},
+        {**ROW, "peer": "cce", "status": "failed: RuntimeError: no"},
+        {**ROW, "peer": "ours", "median": 3.0, "kind": "evaluation", "padded": True},
+    ]
+    lines = tables.wide_table(rows).splitlines()
+    assert lines[0] == "| head | batch | dtype | what | ours | trl | cce |"
+    assert (
+        "| V 10, D 4 | 1 x 8, 4 prompt | float32 | forward and backward | 2 s, **2** MiB | **1.5** s, 4 MiB |"
+        in lines[2]
+    )
+    assert (
+        lines[2].endswith("| failed |") and "| 1 x 8, padded | float32 | evaluation | **3** s, **1** MiB |" in lines[3]
+    )
+
+
+def test_the_error_table_holds_the_largest():
+    rows = [{**ROW, "peer": "ours", "error_dx": error} for error in (1e-3, 4e-3, 2e-3)]
+    assert tables.error_table(rows).splitlines()[2:] == ["| ours | float32 | 0e+00 | 4e-03 | 0e+00 |"]
+
+
+def test_a_picture_shows_the_machine_that_its_group_was_measured_on_last():
+    stored = {"heads": [{**ROW, "device": d} for d in "xy"], "prompt_share": [{**ROW, "device": "x"}]}
+    assert {r["device"] for r in report.shown_in("heads", stored)} == {"y"}
+    assert [r["device"] for r in report.shown_in("prompt_share", stored)] == ["x", "x"]
