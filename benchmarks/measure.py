@@ -14,6 +14,7 @@ from importlib import metadata
 import torch
 from orpo_kernels import reference
 from orpo_kernels.rows import Rows
+from orpo_kernels.torch_logits import multiplies_bfloat16
 from torch.profiler import ProfilerActivity, profile
 
 from .cases import Batch, Case, make_batch
@@ -52,11 +53,14 @@ def stamp() -> dict[str, object]:
 
 
 def _cpu() -> str:
+    """The CPU's name and what of it torch uses: one name stands for several generations on rented machines."""
     try:
         with open("/proc/cpuinfo") as info:
-            return next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
+            name = next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        name = platform.processor() or platform.machine()
+    bfloat16 = "bfloat16" if multiplies_bfloat16() else "no bfloat16"
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}, {bfloat16})"
 
 
 def synchronize() -> None:

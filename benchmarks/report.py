@@ -24,6 +24,7 @@ TITLES = {
     "heads": "Eight heads, half of each sequence prompt",
     "prompt_share": "Other shares of prompt",
     "frozen": "Frozen head",
+    "bfloat16": "A short batch in bfloat16, emulated or not",
     "padding": "Padded batches of real lengths",
     "growth": "Growth",
     "accuracy": "Accuracy",
@@ -62,6 +63,11 @@ WHY = (
     "other, over blocks of rows that stay in cache. Differences of a tenth have changed sign from one run to the next."
 )
 
+# Likewise.
+WHY_LARGER = (
+    "Why: where a CPU has no instructions for bfloat16, ours computes logits in float32, four bytes each; the others "
+    "keep two, and take 5 to 70 times as long."
+)
 
 TABLES = {
     "targets": lambda records: [tables.loss_table(records)],
@@ -88,6 +94,7 @@ def pages(stored: dict[str, list[dict]]) -> str:
         *([WHY] if losses(everything) else []),
         "## Where another takes less memory",
         "\n".join(losses(everything, figure="peak_bytes")) or "In no case measured by more than 5 %.",
+        *([WHY_LARGER] if losses(everything, figure="peak_bytes") else []),
     ]
     for group, title in TITLES.items():
         records = stored[group]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from orpo_kernels import torch_logits
 from tqdm import tqdm
 from transformers import GenerationConfig
 
@@ -202,6 +203,8 @@ def _end_ids(model: Any, tokenizer: Any) -> list[int]:
 def load(name: str, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False) -> tuple:
     """(model, tokenizer) of a folder, an adapter's folder or a name on the hub, ready to generate.
 
+    With ``dtype="auto"`` the weights stay as they were saved, but for bfloat16 on a CPU that would emulate it: float32.
+
     Raises:
         ImportError: the folder holds an adapter, and peft is not installed.
         ValueError: there is no such folder, or no language model with its head and tokenizer in it.
@@ -217,4 +220,7 @@ def load(name: str, *, dtype: str = "auto", device: str | None = None, trust_rem
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     if device is None:
         device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    if dtype == "auto" and model.dtype == torch.bfloat16 and torch.device(device).type == "cpu":
+        # Emulated, bfloat16 takes six times as long to multiply as float32.
+        model = model if torch_logits.multiplies_bfloat16() else model.float()
     return model.to(device), tokenizer

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
+from orpo_kernels import torch_logits
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -115,6 +117,18 @@ def wrap_peft(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module
             linear = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
             error.add_note(f"--lora_target_modules takes all-linear, or some of {', '.join(sorted(linear))}")
         raise
+
+
+def warn_of_emulation(model: nn.Module, args: ORPOConfig) -> None:
+    """Warns where a CPU would emulate the bfloat16 that the model's layers are to be computed in."""
+    if args.device.type != "cpu" or torch_logits.multiplies_bfloat16():
+        return
+    if args.bf16 or any(p.dtype == torch.bfloat16 for p in model.parameters()):
+        warnings.warn(
+            "this CPU has no instructions for bfloat16, and emulates them: the model's layers take 6 to 100 times as "
+            "long as in float32. Set dtype float32, and leave out bf16; the loss is computed in float32 either way",
+            stacklevel=2,
+        )
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -26,7 +26,7 @@ from orpo.metrics import WeightedMeans
 from orpo.model import LossCall, attach_orpo_loss, base_model
 from orpo.probe import check_fused_logps, choose_layout
 from orpo.reports import ReportingTrainer
-from orpo.setup import disable_dropout, load_model, load_tokenizer, pad_token_id, wrap_peft
+from orpo.setup import disable_dropout, load_model, load_tokenizer, pad_token_id, warn_of_emulation, wrap_peft
 from orpo.sharding import agreed, prepare_ranks
 from orpo.streams import StreamReport, counters
 
@@ -137,6 +137,7 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
         model = wrap_peft(model, args, peft_config) if peft_config is not None else model
         if args.disable_dropout:
             disable_dropout(model)
+        warn_of_emulation(model, args)
         attach_orpo_loss(model)
         return model
 

@@ -25,3 +25,12 @@ def own_cache(tmp_path_factory, monkeypatch) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(params=[True, False], ids=["bfloat16 multiplied", "bfloat16 widened"])
+def bfloat16_cpu(request, monkeypatch) -> bool:
+    """A CPU with instructions for bfloat16, and one without: the loss is computed in different dtypes on the two."""
+    from orpo_kernels import torch_logits
+
+    monkeypatch.setattr(torch_logits, "multiplies_bfloat16", lambda: request.param)
+    return request.param

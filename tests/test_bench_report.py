@@ -53,6 +53,12 @@ def test_the_reason_for_losing_fits_every_case_in_which_we_lose():
     assert lines and all(": cce " in line for line in lines), "benchmarks/report.py gives a reason for CCE alone"
 
 
+def test_the_reason_for_more_memory_fits_every_case_in_which_another_has_less():
+    stored = report.load_all()
+    lines = tables.losses([r for group in report.LOSS_GROUPS for r in stored[group]], figure="peak_bytes")
+    assert all(", bfloat16, " in line and "no bfloat16)" in line for line in lines)
+
+
 def test_a_measurement_taken_again_replaces_the_old_one(tmp_path):
     results.append("heads", [{**ROW, "peer": "ours", "median": 2.0}], tmp_path)
     results.append("heads", [{**ROW, "peer": "ours", "median": 1.0, "seconds": [1.0]}], tmp_path)

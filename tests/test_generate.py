@@ -38,6 +38,14 @@ def greedy(model, ids, steps, ends):
     return ids[start:]
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_cpu_that_emulates_bfloat16_generates_in_float32_unless_told_otherwise(dtype, tmp_path, bfloat16_cpu):
+    make_model("llama").bfloat16().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    loaded, _ = load(str(tmp_path), dtype=dtype, device="cpu")
+    assert loaded.dtype == (torch.float32 if dtype == "auto" and not bfloat16_cpu else torch.bfloat16)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_greedy_answers_are_the_most_likely_tokens(batch_size, model):
     tokenizer = make_tokenizer()

@@ -176,7 +176,7 @@ def test_autocast_computes_as_a_linear_would(dtype, tolerance, budget):
 
 @pytest.mark.parametrize("capped", [False, True])
 @pytest.mark.parametrize("strip_bytes", [2**27, 2**12], ids=["one strip", "many"])
-def test_bfloat16_keeps_the_distance_of_large_logits(strip_bytes, capped):
+def test_bfloat16_keeps_the_distance_of_large_logits(strip_bytes, capped, bfloat16_cpu):
     """Logits near 60, where bfloat16 has steps of 0.25, at distances of about 1 from the target's."""
     g = torch.Generator().manual_seed(0)
     x = (1 + 0.1 * torch.randn(32, 64, generator=g)).bfloat16()

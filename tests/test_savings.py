@@ -4,6 +4,7 @@ import pytest
 import torch
 from orpo_kernels import torch_backend
 from orpo_kernels.backends import resolve_strip
+from orpo_kernels.bins import make_bins
 from problems import make_problem, relative_error
 from torch.profiler import ProfilerActivity, profile
 
@@ -86,7 +87,7 @@ def test_rows_that_cannot_matter_cost_nothing():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
-def test_no_allocation_is_larger_than_a_strip(frozen, dtype):
+def test_no_allocation_is_larger_than_a_strip(frozen, dtype, bfloat16_cpu):
     # Many rows: N * V is 10 strips; what is larger than a strip may only be the gradients that were asked for. In
     # bfloat16 elementwise work goes through float32 copies of 2 MiB, and where the CPU has AMX the library's matmul
     # keeps up to 3 MB of its own, whatever the strip.
@@ -117,10 +118,13 @@ def test_gradient_of_a_wide_head_exists_once():
     assert peak <= problem.weight.numel() * 4 + n * 40_009 * 4 + 2**17
 
 
-def test_two_bins_of_bfloat16_need_no_float32_copy_of_the_head():
+def test_two_bins_of_bfloat16_need_no_float32_copy_of_the_head(bfloat16_cpu):
     vocabulary, hidden = 20_011, 64
-    problem = make_problem(2, 16, hidden, vocabulary, dtype=torch.bfloat16).requiring_grad()
-    budget = 2 * vocabulary * problem.rows.rows_N.numel() * 2 // 3
+    problem = make_problem(2, 9, hidden, vocabulary, dtype=torch.bfloat16).requiring_grad()
+    element = torch_backend.tile_element_bytes(torch.bfloat16, torch.bfloat16)
+    capacity = 2 * problem.rows.rows_N.numel() // 3
+    budget = capacity * vocabulary * element
+    assert len(make_bins(problem.rows, capacity)) == 2 and budget < vocabulary * hidden * 2
     _, largest, _ = measure(lambda: loss_of(problem, logits_budget=budget).backward())
     # In float32 the head's gradient would take twice the weight's bytes.
     assert largest <= vocabulary * hidden * 2 + ROUND
@@ -157,7 +161,7 @@ def test_one_memory_serves_all_tiles(trained):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_evaluation_holds_one_chunk_of_a_tile_and_has_trainings_bits(dtype):
+def test_evaluation_holds_one_chunk_of_a_tile_and_has_trainings_bits(dtype, bfloat16_cpu):
     """2,300 rows are three chunks, the last one smaller."""
     problem = make_problem(P=10, T=121, D=16, V=4001, dtype=dtype, softcap=30.0).requiring_grad()
     n = problem.rows.rows_N.numel()

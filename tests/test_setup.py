@@ -3,15 +3,17 @@
 import contextlib
 import io
 import json
+import warnings
 
 import pytest
 import torch
+from orpo_kernels import torch_logits
 from tiny import SEVEN, make_model, make_tokenizer
 from trainers import make_args, make_trainer
 from transformers import T5Config, T5ForConditionalGeneration
 
 from orpo import ORPOTrainer
-from orpo.setup import disable_dropout, load_model
+from orpo.setup import disable_dropout, load_model, warn_of_emulation
 
 
 def test_weights_of_others_are_read_from_safetensors_unless_asked_otherwise(tmp_path):
@@ -102,3 +104,22 @@ def test_other_ranks_print_nothing(tmp_path, monkeypatch):
     with contextlib.redirect_stdout(out):
         make_trainer(tmp_path)
     assert out.getvalue() == ""
+
+
+@pytest.mark.parametrize("narrow", ["weights", "bf16", None])
+def test_training_warns_where_bfloat16_would_be_emulated(narrow, tmp_path, bfloat16_cpu):
+    model = make_model().to(torch.bfloat16 if narrow == "weights" else torch.float32)
+    args = make_args(tmp_path, bf16=narrow == "bf16")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_emulation(model, args)
+    said = ["no instructions for bfloat16" in str(w.message) for w in caught]
+    assert any(said) == (narrow is not None and not bfloat16_cpu)
+
+
+def test_the_trainer_passes_the_warning_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_logits, "multiplies_bfloat16", lambda: False)
+    with pytest.warns(UserWarning, match="Set dtype float32, and leave out bf16"):
+        ORPOTrainer(
+            make_model().bfloat16(), make_args(tmp_path), train_dataset=SEVEN, processing_class=make_tokenizer()
+        )

@@ -21,11 +21,8 @@ import torch
 from torch import Tensor
 
 from .head import Gradients, Head, Needs, strips
-from .matmul import WeightedRows, accumulation_dtype, matmul
+from .matmul import CONVERTED_ROWS, WeightedRows, accumulation_dtype, input_grad, saved_dtype
 from .rows import Rows
-
-# Vocabulary columns of a product on its way into a sum of another dtype.
-_SUM_COLUMNS = 8192
 
 
 @dataclass(frozen=True)
@@ -83,29 +80,29 @@ def _runs(rows: Rows, first: int, last: int, capacity: int) -> Iterator[Run]:
 class HeadGradient:
     """Sum over calls of g^T (coef * x) and g^T coef.
 
-    A single product stays in the matmul's dtype and needs no accumulator; from the second on the sum is kept in
-    float32, since bfloat16 accumulation would be off by 7e-3 after 32 bins. A second product that is the last is added
-    strip by strip and rounded again: no float32 copy of the head's size exists.
+    A single product is stored in `dtype`, that of the finished gradient, and needs no accumulator; from the second on
+    the sum is kept in float32, since bfloat16 accumulation would be off by 7e-3 after 32 bins. A second product that is
+    the last is added strip by strip and rounded again: no float32 copy of the head's size exists.
     """
 
-    def __init__(self, needs: Needs) -> None:
-        self.needs = needs
+    def __init__(self, needs: Needs, dtype: torch.dtype) -> None:
+        self.needs, self.dtype = needs, dtype
         self.weight_VD: Tensor | None = None
         self.bias_V: Tensor | None = None
 
     def add(self, g_NV: Tensor, x_ND: Tensor, coef_N: Tensor, last: bool = False) -> None:
         rows = WeightedRows(x_ND, coef_N, g_NV.dtype)
         if self.needs.weight and self.weight_VD is None:
-            # float16 cannot hold what an upstream gradient has not scaled yet.
-            self.weight_VD = rows.weight_grad(g_NV, torch.float32 if g_NV.dtype == torch.float16 else g_NV.dtype)
-        elif self.needs.weight and g_NV.dtype == coef_N.dtype:
-            self.weight_VD.addmm_(g_NV.T, rows.x_ND)
+            self.weight_VD = _weight_grad(rows, g_NV, self.dtype)
         elif self.needs.weight:
             if not last:
                 self.weight_VD = self.weight_VD.to(coef_N.dtype)
-            for start, stop in strips(g_NV.shape[1], _SUM_COLUMNS):
-                product = rows.weight_grad(g_NV[:, start:stop], coef_N.dtype)
-                self.weight_VD[start:stop] = product.add_(self.weight_VD[start:stop])
+            if self.weight_VD.dtype == g_NV.dtype == coef_N.dtype:
+                self.weight_VD.addmm_(g_NV.T, rows.x_ND)
+            else:
+                for start, stop in strips(g_NV.shape[1], CONVERTED_ROWS):
+                    product = rows.weight_grad(g_NV[:, start:stop], coef_N.dtype)
+                    self.weight_VD[start:stop] = product.add_(self.weight_VD[start:stop])
         if self.needs.bias:
             product_V = rows.bias_grad(g_NV, coef_N.dtype)
             self.bias_V = product_V if self.bias_V is None else self.bias_V.add_(product_V)
@@ -124,6 +121,16 @@ class HeadGradient:
             setattr(other, name, None)
 
 
+def _weight_grad(rows: WeightedRows, g_NV: Tensor, dtype: torch.dtype) -> Tensor:
+    """g^T (coef * x) in `dtype`; without a copy of it in g's dtype where that is wider."""
+    if g_NV.dtype.itemsize <= dtype.itemsize:
+        return rows.weight_grad(g_NV, dtype)
+    out_VD = g_NV.new_empty((g_NV.shape[1], rows.x_ND.shape[1]), dtype=dtype)
+    for start, stop in strips(g_NV.shape[1], CONVERTED_ROWS):
+        out_VD[start:stop] = rows.weight_grad(g_NV[:, start:stop], g_NV.dtype)
+    return out_VD
+
+
 def forward(
     backend: ModuleType, x_ND: Tensor, rows: Rows, head: Head, settings: dict, needs: Needs, logits_budget: int
 ) -> tuple[Tensor, Gradients]:
@@ -137,7 +144,7 @@ def forward(
     assert capacity >= 1
     logp_N = x_ND.new_zeros(x_ND.shape[0], dtype=dtype)
     dx_ND = x_ND.new_zeros(x_ND.shape, dtype=dtype) if needs.hidden else None
-    total = HeadGradient(needs)
+    total = HeadGradient(needs, saved_dtype(head.weight_VD))
 
     bins = make_bins(rows, capacity)
     memory = backend.tile_memory(max(map(_rows_of_a_tile, bins), default=0), x_ND, head, with_grad=needs.any)
@@ -154,7 +161,7 @@ def forward(
             coef = head.scale * backend.objective(logp, part, **settings).coef_N
             coef = backend.grad_coefficient(coef, logp, g_NV.dtype)
             if dx_ND is not None:
-                _put(dx_ND, bin_.slices, matmul(g_NV, head.weight_VD.to(g_NV.dtype), dtype).mul_(coef[:, None]))
+                _put(dx_ND, bin_.slices, input_grad(g_NV, head.weight_VD, dtype).mul_(coef[:, None]))
             if needs.head:
                 total.add(g_NV, x, coef, last=bin_ is bins[-1])
             del g_NV
@@ -179,7 +186,7 @@ def _oversized_pair(
     nll_coef = -head.scale * settings["nll_weight"] / settings["num_nll_tokens"]
     needs, sums = total.needs, []
     for runs in bin_.answers:
-        answer = HeadGradient(needs)
+        answer = HeadGradient(needs, total.dtype)
         # The factor that most response rows share; the rest of a row's coefficient is known from its masks alone.
         main = max((r for r in runs if r.in_response), key=lambda r: r.last - r.first, default=None)
         sums.append((answer, main))
@@ -189,7 +196,7 @@ def _oversized_pair(
             logp_N[here] = logp
             one = backend.grad_coefficient(torch.ones_like(logp), logp, g_NV.dtype)
             if dx_ND is not None:
-                dx_ND[here] = matmul(g_NV, head.weight_VD.to(g_NV.dtype), dx_ND.dtype).mul_(one[:, None])
+                dx_ND[here] = input_grad(g_NV, head.weight_VD, dx_ND.dtype).mul_(one[:, None])
             if run.in_response:
                 answer.add(g_NV, x_ND[here], one)
             known = run.in_nll - (main.in_nll if run.in_response else 0)

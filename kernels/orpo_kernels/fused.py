@@ -19,13 +19,8 @@ from . import schedule
 from .backends import load_backend
 from .form import load_form
 from .head import Head, Needs
-from .matmul import accumulation_dtype, without_autocast
+from .matmul import accumulation_dtype, saved_dtype, without_autocast
 from .rows import Rows
-
-
-def _saved_dtype(t: Tensor) -> torch.dtype:
-    """Gradients that wait for an upstream gradient: float16 would lose what a GradScaler is about to rescue."""
-    return torch.float32 if t.dtype == torch.float16 else t.dtype
 
 
 def _none(like: Tensor) -> Tensor:
@@ -152,11 +147,11 @@ def linear_orpo(
         token_3E = _pad(torch.stack([logp_N, lse_N, result.coef_N]), size)
     elif wants.any:
         if wants.hidden:
-            dx_RD = _scatter_rows(grads.x_ND, rows.rows_N, hidden_RD, _saved_dtype(hidden_RD))
+            dx_RD = _scatter_rows(grads.x_ND, rows.rows_N, hidden_RD, saved_dtype(hidden_RD))
         if wants.weight:
-            dw_VD = grads.weight_VD.to(_saved_dtype(weight_VD))
+            dw_VD = grads.weight_VD.to(saved_dtype(weight_VD))
         if wants.bias:
-            db_V = grads.bias_V.to(_saved_dtype(bias_V))
+            db_V = grads.bias_V.to(saved_dtype(bias_V))
     return (
         result.loss,
         result.nll_loss,
@@ -184,7 +179,7 @@ def _(hidden_RD, weight_VD, bias_V, rows_E, targets_E, *_, pairs, needs, logits_
         return hidden_RD.new_empty(shape, dtype=dtype)
 
     def saved(t: Tensor | None, wanted: bool) -> Tensor:
-        return t.new_empty(t.shape, dtype=_saved_dtype(t)) if wanted and not recompute else floats(0)
+        return t.new_empty(t.shape, dtype=saved_dtype(t)) if wanted and not recompute else floats(0)
 
     return (
         floats(),

@@ -8,6 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .head import strips
+
+# Rows of a head that are converted to another dtype at a time: a whole copy would be the largest thing alive.
+CONVERTED_ROWS = 4096
 # Smallest coefficient that float16 rows are scaled up for.
 _SMALLEST = 2.0**-100
 
@@ -15,6 +19,11 @@ _SMALLEST = 2.0**-100
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 stays float64; everything else is accumulated in float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def saved_dtype(t: Tensor) -> torch.dtype:
+    """Gradients that wait for an upstream gradient: float16 would lose what a GradScaler is about to rescue."""
+    return torch.float32 if t.dtype == torch.float16 else t.dtype
 
 
 def without_autocast(operator: Callable) -> Callable:
@@ -48,11 +57,26 @@ def raw_logits(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
 
 
 def add_matmul(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-    """accumulator += a @ b; low-precision products are added to the accumulator, never to one another."""
-    if accumulator.dtype == a.dtype:
+    """accumulator += a @ b; low-precision products are added to the accumulator, never to one another.
+
+    b of another dtype than a's is converted some rows at a time.
+    """
+    if a.dtype != b.dtype:
+        for first, last in strips(b.shape[0], CONVERTED_ROWS):
+            add_matmul(accumulator, a[:, first:last], b[first:last].to(a.dtype))
+    elif accumulator.dtype == a.dtype:
         accumulator.addmm_(a, b)
     else:
         accumulator.add_(matmul(a, b, accumulator.dtype))
+
+
+def input_grad(g_NV: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """g W in `dtype`, without a copy of W in g's dtype."""
+    if g_NV.dtype == weight_VD.dtype:
+        return matmul(g_NV, weight_VD, dtype)
+    product_ND = g_NV.new_zeros((g_NV.shape[0], weight_VD.shape[1]), dtype=dtype)
+    add_matmul(product_ND, g_NV, weight_VD)
+    return product_ND
 
 
 class WeightedRows:

@@ -1,13 +1,7 @@
 """Stages 1 to 3 in torch: the same algorithm as the Triton kernels, for CPU (and for checking them on a GPU).
 
-A strip of logits is one library matmul; what is elementwise then runs in place over blocks of rows that stay in cache.
-
-* float32, float64: computed as they are. float16 is computed in float32: a CPU's float16 matmuls are slower than that.
-* bfloat16: on a CPU that has them its matmuls are four times as fast as float32's, but their output is rounded to
-  8 bits, which puts 8e-3 on a log-probability. What a log-probability needs is z_v - z_y, so that is what is rounded:
-  c_n, the target's logit from fp32 products, enters the matmul's accumulator (z - c = x W^T - c), and is added again in
-  fp32. A logit's error is then 2^-9 of its distance from the target's logit, not of its size; gradients come out as
-  with float32 logits, and nothing is multiplied twice.
+A strip of logits is one library matmul (torch_logits.py); what is elementwise then runs in place over blocks of rows
+that stay in cache.
 
 Letters: N rows, D hidden size, V vocabulary, K columns of a strip.
 """
@@ -21,93 +15,15 @@ from torch import Tensor
 
 from . import reference
 from .head import Head, strip_width, strips
-from .matmul import accumulation_dtype, add_matmul
+from .matmul import CONVERTED_ROWS, accumulation_dtype, add_matmul
 from .rows import Rows
+from .torch_logits import LogitStrip, compute_dtype, row_blocks, tile_element_bytes
 
-# Elementwise passes over one block of rows: small enough to stay in a core's cache from one pass to the next.
-_BLOCK_BYTES = 2 * 2**20
 # Rows of a tile to one matmul: with fewer the weight is packed too often; without a gradient a tile's memory is that of
 # one chunk, used over and over.
 _CHUNK_ROWS = 1024
 
-
-def compute_dtype(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the matmuls: the wider of the two operands', float32 for float16."""
-    dtype = torch.promote_types(x_dtype, weight_dtype)
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def tile_element_bytes(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
-    """Bytes that one logit takes while it is alive: one number of the matmul's dtype."""
-    return compute_dtype(x_dtype, weight_dtype).itemsize
-
-
 strip_element_bytes = tile_element_bytes
-
-
-class LogitStrip:
-    """Columns [first, last) of the logits of some rows, read block by block of rows in fp32 (fp64 for fp64).
-
-    The strip's memory, `out` where given, is overwritten by what stage 3 stores into it: exp or gradient, in the
-    matmul's dtype. `weight_KD` is the head's part in that dtype, where the caller has it already.
-    """
-
-    def __init__(
-        self,
-        x_ND: Tensor,
-        targets_N: Tensor,
-        head: Head,
-        first: int,
-        last: int,
-        weight_KD: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> None:
-        dtype = compute_dtype(x_ND.dtype, head.weight_VD.dtype)
-        self.head, self.first, self.last = head, first, last
-        self.weight_KD = head.weight_VD[first:last].to(dtype) if weight_KD is None else weight_KD
-        x_ND = x_ND.to(dtype)
-        self.shift_N1 = _target_products(x_ND, targets_N, head) if dtype == torch.bfloat16 else None
-        if self.shift_N1 is None:
-            self.z_NK = torch.mm(x_ND, self.weight_KD.T, out=out)
-        else:
-            self.z_NK = torch.addmm(-self.shift_N1, x_ND, self.weight_KD.T, out=out)
-
-    def blocks(self) -> list[slice]:
-        """Slices of rows whose logits fit in cache."""
-        return _row_blocks(*self.z_NK.shape)
-
-    def read(self, block: slice) -> Tensor:
-        """The block's logits with bias, scale and softcap applied (Eq. 1); in place where the strip holds float32."""
-        z = self.z_NK[block]
-        if self.shift_N1 is not None:
-            z = z.float().add_(self.shift_N1[block])
-        if self.head.bias_V is not None:
-            z.add_(self.head.bias_V[self.first : self.last])
-        if self.head.scale != 1.0:
-            z.mul_(self.head.scale)
-        if self.head.softcap is not None:
-            z.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
-        return z
-
-    def write(self, block: slice, values: Tensor) -> None:
-        """Keep `values` (what `read` returned, worked on in place) as the block's part of the strip."""
-        if self.shift_N1 is not None:
-            self.z_NK[block].copy_(values)
-
-
-def _row_blocks(n: int, k: int) -> list[slice]:
-    """Slices of n rows, of k float32 numbers each, that fit in cache."""
-    step = max(1, _BLOCK_BYTES // (4 * max(1, k)))
-    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
-
-
-def _target_products(x_ND: Tensor, targets_N: Tensor, head: Head) -> Tensor:
-    """c_n = x_n . W_y of every row's target, summed in fp32 and rounded once: (N, 1) in x's dtype."""
-    c_N1 = x_ND.new_empty(len(x_ND), 1)
-    for block in _row_blocks(*x_ND.shape):
-        c_N1[block] = (x_ND[block].float() * head.weight_VD[targets_N[block]].float()).sum(1, keepdim=True)
-    # An infinite c would make every logit of the row inf - inf.
-    return c_N1.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _take_target(z: Tensor, targets_N: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,12 +97,11 @@ def _tile_blocks(
     The same matmuls either way: their shapes decide how they round.
     """
     (n, _), v = x_ND.shape, head.weight_VD.shape[0]
-    weight_VD = head.weight_VD.to(memory_NV.dtype)
     size = -(-n // max(1, -(-n // _CHUNK_ROWS)))
     for start in range(0, n, size or 1):
         chunk = slice(start, min(start + size, n))
         out = memory_NV[chunk] if keep else memory_NV[: chunk.stop - start]
-        tile = LogitStrip(x_ND[chunk], targets_N[chunk], head, 0, v, weight_VD, out)
+        tile = LogitStrip(x_ND[chunk], targets_N[chunk], head, 0, v, out)
         for block in tile.blocks():
             yield slice(start + block.start, start + block.stop), tile, block
 
@@ -231,7 +146,7 @@ def frozen_head_stats_and_grad(
                 slope_y_N[block][row] = slope[row, column]
                 z.mul_(slope)
             strip.write(block, z)
-        add_matmul(u_ND, strip.z_NK, strip.weight_KD)
+        add_matmul(u_ND, strip.z_NK, head.weight_VD[first:last])
         del strip
     logp_N, lse_N = stats.finish()
     shift_N = stats.max_N.masked_fill(stats.max_N == -torch.inf, 0)
@@ -268,7 +183,7 @@ def tile_stats_and_grad(
 def logit_grad(
     x_ND: Tensor, targets_N: Tensor, logp_N: Tensor, lse_N: Tensor, head: Head, first: int, last: int
 ) -> tuple[Tensor, Tensor]:
-    """Stage 3: (g_NK, weight_KD) for columns [first, last), logits recomputed (Eq. 8), both in the matmul's dtype."""
+    """Stage 3: (g_NK, weight_KD) for columns [first, last), logits recomputed (Eq. 8); g in the matmul's dtype."""
     strip = LogitStrip(x_ND, targets_N, head, first, last)
     for block in strip.blocks():
         z = strip.read(block)
@@ -279,7 +194,7 @@ def logit_grad(
         if slope is not None:
             z.mul_(slope)
         strip.write(block, z)
-    return strip.z_NK, strip.weight_KD
+    return strip.z_NK, head.weight_VD[first:last]
 
 
 def objective(logp_N: Tensor, rows: Rows, **settings: float | Tensor | None) -> reference.Objective:
@@ -304,13 +219,16 @@ def strip_head_grad(g_NK: Tensor, operand: tuple[Tensor, Tensor], dw_KD: Tensor 
     The coefficient goes onto g, in place: a second copy of x would be the largest thing alive beside the strip.
     """
     x_ND, coef_N = operand
-    for block in _row_blocks(*g_NK.shape):
+    for block in row_blocks(*g_NK.shape):
         # All rows at once, a bfloat16 strip would be copied whole to meet float32 coefficients.
         g_NK[block].mul_(coef_N[block, None])
     if dw_KD is not None:
+        x_ND = x_ND.to(g_NK.dtype)
         if dw_KD.dtype == g_NK.dtype:
-            torch.mm(g_NK.T, x_ND.to(g_NK.dtype), out=dw_KD)
+            torch.mm(g_NK.T, x_ND, out=dw_KD)
         else:
-            dw_KD.copy_(torch.mm(g_NK.T, x_ND.to(g_NK.dtype)))
+            # Whole, the product of few rows would be larger than the strip.
+            for first, last in strips(dw_KD.shape[0], CONVERTED_ROWS):
+                dw_KD[first:last] = torch.mm(g_NK[:, first:last].T, x_ND)
     if db_K is not None:
         db_K.copy_(g_NK.sum(0, dtype=coef_N.dtype))

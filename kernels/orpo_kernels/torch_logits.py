@@ -1,0 +1,109 @@
+"""Logits of the torch backend: in which dtype a CPU multiplies, and how a strip of logits is written and read.
+
+* float32, float64: computed as they are. float16 is computed in float32: a CPU's float16 matmuls are slower than that.
+* bfloat16 on a CPU with instructions for it: its matmuls are four times as fast as float32's, but their output is
+  rounded to 8 bits, which puts 8e-3 on a log-probability. What a log-probability needs is z_v - z_y, so that is what is
+  rounded: c_n, the target's logit from fp32 products, enters the matmul's accumulator (z - c = x W^T - c), and is added
+  again in fp32. A logit's error is then 2^-9 of its distance from the target's logit, not of its size; gradients come
+  out as with float32 logits, and nothing is multiplied twice.
+* bfloat16 on a CPU without them is computed in float32, the weight widened some rows at a time. Such a CPU emulates
+  bfloat16's matmuls: on an AVX2 machine x W^T takes 6 times, g W 100 times as long as in float32.
+
+Letters: N rows, D hidden size, V vocabulary, K columns of a strip.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+
+import torch
+from torch import Tensor
+
+from .head import Head, strips
+from .matmul import CONVERTED_ROWS
+
+# Elementwise passes over one block of rows: small enough to stay in a core's cache from one pass to the next.
+_BLOCK_BYTES = 2 * 2**20
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 (AVX512-BF16, AMX, Arm's BF16)."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        names = ("avx512_bf16", "amx_bf16", "avx10_2")
+    else:
+        names = ("bf16", "sve_bf16")
+    return any(torch.cpu.get_capabilities().get(name) for name in names)
+
+
+def compute_dtype(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the matmuls: the wider of the two operands', float32 for what this CPU does not multiply well."""
+    dtype = torch.promote_types(x_dtype, weight_dtype)
+    narrow = dtype == torch.float16 or (dtype == torch.bfloat16 and not multiplies_bfloat16())
+    return torch.float32 if narrow else dtype
+
+
+def tile_element_bytes(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
+    """Bytes that one logit takes while it is alive: one number of the matmul's dtype."""
+    return compute_dtype(x_dtype, weight_dtype).itemsize
+
+
+class LogitStrip:
+    """Columns [first, last) of the logits of some rows, read block by block of rows in fp32 (fp64 for fp64).
+
+    The strip's memory, `out` where given, is overwritten by what stage 3 stores into it: exp or gradient, in the
+    matmul's dtype.
+    """
+
+    def __init__(
+        self, x_ND: Tensor, targets_N: Tensor, head: Head, first: int, last: int, out: Tensor | None = None
+    ) -> None:
+        dtype = compute_dtype(x_ND.dtype, head.weight_VD.dtype)
+        self.head, self.first, self.last = head, first, last
+        self.z_NK = x_ND.new_empty(x_ND.shape[0], last - first, dtype=dtype) if out is None else out
+        weight_KD, x_ND = head.weight_VD[first:last], x_ND.to(dtype)
+        self.shift_N1 = _target_products(x_ND, targets_N, head) if dtype == torch.bfloat16 else None
+        if self.shift_N1 is not None:
+            torch.addmm(-self.shift_N1, x_ND, weight_KD.T, out=self.z_NK)
+        else:
+            # A whole copy of a narrower weight would be the largest thing alive.
+            for a, b in strips(last - first, last - first if weight_KD.dtype == dtype else CONVERTED_ROWS):
+                torch.mm(x_ND, weight_KD[a:b].to(dtype).T, out=self.z_NK[:, a:b])
+
+    def blocks(self) -> list[slice]:
+        """Slices of rows whose logits fit in cache."""
+        return row_blocks(*self.z_NK.shape)
+
+    def read(self, block: slice) -> Tensor:
+        """The block's logits with bias, scale and softcap applied (Eq. 1); in place where the strip holds float32."""
+        z = self.z_NK[block]
+        if self.shift_N1 is not None:
+            z = z.float().add_(self.shift_N1[block])
+        if self.head.bias_V is not None:
+            z.add_(self.head.bias_V[self.first : self.last])
+        if self.head.scale != 1.0:
+            z.mul_(self.head.scale)
+        if self.head.softcap is not None:
+            z.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
+        return z
+
+    def write(self, block: slice, values: Tensor) -> None:
+        """Keep `values` (what `read` returned, worked on in place) as the block's part of the strip."""
+        if self.shift_N1 is not None:
+            self.z_NK[block].copy_(values)
+
+
+def row_blocks(n: int, k: int) -> list[slice]:
+    """Slices of n rows, of k float32 numbers each, that fit in cache."""
+    step = max(1, _BLOCK_BYTES // (4 * max(1, k)))
+    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+
+
+def _target_products(x_ND: Tensor, targets_N: Tensor, head: Head) -> Tensor:
+    """c_n = x_n . W_y of every row's target, summed in fp32 and rounded once: (N, 1) in x's dtype."""
+    c_N1 = x_ND.new_empty(len(x_ND), 1)
+    for block in row_blocks(*x_ND.shape):
+        c_N1[block] = (x_ND[block].float() * head.weight_VD[targets_N[block]].float()).sum(1, keepdim=True)
+    # An infinite c would make every logit of the row inf - inf.
+    return c_N1.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)

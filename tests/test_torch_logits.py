@@ -1,0 +1,98 @@
+"""In which dtype a CPU computes logits: float32 for what it would only emulate, and no copy of the head for that."""
+
+import pytest
+import torch
+from orpo_kernels import matmul, torch_logits
+from orpo_kernels.head import Head
+from problems import make_problem, relative_error
+from test_savings import ROUND, measure
+
+from orpo import orpo_loss
+
+STRIP = 8192
+BUDGETS = pytest.mark.parametrize("budget", [0, 30_000, 160_000, 2**30], ids=["strips", "oversized", "bins", "one bin"])
+
+
+def loss_of(problem, budget, strip_bytes=STRIP):
+    return orpo_loss(
+        problem.hidden,
+        problem.weight,
+        problem.labels,
+        logits_budget=budget,
+        strip_bytes=strip_bytes,
+        backend="torch",
+        **problem.keywords,
+    ).loss
+
+
+@pytest.mark.parametrize(
+    ("machine", "capabilities", "expected"),
+    [
+        ("x86_64", {"avx2": True}, False),
+        ("x86_64", {"avx512_f": True, "avx512_vnni": True, "avx512_bf16": False}, False),
+        ("x86_64", {"avx512_bf16": True}, True),
+        ("x86_64", {"amx_bf16": True}, True),
+        ("aarch64", {"neon": True, "bf16": False}, False),
+        ("aarch64", {"neon": True, "bf16": True}, True),
+    ],
+)
+def test_only_instructions_for_bfloat16_count(machine, capabilities, expected, monkeypatch):
+    monkeypatch.setattr(torch_logits.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    torch_logits.multiplies_bfloat16.cache_clear()
+    try:
+        assert torch_logits.multiplies_bfloat16() is expected
+    finally:
+        torch_logits.multiplies_bfloat16.cache_clear()
+
+
+def test_the_dtype_of_the_matmuls(bfloat16_cpu):
+    narrow, wide = torch.bfloat16, torch.float32
+    assert torch_logits.compute_dtype(narrow, narrow) == (narrow if bfloat16_cpu else wide)
+    assert torch_logits.compute_dtype(torch.float16, torch.float16) == wide
+    assert torch_logits.compute_dtype(narrow, wide) == wide
+    assert torch_logits.compute_dtype(torch.float64, narrow) == torch.float64
+    x, weight = torch.randn(5, 8).to(narrow), torch.randn(5000, 8).to(narrow)
+    strip = torch_logits.LogitStrip(x, torch.zeros(5, dtype=torch.long), Head(weight), 7, 4990)
+    assert strip.z_NK.dtype == torch_logits.compute_dtype(narrow, narrow)
+    exact = x.double() @ weight[7:4990].double().T
+    for block in strip.blocks():
+        found = strip.read(block)
+        assert found.dtype == wide
+        assert relative_error(found, exact[block]) < (4e-3 if bfloat16_cpu else 1e-6)
+
+
+@BUDGETS
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_every_schedule_is_exact_either_way(budget, softcap, bfloat16_cpu):
+    problem = make_problem(dtype=torch.bfloat16, bias=True, softcap=softcap).requiring_grad()
+    loss = loss_of(problem, budget)
+    with torch.no_grad():
+        assert torch.equal(loss_of(problem, budget), loss)
+    loss.backward()
+    truth, dh, dw, db = problem.truth()
+    assert relative_error(loss, truth.loss) < (1e-5 if bfloat16_cpu else 1e-6)
+    # Gradients are rounded to bfloat16 once at the end where everything before is float32: 2^-9 at most, 1.7e-3 rms.
+    tolerance = 6e-3 if bfloat16_cpu else 2.5e-3
+    for grad, exact in ((problem.hidden.grad, dh), (problem.weight.grad, dw), (problem.bias.grad, db)):
+        assert grad.dtype == torch.bfloat16 and relative_error(grad, exact) < tolerance
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("budget", [0, 2**30], ids=["strips", "one bin"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_no_copy_of_a_widened_head(dtype, budget, frozen, monkeypatch):
+    """Few rows: a float32 copy of the head, or of its gradient, would be the largest thing alive."""
+    monkeypatch.setattr(torch_logits, "multiplies_bfloat16", lambda: False)
+    vocabulary, hidden = 20_011, 64
+    problem = make_problem(1, 12, hidden, vocabulary, dtype=dtype).requiring_grad(True, not frozen)
+    tile = problem.rows.rows_N.numel() * vocabulary * 4
+    part = matmul.CONVERTED_ROWS * hidden * 4
+    # float16's finished gradient waits in float32 for a GradScaler, where it is finished before backward.
+    waits = dtype == torch.float16 and budget > 0
+    result = 0 if frozen else vocabulary * hidden * (4 if waits else 2)
+    assert max(tile, part, result) < vocabulary * hidden * 4 or waits
+    _, largest, peak = measure(lambda: loss_of(problem, budget, 2**22).backward())
+    assert largest <= max(tile, part, result) + ROUND
+    # float16 is cast once more when it is handed out.
+    assert peak <= tile + result * (1.5 if waits else 1) + 2 * part + 2**19
