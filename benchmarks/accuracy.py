@@ -15,7 +15,7 @@ import torch
 
 from . import results
 from .cases import Batch, head_case, make_batch
-from .measure import BETA, exact, relative_error, stamp
+from .measure import BETA, default_device, exact, relative_error, stamp
 from .peers import PARTS
 from .training_data import LONGEST, load, pairs_of
 
@@ -47,9 +47,9 @@ def batch_of_model(folder: str, data: str | None, count: int = PAIRS, longest: i
 
 
 def in_dtype(batch: Batch, dtype: torch.dtype) -> Batch:
-    """The batch with its floating-point tensors rounded to `dtype`."""
+    """The batch on the device that is measured, its floating-point tensors rounded to `dtype`."""
     tensors = batch.hidden.detach().to(dtype), batch.weight.detach().to(dtype)
-    return Batch(*tensors, batch.input_ids, batch.labels, batch.nll_labels)
+    return Batch(*(t.to(default_device()) for t in (*tensors, batch.input_ids, batch.labels, batch.nll_labels)))
 
 
 def errors(batch: Batch, names: list[str]) -> list[dict[str, object]]:

@@ -65,10 +65,13 @@ def _shape(length: int, peer: str, memory_gib: float = MEMORY_GIB) -> dict[str, 
 
 def run(lengths: tuple[int, ...] = LENGTHS, peers: tuple[str, ...] = PEERS) -> None:
     """Every peer at every length until it fails, each result stored."""
-    from .measure import stamp
+    from .measure import default_device, stamp
     from .peers import available
 
-    stored = {(r["peer"], r["positions"]): r["status"] for r in results.load("long")}
+    if default_device() != "cpu":
+        raise SystemExit("the group long limits and measures a CPU's memory: hide the GPU with CUDA_VISIBLE_DEVICES=")
+    here = [r for r in results.load("long") if r["device"] == stamp()["device"]]
+    stored = {(r["peer"], r["positions"]): r["status"] for r in here}
     for peer in filter(available, peers):
         for length in lengths:
             status = stored.get((peer, length))

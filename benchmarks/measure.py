@@ -63,6 +63,11 @@ def _cpu() -> str:
     return f"{name} ({torch.backends.cpu.get_cpu_capability()}, {bfloat16})"
 
 
+def default_device() -> str:
+    """Where everything is measured, and what `stamp` names."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def synchronize() -> None:
     """Wait for the accelerator, if there is one."""
     if torch.cuda.is_available():
@@ -82,8 +87,8 @@ def step(peer: Peer, batch: Batch) -> torch.Tensor:
 
 
 def evaluation(peer: Peer, batch: Batch) -> torch.Tensor:
-    """Forward of parameters that require grad, under no_grad."""
-    batch.requiring_grad()
+    """Forward under no_grad, of a head that requires grad and of hidden states that came out of such a forward."""
+    batch.requiring_grad().hidden.requires_grad_(False)
     with torch.no_grad():
         return peer(batch, BETA)
 
@@ -218,7 +223,7 @@ def measure_case(
     peers: dict[str, Peer],
     kinds: Iterable[str],
     rounds: int,
-    device: str = "cpu",
+    device: str | None = None,
     baseline: str = "trl",
     clock: Callable[[Callable[[], object]], float] = wall_clock,
 ) -> list[dict[str, object]]:
@@ -230,7 +235,7 @@ def measure_case(
     """
     # Every case compiles afresh: torch.compile gives up on a function after eight shapes.
     torch.compiler.reset()
-    batch = make_batch(case, dtype, device)
+    batch = make_batch(case, dtype, device or default_device())
     truth = truth_of(batch)
     shape = {
         "head": case.name,

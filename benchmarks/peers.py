@@ -1,4 +1,4 @@
-"""ORPO as others compute it, each in its own way and at its best setting for one machine, behind one call.
+"""ORPO as others compute it, each in its own way and with its default settings, behind one call.
 
 A peer is a function ``(batch, beta) -> loss``. TRL's definition throughout: NLL over prompt and chosen answer.
 `PARTS` holds the functions behind them, which return the mean log-probability of each of the 2P answers as well.
@@ -68,7 +68,11 @@ def _compiled_eager() -> Callable:
 
 
 def trl(batch: Batch, beta: float) -> tuple[Tensor, Tensor]:
-    """TRL's ORPOTrainer: the steps of its concatenated_forward and get_batch_loss_metrics, with TRL's own functions."""
+    """TRL's ORPOTrainer: the steps of its concatenated_forward and get_batch_loss_metrics, with TRL's own functions.
+
+    In bfloat16 this is a model whose weights are bfloat16. Under mixed precision accelerate hands TRL a float32 copy of
+    the logits, which is more exact and larger; that is what the training benchmark measures.
+    """
     from trl.experimental.orpo import ORPOTrainer
 
     P = batch.labels.shape[0] // 2
@@ -105,7 +109,8 @@ def liger_compiled(batch: Batch, beta: float) -> tuple[Tensor, Tensor]:
 def cce(batch: Batch, beta: float) -> tuple[Tensor, Tensor]:
     """Apple's cut cross-entropy, whose per-token output is minus the log-probability; the odds ratio on top.
 
-    It leaves out ignored targets, so it is given none that does not count.
+    It leaves out ignored targets, so it is given none that does not count. On a CPU its only form is a compiled one
+    that holds the logits of all rows that count; its Triton kernel, which does not, needs a GPU.
     """
     from cut_cross_entropy import linear_cross_entropy
 

@@ -58,15 +58,16 @@ def wide(records: list[dict]) -> list[str]:
 WHY = (
     "Why: all of these are CCE's. In bfloat16 it rounds logits where they lie; ours subtracts each row's target logit "
     "inside the matmul's accumulator first, which the CPU library does by one more write and read of the logits, "
-    "and that is what makes a log-probability thirty times as exact (see Accuracy). Then, CCE's passes over the logits "
-    "are one loop, made by the C++ compiler that it needs at run time; ours are torch's own operations, one after the "
-    "other, over blocks of rows that stay in cache. Differences of a tenth have changed sign from one run to the next."
+    "and that is what makes a log-probability 11 to 31 times as exact (see Accuracy). Then, CCE's passes over the "
+    "logits are one loop, made by the C++ compiler that it needs at run time; ours are torch's own operations, one "
+    "after the other, over blocks of rows that stay in cache. Differences of a tenth have changed sign from one run to "
+    "the next."
 )
 
-# Likewise.
+# Of every line of that list, a test asserts that it is such a CPU's.
 WHY_LARGER = (
-    "Why: where a CPU has no instructions for bfloat16, ours computes logits in float32, four bytes each; the others "
-    "keep two, and take 5 to 70 times as long."
+    "Why: where a CPU has no instructions for bfloat16, ours computes logits in float32, four bytes each; those that "
+    "take less keep two. Their times are under `bfloat16` below."
 )
 
 TABLES = {
@@ -85,15 +86,22 @@ def pages(stored: dict[str, list[dict]]) -> str:
         "# Results",
         "Written by `python -m benchmarks.report` from `benchmarks/results/`. Every peer's loss and gradients are "
         "compared with float64 before it is timed; peers take turns in every round; memory is what a call allocates at "
-        "most, its gradients included. Times are medians of 3 or 5 rounds; the files have their spread. Errors are "
-        "relative, of loss, hidden-state gradient and weight gradient. "
+        "most, its gradients included. Times of the loss are medians of 3 or 5 rounds; the files have their spread. "
+        "Errors are relative, of loss, hidden-state gradient and weight gradient. `cce` is its `torch_compile` form, "
+        "its only one on a CPU, which holds the logits of all rows that count; `trl` in bfloat16 is a model of "
+        "bfloat16 weights. Up to commit 1262ac4 Liger was asked for the hidden states' gradient in evaluation too, a "
+        "third of its matmuls; since then it computes only the head's. "
         "Vocabulary and hidden size are those of the real heads, without Phi-2's bias and Gemma 2's softcap; batches "
         "are scaled down to what two CPU cores finish in seconds, as the tables say. No figure was measured on a GPU.",
         "## Where we lose",
-        "\n".join(losses(everything)) or "In no case measured is another more than 5 % faster.",
+        f"Cases in which another is more than 5 % faster than both of our forms. The default form alone (`ours`) is "
+        f"slower in {len(losses(everything, forms=('ours',)))} cases.",
+        "\n".join(losses(everything)) or "None was measured.",
         *([WHY] if losses(everything) else []),
         "## Where another takes less memory",
-        "\n".join(losses(everything, figure="peak_bytes")) or "In no case measured by more than 5 %.",
+        "Likewise; `ours (strips)` is the smaller form. The default form, which keeps up to 512 MiB of logits on a "
+        f"CPU, is larger in {len(losses(everything, figure='peak_bytes', forms=('ours',)))} cases.",
+        "\n".join(losses(everything, figure="peak_bytes")) or "None was measured.",
         *([WHY_LARGER] if losses(everything, figure="peak_bytes") else []),
     ]
     for group, title in TITLES.items():
@@ -133,8 +141,9 @@ def readme_block(stored: dict[str, list[dict]]) -> str:
     cases = len({(r["head"], r["dtype"], r["kind"]) for r in timed})
     text = (
         f"Loss and gradients (forward and backward), half of each sequence prompt, on {caption(records)}; medians of "
-        "`python -m benchmarks.run --group heads`. `ours (strips)` is `logits_budget=0`. Another is more than 5 % "
-        f"faster than both in {lost} of {cases} cases: "
+        f'`python -m benchmarks.run --group heads --peers "{",".join(tables.peers_of(records))}"`. `ours (strips)` is '
+        "`logits_budget=0`; `cce` is its torch.compile form, its only one on a CPU. Of these, another is more than 5 % "
+        f"faster than both of ours in {lost} of {cases} cases, evaluation included: "
         "[benchmarks/RESULTS.md](benchmarks/RESULTS.md) names them, with all figures."
     )
     picture = "![speed against TRL, by head](benchmarks/results/heads.png)"
@@ -147,12 +156,14 @@ def readme_training(records: list[dict]) -> list[str]:
     steps = [r for r in records if r["kind"] == "training step" and not r["data"].startswith("random words")]
     if not steps:
         return []
-    # The machine that was measured last.
-    steps = by_device(steps)[-1]
+    steps = most_measured(steps)
+    kinds = ",".join(dict.fromkeys(r["peer"] for r in steps))
+    rounds = " or ".join(sorted({str(r["rounds"]) for r in steps}))
     text = (
         f"Training steps of {steps[0]['head']} on `{steps[0]['data']}`, {steps[0]['pairs']} pairs a batch, on "
-        f"{caption(steps)}; medians of `python -m benchmarks.training --model FOLDER --data FILE`. `trl sft` is TRL's "
-        "SFTTrainer on the chosen answers alone. Resident is what a whole process holds."
+        f"{caption(steps)}; medians of {rounds} rounds of three steps, "
+        f'`python -m benchmarks.training --model FOLDER --data FILE --kinds "{kinds}"`. '
+        "`trl sft` is TRL's SFTTrainer on the chosen answers alone. Resident is what a whole process holds."
     )
     header = ["dtype", "trainer", "step, s", "times as fast as TRL's ORPOTrainer", "resident, GiB"]
     rows = [
@@ -160,7 +171,7 @@ def readme_training(records: list[dict]) -> list[str]:
             r["dtype"],
             r["peer"],
             f"{r['median']:.1f}",
-            f"{r['ratio']:.2f}",
+            f"{tables.ratio_of_medians(r, steps):.2f}",
             f"{r['peak_resident_bytes'] / 2**30:.1f}" if r.get("peak_resident_bytes") else "",
         ]
         for r in steps
@@ -187,20 +198,25 @@ PICTURES = {"heads": pictures.heads, "prompt_share": pictures.shares, "growth": 
 
 
 def shown_in(group: str, stored: dict[str, list[dict]]) -> list[dict]:
-    """What a group's picture and the README show: one machine, the last that it was measured on.
+    """What a group's picture and the README show: one machine, that on which most of it was measured.
 
     The shares of prompt include the half, which is measured with the heads.
     """
-    device = by_device(stored[group])[-1][0]["device"]
+    device = most_measured(stored[group])[0]["device"]
     records = [*(stored["heads"] if group == "prompt_share" else []), *stored[group]]
     return [r for r in records if r["device"] == device]
+
+
+def most_measured(records: list[dict]) -> list[dict]:
+    """The records of the machine that has most of them; of two that have as many, the one measured last."""
+    return max(reversed(by_device(records)), key=len)
 
 
 def main() -> None:
     stored = load_all()
     (HERE / "RESULTS.md").write_text(pages(stored))
     for group, draw in PICTURES.items():
-        if stored[group]:
+        if any("ratio" in r for r in stored[group]):
             records = shown_in(group, stored)
             draw(records, results.FOLDER / f"{group}.png", caption(records))
     if stored["cost"]:

@@ -25,9 +25,13 @@ def append(group: str, records: Iterable[Mapping[str, object]], folder: Path = F
 
 
 def load(group: str, folder: Path = FOLDER) -> list[dict]:
-    """The records of `group`, each measurement once; [] where nothing was measured."""
+    """The records of `group`, each measurement once, the newest last; [] where nothing was measured."""
     path = folder / f"{group}.jsonl"
     if not path.exists():
         return []
-    latest = {key_of(record): record for record in map(json.loads, path.read_text().splitlines())}
+    latest: dict[tuple, dict] = {}
+    for record in map(json.loads, path.read_text().splitlines()):
+        # Out first: what is measured again is the newest, and stands last.
+        latest.pop(key_of(record), None)
+        latest[key_of(record)] = record
     return list(latest.values())

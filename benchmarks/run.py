@@ -152,6 +152,9 @@ def main() -> None:
             "training      training step and whole run"
         )
         return
+    ignored = [name for name in ("only", "pieces", "again") if getattr(options, name)]
+    if options.group not in LOSS_GROUPS and ignored:
+        parser.error(f"--{ignored[0]} is for groups of pieces, and {options.group} has none")
     if options.group == "long":
         from . import limits
 

@@ -14,6 +14,8 @@ KINDS = {
     "forward": "forward, with a graph",
 }
 
+OURS = ("ours", "ours (strips)")
+
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
@@ -35,10 +37,6 @@ def caption(records: list[dict]) -> str:
 def by_device(records: list[dict]) -> list[list[dict]]:
     """The records of each machine, in the order in which machines were first measured."""
     return [[r for r in records if r["device"] == device] for device in dict.fromkeys(r["device"] for r in records)]
-
-
-def is_ours(record: dict) -> bool:
-    return record["peer"].startswith("ours")
 
 
 def in_order(records: list[dict]) -> list[dict]:
@@ -123,8 +121,10 @@ def loss_table(records: list[dict]) -> str:
 FIGURES = {"median": lambda r: f"{r['median']:.3g} s", "peak_bytes": lambda r: f"{r['peak_bytes'] / 2**20:,.0f} MiB"}
 
 
-def losses(records: list[dict], margin: float = 1.05, figure: str = "median") -> list[str]:
-    """One line for each case in which a peer's `figure` is below that of both forms of ours by more than `margin`."""
+def losses(
+    records: list[dict], margin: float = 1.05, figure: str = "median", forms: tuple[str, ...] = OURS
+) -> list[str]:
+    """One line for each case in which a peer's `figure` is below that of all `forms` of ours by more than `margin`."""
     cases: dict[tuple, list[dict]] = {}
     for r in records:
         if r["status"] == "measured":
@@ -132,7 +132,7 @@ def losses(records: list[dict], margin: float = 1.05, figure: str = "median") ->
             cases.setdefault(tuple(r.get(name) for name in names), []).append(r)
     lines = []
     for rows in cases.values():
-        ours, others = ([r for r in rows if is_ours(r) == mine] for mine in (True, False))
+        ours, others = [r for r in rows if r["peer"] in forms], [r for r in rows if r["peer"] not in OURS]
         if not ours or not others:
             continue
         best, least = (min(part, key=lambda r: r[figure]) for part in (ours, others))
@@ -204,16 +204,23 @@ def long_table(records: list[dict]) -> str:
     return table(["who", "longest pair, tokens a sequence", "ended at"], rows)
 
 
+def ratio_of_medians(record: dict, records: list[dict]) -> float:
+    """How many times as long TRL's ORPOTrainer took, by the medians that stand in the same table."""
+    names = ("head", "data", "pairs", "dtype", "kind", "device")
+    (trl,) = (r for r in records if r["peer"] == "trl orpo" and all(r[name] == record[name] for name in names))
+    return trl["median"] / record["median"]
+
+
 def training_table(records: list[dict]) -> str:
     """Time, pairs per second and memory of each trainer."""
-    header = ["model", "data", "batch", "dtype", "what", "who", "median (20 to 80 %)", "times as fast as TRL"]
+    header = ["model", "data", "batch", "dtype", "what", "who", "rounds", "median (20 to 80 %)", "times as fast as TRL"]
     return table(
         [*header, "pairs/s", "resident, GiB"],
         [
             [
-                *(str(r[name]) for name in ("head", "data", "pairs", "dtype", "kind", "peer")),
+                *(str(r[name]) for name in ("head", "data", "pairs", "dtype", "kind", "peer", "rounds")),
                 f"{r['median']:.3g} s ({r['q20']:.3g} to {r['q80']:.3g})",
-                f"{r['ratio']:.2f}",
+                f"{ratio_of_medians(r, records):.2f}",
                 f"{r['pairs_per_second']:.2f}",
                 f"{r['peak_resident_bytes'] / 2**30:.1f}" if r.get("peak_resident_bytes") else "",
             ]

@@ -7,7 +7,7 @@
     python -m benchmarks.training --quick
 
 FOLDER is any local copy of a causal language model with its tokenizer, for example SmolLM2-135M-Instruct as
-`huggingface-cli download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir FOLDER` leaves it. Without `--data` the pairs
+`hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir FOLDER` leaves it. Without `--data` the pairs
 are random words as many as real answers have (lengths.py). All trainers get the same rows, the same batch size, the
 same start and the same order. They take turns, each for some steps from the same weights; a time is that of one
 optimizer step, data loading included. Before any time stands, ours has to give TRL's loss at the first step. Memory is

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from orpo_kernels import reference
 from orpo_kernels.backends import choose_backend, resolve_budget, resolve_strip
+from orpo_kernels.matmul import mean_rows
 from orpo_kernels.rows import Rows
 from torch import Tensor
 
@@ -68,7 +69,8 @@ class ORPOOutput:
         }
         weight, bias, scale, softcap = self._head
         if logits and softcap is None:
-            mean_2 = self._mean_hidden @ weight.detach().mean(0, dtype=self._mean_hidden.dtype)
+            # Not by a matmul, which autocast would narrow.
+            mean_2 = (self._mean_hidden * mean_rows(weight.detach(), self._mean_hidden.dtype)).sum(1)
             if bias is not None:
                 mean_2 = mean_2 + bias.detach().mean(dtype=mean_2.dtype)
             metrics["logits/chosen"], metrics["logits/rejected"] = (scale * mean_2).unbind()
@@ -104,6 +106,9 @@ def run_orpo(
     if logits_budget is not None and logits_budget < 0:
         raise ValueError(f"logits_budget has to be at least 0 bytes, got {logits_budget}")
 
+    # Before autocast: under no_grad its copy of a trained head requires no gradient, and evaluation would not take
+    # training's way.
+    head_frozen = is_frozen(weight, lm_head_bias)
     hidden, weight, bias = autocast(hidden, weight, lm_head_bias)
     place = hidden.device.type, hidden.dtype, weight.dtype
     backend = choose_backend(backend, *place)
@@ -129,7 +134,7 @@ def run_orpo(
         strip_bytes=resolve_strip(strip_bytes, place[0]),
         backend=backend,
         needs=wanted_gradients(hidden, weight, bias),
-        head_frozen=is_frozen(weight, bias),
+        head_frozen=head_frozen,
     )
     return ORPOOutput(
         loss=loss,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from orpo_kernels import reference
+from orpo_kernels.matmul import mean_rows
 from orpo_kernels.rows import rows_from_labels
 from torch import Tensor
 
@@ -84,8 +85,10 @@ class FusedLinearORPOLoss(torch.nn.Module):
         )
         metrics = out.metrics(logits=False)
         with torch.no_grad():
-            mean_hidden_2D = _input.unflatten(0, (2, -1)).mean((1, 2), dtype=out.loss.dtype)
-            mean_logit_2 = mean_hidden_2D @ lin_weight.mean(0, dtype=out.loss.dtype)
+            halves = (half.flatten(0, 1) for half in _input.chunk(2))
+            mean_hidden_2D = torch.stack([mean_rows(half, out.loss.dtype) for half in halves])
+            # Not by a matmul, which autocast would narrow.
+            mean_logit_2 = (mean_hidden_2D * mean_rows(lin_weight, out.loss.dtype)).sum(1)
             if bias is not None:
                 mean_logit_2 += bias.mean(dtype=out.loss.dtype)
         return out.loss, (

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--system", help="a system message before each prompt")
     parser.add_argument("--no_chat_template", action="store_true", help="give prompts to the model as they are")
-    parser.add_argument("--dtype", default="auto", help="of the weights: auto (as saved), float32, ...")
+    parser.add_argument("--dtype", default="auto", help="of the weights: auto, float32, bfloat16, float16")
     parser.add_argument("--device", help="cpu, cuda, ...; default: an accelerator if there is one")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     options = parser.parse_args(argv)

@@ -221,6 +221,6 @@ def load(name: str, *, dtype: str = "auto", device: str | None = None, trust_rem
     if device is None:
         device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     if dtype == "auto" and model.dtype == torch.bfloat16 and torch.device(device).type == "cpu":
-        # Emulated, bfloat16 takes six times as long to multiply as float32.
+        # Emulated on an AVX2 CPU, bfloat16 takes six times as long to multiply as float32.
         model = model if torch_logits.multiplies_bfloat16() else model.float()
     return model.to(device), tokenizer

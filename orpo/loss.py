@@ -196,6 +196,7 @@ def token_logprobs(
         raise ValueError(f"targets of shape {tuple(targets.shape)} does not fit hidden of shape {tuple(hidden.shape)}")
     check_integers("targets", targets, hidden)
     check_head(hidden, weight, bias, logit_softcap, strip_bytes)
+    head_frozen = is_frozen(weight, bias)
     hidden, weight, bias = autocast(hidden, weight, bias)
     backend = choose_backend(backend, hidden.device.type, hidden.dtype, weight.dtype)
     logp, *_ = linear_logprobs(
@@ -208,6 +209,6 @@ def token_logprobs(
         strip_bytes=resolve_strip(strip_bytes, hidden.device.type),
         backend=backend,
         needs=wanted_gradients(hidden, weight, bias),
-        head_frozen=is_frozen(weight, bias),
+        head_frozen=head_frozen,
     )
     return logp

@@ -17,8 +17,8 @@ def test_float32_is_near_float64_and_bfloat16_says_how_far():
         assert all(record[k] < 1e-5 for k in ("error_loss", "error_logps", "error_dx", "error_dw")), record
     ours, _, eager = coarse
     # bfloat16 logits move a mean log-probability of plain torch; ours are rounded by their distance to the target.
-    assert ours["error_logps"] < 1e-3 < 3e-2
-    assert 0 < ours["error_dw"] < 1e-2 and eager["error_logps"] > ours["error_logps"]
+    assert ours["error_logps"] < 1e-3 < eager["error_logps"] < 3e-2
+    assert 0 < ours["error_dw"] < 1e-2
 
 
 def test_a_wrong_gradient_is_seen(monkeypatch):

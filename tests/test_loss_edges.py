@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from orpo_kernels import schedule
 from problems import make_problem, relative_error
 
 from orpo import orpo_loss, token_logprobs
@@ -194,3 +195,31 @@ def test_bfloat16_keeps_the_distance_of_large_logits(strip_bytes, capped, bfloat
     settings = dict(bias=bias, logit_scale=0.5, logit_softcap=cap) if capped else {}
     found = token_logprobs(x, weight, targets, strip_bytes=strip_bytes, backend="torch", **settings)
     assert (found - expected).abs().max() < 0.005
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
+def test_evaluation_under_autocast_takes_trainings_way(trained, monkeypatch):
+    """Autocast's copy of a trained head requires no gradient under no_grad."""
+    problem = make_problem(dtype=torch.float32).requiring_grad(True, trained)
+    seen = []
+    original = schedule.token_stats
+
+    def spy(backend, x_ND, targets_N, head, needs, head_frozen, strip_bytes):
+        seen.append(head_frozen)
+        return original(backend, x_ND, targets_N, head, needs, head_frozen, strip_bytes)
+
+    monkeypatch.setattr(schedule, "token_stats", spy)
+    rows = problem.rows
+    x = problem.hidden.detach().flatten(0, 1)[rows.rows_N]
+    for enabled in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(enabled):
+            orpo_loss(problem.hidden, problem.weight, problem.labels, logits_budget=0, **problem.keywords)
+            token_logprobs(x, problem.weight, rows.targets_N)
+    assert seen == [not trained] * 4
+
+
+def test_sequences_without_positions_cost_nothing():
+    hidden, weight = torch.zeros(2, 0, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    out = orpo_loss(hidden, weight, torch.zeros(2, 0, dtype=torch.long))
+    out.loss.backward()
+    assert out.loss.item() == 0 and weight.grad.abs().sum() == 0 and hidden.grad.shape == hidden.shape

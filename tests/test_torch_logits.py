@@ -3,11 +3,12 @@
 import pytest
 import torch
 from orpo_kernels import matmul, torch_logits
-from orpo_kernels.head import Head
+from orpo_kernels.bins import HeadGradient
+from orpo_kernels.head import Head, Needs
 from problems import make_problem, relative_error
 from test_savings import ROUND, measure
 
-from orpo import orpo_loss
+from orpo import FusedLinearORPOLoss, orpo_loss
 
 STRIP = 8192
 BUDGETS = pytest.mark.parametrize("budget", [0, 30_000, 160_000, 2**30], ids=["strips", "oversized", "bins", "one bin"])
@@ -87,7 +88,8 @@ def test_no_copy_of_a_widened_head(dtype, budget, frozen, monkeypatch):
     vocabulary, hidden = 20_011, 64
     problem = make_problem(1, 12, hidden, vocabulary, dtype=dtype).requiring_grad(True, not frozen)
     tile = problem.rows.rows_N.numel() * vocabulary * 4
-    part = matmul.CONVERTED_ROWS * hidden * 4
+    part = 2**20
+    monkeypatch.setattr(matmul, "_CONVERTED_BYTES", part)
     # float16's finished gradient waits in float32 for a GradScaler, where it is finished before backward.
     waits = dtype == torch.float16 and budget > 0
     result = 0 if frozen else vocabulary * hidden * (4 if waits else 2)
@@ -96,3 +98,32 @@ def test_no_copy_of_a_widened_head(dtype, budget, frozen, monkeypatch):
     assert largest <= max(tile, part, result) + ROUND
     # float16 is cast once more when it is handed out.
     assert peak <= tile + result * (1.5 if waits else 1) + 2 * part + 2**19
+
+
+def test_a_sum_of_several_products_is_rounded_once():
+    total = HeadGradient(Needs(False, True, False), torch.bfloat16)
+    one = torch.ones(1, 1)
+    for g in (1.003, 1.0, -2.0):
+        total.add(torch.full((1, 1), g), one, one[0], last=g == -2.0)
+    # Rounded to bfloat16 in between, 1.003 would be 1.
+    assert total.weight_VD.item() == pytest.approx(0.003, rel=1e-2)
+
+
+def test_means_of_logits_are_exact_and_copy_no_head(bfloat16_cpu, monkeypatch):
+    """301 positions, whose 1 / n bfloat16 does not have; every logit is 8."""
+    vocabulary, hidden = 20_011, 32
+    monkeypatch.setattr(matmul, "_CONVERTED_BYTES", 2**18)
+    weight = torch.ones(vocabulary, hidden, dtype=torch.bfloat16)
+    states = torch.full((2, 302, hidden), 8 / hidden, dtype=torch.bfloat16)
+    labels = torch.zeros(2, 302, dtype=torch.long)
+    with torch.no_grad():
+        out = orpo_loss(states, weight, labels, logits_budget=0, strip_bytes=2**20)
+        # What of the strips is in float32 is larger than the weight: the metrics are measured alone.
+        _, largest, _ = measure(out.metrics)
+    assert largest <= 2**18 + ROUND < vocabulary * hidden * 2
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        metrics = out.metrics()
+    for name in ("logits/chosen", "logits/rejected"):
+        assert metrics[name].dtype == torch.float32 and metrics[name].item() == pytest.approx(8, rel=1e-6)
+    liger = FusedLinearORPOLoss()(weight, states, labels)[1]
+    assert [liger[2].item(), liger[3].item()] == pytest.approx([8, 8], rel=1e-6)

@@ -36,7 +36,7 @@ def choose_backend(name: str | None, device: str, hidden_dtype: torch.dtype, wei
     if name != "torch" and device == "cpu" and not _triton_takes_cpu_tensors():
         raise ValueError(
             f"backend={name!r} cannot run on CPU tensors: move them to a GPU, set TRITON_INTERPRET=1 before the first "
-            "import of triton to interpret the kernels, or use backend='torch'"
+            "import of triton to interpret the kernels (its interpreter gets bfloat16 wrong), or use backend='torch'"
         )
     return name
 

@@ -20,8 +20,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .head import Gradients, Head, Needs, strips
-from .matmul import CONVERTED_ROWS, WeightedRows, accumulation_dtype, input_grad, saved_dtype
+from .head import Gradients, Head, Needs
+from .matmul import WeightedRows, accumulation_dtype, converted_parts, saved_dtype, widened_matmul
 from .rows import Rows
 
 
@@ -81,8 +81,8 @@ class HeadGradient:
     """Sum over calls of g^T (coef * x) and g^T coef.
 
     A single product is stored in `dtype`, that of the finished gradient, and needs no accumulator; from the second on
-    the sum is kept in float32, since bfloat16 accumulation would be off by 7e-3 after 32 bins. A second product that is
-    the last is added strip by strip and rounded again: no float32 copy of the head's size exists.
+    the sum is kept in float32, since bfloat16 accumulation would be off by 7e-3 after 32 bins. The second of two
+    bfloat16 products is added part by part and rounded again: no float32 copy of the head's size exists.
     """
 
     def __init__(self, needs: Needs, dtype: torch.dtype) -> None:
@@ -93,14 +93,15 @@ class HeadGradient:
     def add(self, g_NV: Tensor, x_ND: Tensor, coef_N: Tensor, last: bool = False) -> None:
         rows = WeightedRows(x_ND, coef_N, g_NV.dtype)
         if self.needs.weight and self.weight_VD is None:
-            self.weight_VD = _weight_grad(rows, g_NV, self.dtype)
+            dtype = self.dtype if last else torch.promote_types(self.dtype, g_NV.dtype)
+            self.weight_VD = _weight_grad(rows, g_NV, dtype)
         elif self.needs.weight:
             if not last:
                 self.weight_VD = self.weight_VD.to(coef_N.dtype)
             if self.weight_VD.dtype == g_NV.dtype == coef_N.dtype:
                 self.weight_VD.addmm_(g_NV.T, rows.x_ND)
             else:
-                for start, stop in strips(g_NV.shape[1], CONVERTED_ROWS):
+                for start, stop in converted_parts(self.weight_VD, coef_N.dtype):
                     product = rows.weight_grad(g_NV[:, start:stop], coef_N.dtype)
                     self.weight_VD[start:stop] = product.add_(self.weight_VD[start:stop])
         if self.needs.bias:
@@ -126,7 +127,7 @@ def _weight_grad(rows: WeightedRows, g_NV: Tensor, dtype: torch.dtype) -> Tensor
     if g_NV.dtype.itemsize <= dtype.itemsize:
         return rows.weight_grad(g_NV, dtype)
     out_VD = g_NV.new_empty((g_NV.shape[1], rows.x_ND.shape[1]), dtype=dtype)
-    for start, stop in strips(g_NV.shape[1], CONVERTED_ROWS):
+    for start, stop in converted_parts(out_VD, g_NV.dtype):
         out_VD[start:stop] = rows.weight_grad(g_NV[:, start:stop], g_NV.dtype)
     return out_VD
 
@@ -161,7 +162,7 @@ def forward(
             coef = head.scale * backend.objective(logp, part, **settings).coef_N
             coef = backend.grad_coefficient(coef, logp, g_NV.dtype)
             if dx_ND is not None:
-                _put(dx_ND, bin_.slices, input_grad(g_NV, head.weight_VD, dtype).mul_(coef[:, None]))
+                _put(dx_ND, bin_.slices, widened_matmul(g_NV, head.weight_VD, dtype).mul_(coef[:, None]))
             if needs.head:
                 total.add(g_NV, x, coef, last=bin_ is bins[-1])
             del g_NV
@@ -196,7 +197,7 @@ def _oversized_pair(
             logp_N[here] = logp
             one = backend.grad_coefficient(torch.ones_like(logp), logp, g_NV.dtype)
             if dx_ND is not None:
-                dx_ND[here] = input_grad(g_NV, head.weight_VD, dx_ND.dtype).mul_(one[:, None])
+                dx_ND[here] = widened_matmul(g_NV, head.weight_VD, dx_ND.dtype).mul_(one[:, None])
             if run.in_response:
                 answer.add(g_NV, x_ND[here], one)
             known = run.in_nll - (main.in_nll if run.in_response else 0)

@@ -19,12 +19,8 @@ from . import schedule
 from .backends import load_backend
 from .form import load_form
 from .head import Head, Needs
-from .matmul import accumulation_dtype, saved_dtype, without_autocast
+from .matmul import accumulation_dtype, matmul, saved_dtype, widened_matmul, without_autocast
 from .rows import Rows
-
-
-def _none(like: Tensor) -> Tensor:
-    return like.new_empty(0)
 
 
 def _check_sequences(rows: Rows) -> None:
@@ -81,12 +77,17 @@ def _count_pairs(rows: Rows) -> Tensor:
     return (scored_S[: rows.pairs] * scored_S[rows.pairs :]).sum()
 
 
-def _mean_hidden(x_ND: Tensor, rows: Rows) -> Tensor:
+def _mean_hidden(x_ND: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
     """Mean hidden state of the chosen and of the rejected rows: all that a mean over logits needs (metrics)."""
     chosen_N = rows.sequence_N < rows.pairs
-    picks_2N = torch.stack([chosen_N, ~chosen_N]).to(accumulation_dtype(x_ND))
-    picks_2N = picks_2N / picks_2N.sum(1, keepdim=True).clamp(min=1)
-    return (picks_2N.to(x_ND.dtype) @ x_ND).to(picks_2N.dtype)
+    picks_2N = torch.stack([chosen_N, ~chosen_N]).to(dtype)
+    # Divided at the end: 1 / n is not a number of bfloat16, and would be off by 2^-9 in every term.
+    if x_ND.is_cuda:
+        sums_2D = matmul(picks_2N.to(x_ND.dtype), x_ND, dtype)
+    else:
+        # A CPU's narrow matmul would round its sums, or be emulated.
+        sums_2D = widened_matmul(picks_2N, x_ND, dtype)
+    return sums_2D / picks_2N.sum(1, keepdim=True).clamp(min=1)
 
 
 @torch.library.custom_op("orpo::linear_orpo", mutates_args=())
@@ -159,7 +160,7 @@ def linear_orpo(
         result.mean_logp_S,
         result.log_odds_P,
         result.pair_mask_P,
-        _mean_hidden(x_ND, rows),
+        _mean_hidden(x_ND, rows, dtype),
         kept_2E,
         count,
         token_3E,

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from .head import strips
 
-# Rows of a head that are converted to another dtype at a time: a whole copy would be the largest thing alive.
-CONVERTED_ROWS = 4096
+# Of a head that is converted to another dtype, at a time: a whole copy would be the largest thing alive.
+_CONVERTED_BYTES = 16 * 2**20
 # Smallest coefficient that float16 rows are scaled up for.
 _SMALLEST = 2.0**-100
 
@@ -19,6 +19,23 @@ _SMALLEST = 2.0**-100
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 stays float64; everything else is accumulated in float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def converted_parts(t_VD: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) row of each part of t that is converted to `dtype` by itself; one part where it has it."""
+    rows, width = t_VD.shape
+    return strips(rows, max(1, rows if t_VD.dtype == dtype else _CONVERTED_BYTES // max(1, width * dtype.itemsize)))
+
+
+def mean_rows(t_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mean over the rows, in `dtype`."""
+    if not t_VD.is_cpu:
+        return t_VD.mean(0, dtype=dtype)
+    # A CPU's sum in another dtype copies its whole input into it.
+    total_D = t_VD.new_zeros(t_VD.shape[1], dtype=dtype)
+    for first, last in converted_parts(t_VD, dtype):
+        total_D += t_VD[first:last].sum(0, dtype=dtype)
+    return total_D / t_VD.shape[0]
 
 
 def saved_dtype(t: Tensor) -> torch.dtype:
@@ -59,10 +76,10 @@ def raw_logits(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
 def add_matmul(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
     """accumulator += a @ b; low-precision products are added to the accumulator, never to one another.
 
-    b of another dtype than a's is converted some rows at a time.
+    b of another dtype than a's is converted part by part.
     """
     if a.dtype != b.dtype:
-        for first, last in strips(b.shape[0], CONVERTED_ROWS):
+        for first, last in converted_parts(b, a.dtype):
             add_matmul(accumulator, a[:, first:last], b[first:last].to(a.dtype))
     elif accumulator.dtype == a.dtype:
         accumulator.addmm_(a, b)
@@ -70,13 +87,13 @@ def add_matmul(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
         accumulator.add_(matmul(a, b, accumulator.dtype))
 
 
-def input_grad(g_NV: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
-    """g W in `dtype`, without a copy of W in g's dtype."""
-    if g_NV.dtype == weight_VD.dtype:
-        return matmul(g_NV, weight_VD, dtype)
-    product_ND = g_NV.new_zeros((g_NV.shape[0], weight_VD.shape[1]), dtype=dtype)
-    add_matmul(product_ND, g_NV, weight_VD)
-    return product_ND
+def widened_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`, computed in a's dtype without a whole copy of b in it."""
+    if a.dtype == b.dtype:
+        return matmul(a, b, dtype)
+    product = a.new_zeros((a.shape[0], b.shape[1]), dtype=dtype)
+    add_matmul(product, a, b)
+    return product
 
 
 class WeightedRows:

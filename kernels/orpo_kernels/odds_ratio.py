@@ -202,10 +202,17 @@ def objective(
         P=p,
         beta=beta,
         nll_weight=nll_weight,
-        num_nll_tokens_ptr=torch.as_tensor(num_nll_tokens, dtype=torch.float32, device=device),
-        num_pairs_ptr=torch.as_tensor(num_pairs, dtype=torch.float32, device=device),
+        num_nll_tokens_ptr=_scalar(num_nll_tokens, device),
+        num_pairs_ptr=_scalar(num_pairs, device),
         Q_EPS=Q_EPS,
         BLOCK=_BLOCK,
     )
     loss, nll_loss, odds_ratio_loss = (t.clone() for t in losses_3.unbind())
     return Objective(loss, nll_loss, odds_ratio_loss, mean_logp_S, log_odds_P, pair_mask_P.bool(), coef_N)
+
+
+def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """`value` on the device. A number is filled in there: copied from the host, it would make the host wait."""
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=torch.float32)
+    return torch.full((), value, dtype=torch.float32, device=device)

@@ -83,4 +83,6 @@ def rows_from_labels(labels: Tensor, nll_labels: Tensor | None, ignore_index: in
 def _predicted(labels: Tensor, ignore_index: int, shift: bool) -> Tensor:
     """The token that each position predicts, int64; the last position predicts nothing when labels are shifted."""
     labels = labels.long()
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index) if shift else labels
+    if not shift or labels.shape[1] == 0:
+        return labels
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import reference
 from .head import Head, strip_width, strips
-from .matmul import CONVERTED_ROWS, accumulation_dtype, add_matmul
+from .matmul import accumulation_dtype, add_matmul, converted_parts
 from .rows import Rows
 from .torch_logits import LogitStrip, compute_dtype, row_blocks, tile_element_bytes
 
@@ -216,7 +216,7 @@ def head_grad_operand(x_ND: Tensor, coef_N: Tensor, head: Head) -> tuple[Tensor,
 def strip_head_grad(g_NK: Tensor, operand: tuple[Tensor, Tensor], dw_KD: Tensor | None, db_K: Tensor | None) -> None:
     """dW = g^T (coef * x), db = g^T coef for one strip, written once. Uses g_NK up.
 
-    The coefficient goes onto g, in place: a second copy of x would be the largest thing alive beside the strip.
+    The coefficient goes onto g, in place: onto x, it would make one more copy of all hidden states.
     """
     x_ND, coef_N = operand
     for block in row_blocks(*g_NK.shape):
@@ -228,7 +228,11 @@ def strip_head_grad(g_NK: Tensor, operand: tuple[Tensor, Tensor], dw_KD: Tensor 
             torch.mm(g_NK.T, x_ND, out=dw_KD)
         else:
             # Whole, the product of few rows would be larger than the strip.
-            for first, last in strips(dw_KD.shape[0], CONVERTED_ROWS):
+            for first, last in converted_parts(dw_KD, g_NK.dtype):
                 dw_KD[first:last] = torch.mm(g_NK[:, first:last].T, x_ND)
     if db_K is not None:
-        db_K.copy_(g_NK.sum(0, dtype=coef_N.dtype))
+        # Summed whole, a bfloat16 strip would be copied into float32.
+        sum_K = g_NK.new_zeros(g_NK.shape[1], dtype=coef_N.dtype)
+        for block in row_blocks(*g_NK.shape):
+            sum_K += g_NK[block].sum(0, dtype=coef_N.dtype)
+        db_K.copy_(sum_K)

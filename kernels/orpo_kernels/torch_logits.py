@@ -6,7 +6,7 @@
   rounded: c_n, the target's logit from fp32 products, enters the matmul's accumulator (z - c = x W^T - c), and is added
   again in fp32. A logit's error is then 2^-9 of its distance from the target's logit, not of its size; gradients come
   out as with float32 logits, and nothing is multiplied twice.
-* bfloat16 on a CPU without them is computed in float32, the weight widened some rows at a time. Such a CPU emulates
+* bfloat16 on a CPU without them is computed in float32, the weight widened part by part. Such a CPU emulates
   bfloat16's matmuls: on an AVX2 machine x W^T takes 6 times, g W 100 times as long as in float32.
 
 Letters: N rows, D hidden size, V vocabulary, K columns of a strip.
@@ -20,8 +20,8 @@ import platform
 import torch
 from torch import Tensor
 
-from .head import Head, strips
-from .matmul import CONVERTED_ROWS
+from .head import Head
+from .matmul import converted_parts
 
 # Elementwise passes over one block of rows: small enough to stay in a core's cache from one pass to the next.
 _BLOCK_BYTES = 2 * 2**20
@@ -38,7 +38,10 @@ def multiplies_bfloat16() -> bool:
 
 
 def compute_dtype(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the matmuls: the wider of the two operands', float32 for what this CPU does not multiply well."""
+    """The dtype of the matmuls: the wider of the two operands', float32 for what this CPU does not multiply well.
+
+    Tensors on a GPU, where this backend is there to check the kernels, follow the CPU beside it.
+    """
     dtype = torch.promote_types(x_dtype, weight_dtype)
     narrow = dtype == torch.float16 or (dtype == torch.bfloat16 and not multiplies_bfloat16())
     return torch.float32 if narrow else dtype
@@ -67,8 +70,7 @@ class LogitStrip:
         if self.shift_N1 is not None:
             torch.addmm(-self.shift_N1, x_ND, weight_KD.T, out=self.z_NK)
         else:
-            # A whole copy of a narrower weight would be the largest thing alive.
-            for a, b in strips(last - first, last - first if weight_KD.dtype == dtype else CONVERTED_ROWS):
+            for a, b in converted_parts(weight_KD, dtype):
                 torch.mm(x_ND, weight_KD[a:b].to(dtype).T, out=self.z_NK[:, a:b])
 
     def blocks(self) -> list[slice]:
