@@ -110,12 +110,12 @@ def test_a_sum_of_several_products_is_rounded_once():
 
 
 def test_means_of_logits_are_exact_and_copy_no_head(bfloat16_cpu, monkeypatch):
-    """301 positions, whose 1 / n bfloat16 does not have; every logit is 8."""
+    """255 positions, whose 1 / n bfloat16 is furthest from, of states at the top of its mantissa; every logit is equal."""
     vocabulary, hidden = 20_011, 32
     monkeypatch.setattr(matmul, "_CONVERTED_BYTES", 2**18)
     weight = torch.ones(vocabulary, hidden, dtype=torch.bfloat16)
-    states = torch.full((2, 302, hidden), 8 / hidden, dtype=torch.bfloat16)
-    labels = torch.zeros(2, 302, dtype=torch.long)
+    states = torch.full((2, 256, hidden), 255 / 512, dtype=torch.bfloat16)
+    labels, logit = torch.zeros(2, 256, dtype=torch.long), hidden * 255 / 512
     with torch.no_grad():
         out = orpo_loss(states, weight, labels, logits_budget=0, strip_bytes=2**20)
         # What of the strips is in float32 is larger than the weight: the metrics are measured alone.
@@ -124,6 +124,6 @@ def test_means_of_logits_are_exact_and_copy_no_head(bfloat16_cpu, monkeypatch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         metrics = out.metrics()
     for name in ("logits/chosen", "logits/rejected"):
-        assert metrics[name].dtype == torch.float32 and metrics[name].item() == pytest.approx(8, rel=1e-6)
+        assert metrics[name].dtype == torch.float32 and metrics[name].item() == pytest.approx(logit, rel=1e-6)
     liger = FusedLinearORPOLoss()(weight, states, labels)[1]
-    assert [liger[2].item(), liger[3].item()] == pytest.approx([8, 8], rel=1e-6)
+    assert [liger[2].item(), liger[3].item()] == pytest.approx([logit, logit], rel=1e-6)
