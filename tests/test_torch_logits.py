@@ -110,7 +110,7 @@ def test_a_sum_of_several_products_is_rounded_once():
 
 
 def test_means_of_logits_are_exact_and_copy_no_head(bfloat16_cpu, monkeypatch):
-    """255 positions, whose 1 / n bfloat16 is furthest from, of states at the top of its mantissa; every logit is equal."""
+    """255 positions, whose 1 / n is furthest from bfloat16, of states at the top of its mantissa; all logits equal."""
     vocabulary, hidden = 20_011, 32
     monkeypatch.setattr(matmul, "_CONVERTED_BYTES", 2**18)
     weight = torch.ones(vocabulary, hidden, dtype=torch.bfloat16)
