@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.cases import Case
-from benchmarks.measure import measure_case, peak_memory, stamp
+from benchmarks import limits, results, run
+from benchmarks.cases import TINY, Case, make_batch
+from benchmarks.measure import KINDS, measure_case, peak_memory, stamp
 from benchmarks.peers import PEERS
 from benchmarks.step_profile import OTHER, attribute
 from benchmarks.training import make_trainer, peak_resident
@@ -84,3 +85,45 @@ def test_a_kind_by_strips_keeps_no_logits(tmp_path):
     for kind, budget in (("ours shared (strips)", 0), ("ours shared", None)):
         trainer = make_trainer(kind, model, tokenizer, rows, str(tmp_path), 2, 64, "float32")
         assert (trainer.args.layout, trainer.args.logits_budget) == ("shared", budget)
+
+
+def test_evaluation_has_hidden_states_from_no_grad_and_a_trained_head():
+    """A peer that asks its input whether it wants a gradient would compute one that nobody uses."""
+    batch, seen = make_batch(TINY, torch.float32), {}
+
+    def peer(batch, beta):
+        seen[kind] = batch.hidden.requires_grad, batch.weight.requires_grad, torch.is_grad_enabled()
+        return (batch.hidden.sum() * batch.weight.sum()).clone()
+
+    for kind in ("step", "evaluation", "frozen", "forward"):
+        KINDS[kind](peer, batch)
+    assert seen == {
+        "step": (True, True, True),
+        "evaluation": (False, True, False),
+        "frozen": (True, False, True),
+        "forward": (True, True, True),
+    }
+
+
+def test_a_piece_is_measured_when_every_kind_and_peer_is_stored_on_this_machine(monkeypatch):
+    piece = run.Piece(TINY, "float32", ("step", "evaluation"), 1)
+    row = dict(
+        head="tiny", pairs=2, positions=16, prompt=6, padded=False, V=500, dtype="float32", device=stamp()["device"]
+    )
+    stored = [{**row, "kind": kind, "peer": peer} for kind in piece.kinds for peer in ("ours", "trl")]
+    for rows, expected in ((stored, True), (stored[1:], False), ([{**r, "device": "x"} for r in stored], False)):
+        monkeypatch.setattr(results, "load", lambda group, rows=rows: rows)
+        assert run.is_measured("heads", piece, ["ours", "trl"]) is expected
+
+
+def test_options_for_pieces_are_refused_where_there_are_none(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["run", "--group", "training", "--only", "float32"])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert "--only is for groups of pieces, and training has none" in capsys.readouterr().err
+
+
+def test_limits_of_memory_are_a_cpus(monkeypatch):
+    monkeypatch.setattr("benchmarks.measure.default_device", lambda: "cuda")
+    with pytest.raises(SystemExit, match="hide the GPU with CUDA_VISIBLE_DEVICES="):
+        limits.run()

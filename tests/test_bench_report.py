@@ -64,6 +64,10 @@ def test_a_measurement_taken_again_replaces_the_old_one(tmp_path):
     results.append("heads", [{**ROW, "peer": "ours", "median": 1.0, "seconds": [1.0]}], tmp_path)
     (record,) = results.load("heads", tmp_path)
     assert record["median"] == 1.0 and "seconds" not in record
+    # The newest stands last.
+    results.append("heads", [{**ROW, "peer": "trl", "median": 2.0}], tmp_path)
+    results.append("heads", [{**ROW, "peer": "ours", "median": 3.0}], tmp_path)
+    assert [r["peer"] for r in results.load("heads", tmp_path)] == ["trl", "ours"]
 
 
 def test_exponents_are_recovered():
@@ -163,7 +167,23 @@ def test_the_error_table_holds_the_largest():
     assert tables.error_table(rows).splitlines()[2:] == ["| ours | float32 | 0e+00 | 4e-03 | 0e+00 |"]
 
 
-def test_a_picture_shows_the_machine_that_its_group_was_measured_on_last():
+def test_a_picture_shows_the_machine_on_which_most_of_its_group_was_measured():
     stored = {"heads": [{**ROW, "device": d} for d in "xy"], "prompt_share": [{**ROW, "device": "x"}]}
+    # Of two with as much, the last.
     assert {r["device"] for r in report.shown_in("heads", stored)} == {"y"}
     assert [r["device"] for r in report.shown_in("prompt_share", stored)] == ["x", "x"]
+    # One piece on another machine does not replace a whole table.
+    stored["heads"] = [{**ROW, "device": d} for d in "xxy"]
+    assert {r["device"] for r in report.shown_in("heads", stored)} == {"x"}
+
+
+def test_the_default_form_alone_loses_more_often():
+    rows = [{**ROW, "peer": peer, "median": t} for peer, t in (("ours", 3.0), ("ours (strips)", 1.0), ("trl", 2.0))]
+    assert tables.losses(rows) == [] and len(tables.losses(rows, forms=("ours",))) == 1
+
+
+def test_a_trainers_ratio_is_that_of_the_medians_beside_it():
+    rows = [{**ROW, "data": "d", "peer": peer, "median": t} for peer, t in (("ours shared", 2.0), ("trl orpo", 5.0))]
+    # Another machine's TRL is not the one to compare with.
+    rows.append({**rows[1], "median": 50.0, "device": "y"})
+    assert tables.ratio_of_medians(rows[0], rows) == 2.5
