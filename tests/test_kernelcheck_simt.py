@@ -1,5 +1,7 @@
 """Compiled kernels executed on the CPU give the right answer, and planted faults are found (kernelcheck/simt)."""
 
+import ctypes
+import math
 import shutil
 import sys
 
@@ -184,3 +186,21 @@ def test_missing_tools_are_named(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(executor.UnavailableExecutor, match="needs gcc"):
         executor.runtime.__wrapped__()
+
+
+def test_float_is_rounded_to_bfloat16_as_torch_does():
+    """By the function that stands in for the instruction, which this CPU may have."""
+    from kernelcheck.simt.executor import runtime
+
+    function = runtime().simt_round_to_bf16
+    function.restype, function.argtypes = ctypes.c_float, (ctypes.c_float,)
+    g = torch.Generator().manual_seed(0)
+    ordinary = torch.randn(500, generator=g) * 2.0 ** torch.randint(-130, 120, (500,), generator=g)
+    ties = torch.tensor([0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x00008000, 0x00018000], dtype=torch.int32).view(
+        torch.float32
+    )
+    values = torch.cat([ordinary, -ordinary, ties, torch.tensor([0.0, -0.0, math.inf, -math.inf])])
+    bits = torch.tensor([function(v) for v in values.tolist()]).view(torch.int32) & 0xFFFF
+    assert torch.equal(bits, values.bfloat16().view(torch.int16).int() & 0xFFFF)
+    (nan,) = torch.tensor([function(math.nan)]).view(torch.int32).tolist()
+    assert nan & 0x7FFF > 0x7F80

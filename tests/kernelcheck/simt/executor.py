@@ -93,6 +93,8 @@ def runtime() -> ctypes.CDLL:
     for name in [*callable_from_kernels, *lowering.CHECKS.values(), "simt_wmma"]:
         if name.startswith("simt_"):
             llvm.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
+    # A CPU without AVX512-BF16 rounds by a function of compiler-rt, which is not here.
+    llvm.add_symbol("__truncsfbf2", ctypes.cast(library.simt_round_to_bf16, ctypes.c_void_p).value)
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     return library
