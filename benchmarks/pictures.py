@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
+import textwrap
 from pathlib import Path
 
 from orpo.plots import COLOURS
@@ -108,7 +109,8 @@ def shares(records: list[dict], path: Path, caption: str) -> None:
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("times as fast as TRL, forward and backward")
     axes[0, 0].legend(fontsize=8)
-    figure.suptitle(caption, fontsize=8)
+    # A single panel is narrower than the caption.
+    figure.suptitle(textwrap.fill(caption, 80 * len(dtypes)), fontsize=8)
     _save(figure, path, records)
 
 

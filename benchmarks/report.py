@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from . import cost_pages, pictures, results, tables
+from . import cost_pages, limits, pictures, results, tables
+from .cases import HEADS
 from .lengths import QUANTILES
 from .run import LOSS_GROUPS
 from .tables import by_device, caption, losses, table
@@ -74,7 +75,11 @@ TABLES = {
     "targets": lambda records: [tables.loss_table(records)],
     "growth": lambda records: [tables.growth_table(records), *wide(records)],
     "accuracy": lambda records: [tables.accuracy_table(records)],
-    "long": lambda records: [tables.long_table(records)],
+    "long": lambda records: [
+        f"One pair, half of it prompt, in front of {limits.HEAD}'s head in float32, forward and backward. Each in a "
+        f"process of its own that may use {limits.MEMORY_GIB} GiB and {limits.SECONDS} seconds.",
+        tables.long_table(records),
+    ],
     "training": lambda records: [tables.training_table(records)],
 }
 
@@ -118,6 +123,9 @@ def pages(stored: dict[str, list[dict]]) -> str:
             out.append("![growth](results/growth.png)")
         for part in by_device(records):
             out += [caption(part) + ".", *TABLES.get(group, wide)(part)]
+        missing = [head for head in HEADS if not any(r["head"] == head for r in records)]
+        if group in ("heads", "prompt_share", "frozen") and missing:
+            out.append(f"Not measured yet: {', '.join(missing)}.")
     lengths = [[name, *(str(QUANTILES[name][i]) for i in (0, 2, 5, 10, 15, 18, 20))] for name in QUANTILES]
     out += [
         "## Counted cost, and a model of GPUs",
