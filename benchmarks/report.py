@@ -75,6 +75,11 @@ TABLES = {
     "targets": lambda records: [tables.loss_table(records)],
     "growth": lambda records: [tables.growth_table(records), *wide(records)],
     "accuracy": lambda records: [tables.accuracy_table(records)],
+    "frozen": lambda records: [
+        *wide(records),
+        "`forward, with a graph` is of a trained head; `ours`, as Liger, makes the gradients in it, which backward then "
+        "has for nothing.",
+    ],
     "long": lambda records: [
         f"One pair, half of it prompt, in front of {limits.HEAD}'s head in float32, forward and backward. Each in a "
         f"process of its own that may use {limits.MEMORY_GIB} GiB and {limits.SECONDS} seconds.",
