@@ -68,7 +68,7 @@ WHY = (
 # Of every line of that list, a test asserts that it is such a CPU's.
 WHY_LARGER = (
     "Why: where a CPU has no instructions for bfloat16, ours computes logits in float32, four bytes each; those that "
-    "take less keep two. Their times are under `bfloat16` below."
+    'take less keep two. Their times are under "A short batch in bfloat16" below.'
 )
 
 TABLES = {
@@ -153,7 +153,8 @@ def readme_block(stored: dict[str, list[dict]]) -> str:
     lost = len(losses(records))
     cases = len({(r["head"], r["dtype"], r["kind"]) for r in timed})
     text = (
-        f"Loss and gradients (forward and backward), half of each sequence prompt, on {caption(records)}; medians of "
+        f"Loss and gradients (forward and backward), half of each sequence prompt, on {caption(records)}; medians of, "
+        "after `pip install '.[bench]'`, "
         f'`python -m benchmarks.run --group heads --peers "{",".join(tables.peers_of(records))}"`. `ours (strips)` is '
         "`logits_budget=0`; `cce` is its torch.compile form, its only one on a CPU. Of these, another is more than 5 % "
         f"faster than both of ours in {lost} of {cases} cases, evaluation included: "

@@ -121,7 +121,7 @@ def test_gradient_of_a_wide_head_exists_once():
 def test_two_bins_of_bfloat16_need_no_float32_copy_of_the_head(monkeypatch):
     # Where it is widened instead, the sum of two products is not rounded in between.
     monkeypatch.setattr(torch_logits, "multiplies_bfloat16", lambda: True)
-    monkeypatch.setattr(matmul, "_CONVERTED_BYTES", 2**20)
+    monkeypatch.setattr(matmul, "_PART_BYTES", 2**20)
     vocabulary, hidden = 20_011, 64
     problem = make_problem(2, 9, hidden, vocabulary, dtype=torch.bfloat16).requiring_grad()
     element = torch_backend.tile_element_bytes(torch.bfloat16, torch.bfloat16)
@@ -131,6 +131,19 @@ def test_two_bins_of_bfloat16_need_no_float32_copy_of_the_head(monkeypatch):
     _, largest, _ = measure(lambda: loss_of(problem, logits_budget=budget).backward())
     # In float32 the head's gradient would take twice the weight's bytes.
     assert largest <= vocabulary * hidden * 2 + ROUND
+
+
+def test_the_float32_sum_of_many_bfloat16_products_exists_once(monkeypatch):
+    monkeypatch.setattr(torch_logits, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(matmul, "_PART_BYTES", 2**20)
+    vocabulary, hidden = 20_011, 64
+    problem = make_problem(4, 4, hidden, vocabulary, dtype=torch.bfloat16).requiring_grad()
+    capacity = problem.rows.rows_N.numel() // 3
+    tile, head = capacity * vocabulary * 2, vocabulary * hidden
+    assert len(make_bins(problem.rows, capacity)) > 2
+    *_, peak = measure(lambda: loss_of(problem, logits_budget=tile).backward())
+    # The sum, and beside it the first product or the rounded result; a whole product of its own would be 4 bytes more.
+    assert peak <= tile + 6 * head + 2**20 + 2**19 < tile + 8 * head
 
 
 def test_default_strip_by_device():

@@ -89,7 +89,7 @@ def test_no_copy_of_a_widened_head(dtype, budget, frozen, monkeypatch):
     problem = make_problem(1, 12, hidden, vocabulary, dtype=dtype).requiring_grad(True, not frozen)
     tile = problem.rows.rows_N.numel() * vocabulary * 4
     part = 2**20
-    monkeypatch.setattr(matmul, "_CONVERTED_BYTES", part)
+    monkeypatch.setattr(matmul, "_PART_BYTES", part)
     # float16's finished gradient waits in float32 for a GradScaler, where it is finished before backward.
     waits = dtype == torch.float16 and budget > 0
     result = 0 if frozen else vocabulary * hidden * (4 if waits else 2)
@@ -112,7 +112,7 @@ def test_a_sum_of_several_products_is_rounded_once():
 def test_means_of_logits_are_exact_and_copy_no_head(bfloat16_cpu, monkeypatch):
     """255 positions, whose 1 / n is furthest from bfloat16, of states at the top of its mantissa; all logits equal."""
     vocabulary, hidden = 20_011, 32
-    monkeypatch.setattr(matmul, "_CONVERTED_BYTES", 2**18)
+    monkeypatch.setattr(matmul, "_PART_BYTES", 2**18)
     weight = torch.ones(vocabulary, hidden, dtype=torch.bfloat16)
     states = torch.full((2, 256, hidden), 255 / 512, dtype=torch.bfloat16)
     labels, logit = torch.zeros(2, 256, dtype=torch.long), hidden * 255 / 512

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .head import Gradients, Head, Needs
-from .matmul import WeightedRows, accumulation_dtype, converted_parts, saved_dtype, widened_matmul
+from .matmul import WeightedRows, accumulation_dtype, parts, saved_dtype, widened_matmul
 from .rows import Rows
 
 
@@ -101,7 +101,7 @@ class HeadGradient:
             if self.weight_VD.dtype == g_NV.dtype == coef_N.dtype:
                 self.weight_VD.addmm_(g_NV.T, rows.x_ND)
             else:
-                for start, stop in converted_parts(self.weight_VD, coef_N.dtype):
+                for start, stop in parts(self.weight_VD, coef_N.dtype):
                     product = rows.weight_grad(g_NV[:, start:stop], coef_N.dtype)
                     self.weight_VD[start:stop] = product.add_(self.weight_VD[start:stop])
         if self.needs.bias:
@@ -127,7 +127,7 @@ def _weight_grad(rows: WeightedRows, g_NV: Tensor, dtype: torch.dtype) -> Tensor
     if g_NV.dtype.itemsize <= dtype.itemsize:
         return rows.weight_grad(g_NV, dtype)
     out_VD = g_NV.new_empty((g_NV.shape[1], rows.x_ND.shape[1]), dtype=dtype)
-    for start, stop in converted_parts(out_VD, g_NV.dtype):
+    for start, stop in parts(out_VD, g_NV.dtype):
         out_VD[start:stop] = rows.weight_grad(g_NV[:, start:stop], g_NV.dtype)
     return out_VD
 

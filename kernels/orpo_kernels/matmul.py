@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .head import strips
 
-# Of a head that is converted to another dtype, at a time: a whole copy would be the largest thing alive.
-_CONVERTED_BYTES = 16 * 2**20
+# Of a head in another dtype than its own, at a time: a whole copy would be the largest thing alive.
+_PART_BYTES = 16 * 2**20
 # Smallest coefficient that float16 rows are scaled up for.
 _SMALLEST = 2.0**-100
 
@@ -21,10 +21,14 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def parts(t_VD: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) row of each part of t for which numbers of `dtype` stand beside it."""
+    return strips(t_VD.shape[0], max(1, _PART_BYTES // max(1, t_VD.shape[1] * dtype.itemsize)))
+
+
 def converted_parts(t_VD: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
-    """(first, last + 1) row of each part of t that is converted to `dtype` by itself; one part where it has it."""
-    rows, width = t_VD.shape
-    return strips(rows, max(1, rows if t_VD.dtype == dtype else _CONVERTED_BYTES // max(1, width * dtype.itemsize)))
+    """`parts` where t is of another dtype; one part, which needs no copy, where it is of this one."""
+    return strips(t_VD.shape[0], max(1, t_VD.shape[0])) if t_VD.dtype == dtype else parts(t_VD, dtype)
 
 
 def mean_rows(t_VD: Tensor, dtype: torch.dtype) -> Tensor:
