@@ -15,7 +15,8 @@ import torch
 
 from . import results
 from .cases import Batch, head_case, make_batch
-from .measure import BETA, default_device, exact, relative_error, stamp
+from .gate import BETA, exact, relative_error
+from .measure import default_device, stamp
 from .peers import PARTS
 from .training_data import LONGEST, load, pairs_of
 

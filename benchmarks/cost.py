@@ -86,7 +86,7 @@ def eager(hidden, weight, labels, size: Size) -> torch.Tensor:
 
 
 def liger(hidden, weight, labels, size: Size) -> torch.Tensor:
-    """LigerFusedLinearORPOLoss; `chunk_size=1` as it ships."""
+    """LigerFusedLinearORPOLoss; `chunk_size=1` as it ships, but not compiled: what is compiled cannot be counted."""
     from liger_kernel.chunked_loss import LigerFusedLinearORPOLoss
 
     return LigerFusedLinearORPOLoss(compiled=False)(weight, hidden, labels, nll_target=labels)[0]

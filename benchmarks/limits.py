@@ -20,7 +20,18 @@ from . import results
 
 HEAD = "SmolLM2-135M"
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
-PEERS = ("ours (strips)", "ours", "trl", "trl chunked", "liger", "cce", "torch linear_cross_entropy", "torch eager")
+PEERS = (
+    "ours (strips)",
+    "ours",
+    "trl",
+    "trl chunked",
+    "liger",
+    "liger compiled",
+    "cce",
+    "torch linear_cross_entropy",
+    "torch linear_cross_entropy (chunked)",
+    "torch eager",
+)
 MEMORY_GIB = 8
 SECONDS = 150
 
@@ -34,7 +45,8 @@ def attempt(peer: str, length: int, memory_gib: float) -> dict[str, object]:
     import torch
 
     from .cases import head_case, make_batch
-    from .measure import stamp, step
+    from .gate import step
+    from .measure import stamp
     from .peers import PEERS as ALL
 
     case = head_case(HEAD, 0.5, pairs=1, positions=length)

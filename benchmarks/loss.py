@@ -17,7 +17,8 @@ import argparse
 import torch
 
 from .cases import CASES, HEADS, head_case
-from .measure import KINDS, measure_case, stamp
+from .gate import KINDS
+from .measure import measure_case, stamp
 from .peers import PEERS, available
 
 

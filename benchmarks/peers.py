@@ -132,11 +132,17 @@ def _back_in_place(logp: Tensor, keep: Tensor) -> Tensor:
     return torch.zeros(keep.shape, dtype=logp.dtype, device=logp.device).masked_scatter(keep, logp)
 
 
-def torch_linear_cross_entropy(batch: Batch, beta: float) -> tuple[Tensor, Tensor]:
-    """torch's own fused linear cross-entropy on the rows that count, the odds ratio on top."""
+def torch_linear_cross_entropy(batch: Batch, beta: float, chunked: bool = False) -> tuple[Tensor, Tensor]:
+    """torch's own linear cross-entropy on the rows that count, the odds ratio on top; its default holds all logits."""
     keep, hidden, targets = _scored_rows(batch)
-    loss = F.linear_cross_entropy(hidden, batch.weight, targets, reduction="none")
+    options = {"options": torch.nn.LinearCrossEntropyOptions()} if chunked else {}
+    loss = F.linear_cross_entropy(hidden, batch.weight, targets, reduction="none", **options)
     return _from_token_logps(_back_in_place(-loss.float(), keep), batch, beta)
+
+
+def torch_linear_cross_entropy_chunked(batch: Batch, beta: float) -> tuple[Tensor, Tensor]:
+    """The same in chunks of rows as torch chooses them, whose logits backward computes again."""
+    return torch_linear_cross_entropy(batch, beta, chunked=True)
 
 
 def trl_chunked(batch: Batch, beta: float) -> tuple[Tensor, Tensor]:
@@ -165,6 +171,7 @@ PARTS: dict[str, Parts] = {
     "liger compiled": liger_compiled,
     "cce": cce,
     "torch linear_cross_entropy": torch_linear_cross_entropy,
+    "torch linear_cross_entropy (chunked)": torch_linear_cross_entropy_chunked,
     "torch eager": eager,
     "torch compiled": eager_compiled,
 }
@@ -181,4 +188,6 @@ def available(name: str) -> bool:
     """Whether the peer's package, and the function it needs, are here."""
     if name == "torch linear_cross_entropy":
         return hasattr(F, "linear_cross_entropy")
+    if name == "torch linear_cross_entropy (chunked)":
+        return hasattr(torch.nn, "LinearCrossEntropyOptions")
     return name not in _NEEDS or importlib.util.find_spec(_NEEDS[name]) is not None

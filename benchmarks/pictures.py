@@ -22,6 +22,7 @@ PEER_COLOURS = {
     "liger compiled": "#004D33",
     "cce": COLOURS[3],
     "torch linear_cross_entropy": "#666666",
+    "torch linear_cross_entropy (chunked)": "#333333",
     "torch eager": "#999999",
     "torch compiled": "#CCCCCC",
 }
@@ -64,6 +65,17 @@ def ratios_by_share(timed: list[dict]) -> dict[float, list[float]]:
     return ratios
 
 
+def at_every_share(timed: list[dict]) -> list[dict]:
+    """The records of heads that have one at every share: a mean over others at each share would bend by the heads."""
+    shares = {r["prompt"] / r["positions"] for r in timed}
+    complete = {
+        head
+        for head in {r["head"] for r in timed}
+        if {r["prompt"] / r["positions"] for r in timed if r["head"] == head} == shares
+    }
+    return [r for r in timed if r["head"] in complete]
+
+
 def heads(records: list[dict], path: Path, caption: str) -> None:
     """Speed of every peer relative to TRL, forward and backward, in front of every head; one panel a dtype."""
     timed = _steps(records)
@@ -86,17 +98,24 @@ def heads(records: list[dict], path: Path, caption: str) -> None:
 
 
 def shares(records: list[dict], path: Path, caption: str) -> None:
-    """Speed relative to TRL by the share of prompt: a dot for each head, a line through their geometric means."""
+    """Speed relative to TRL by the share of prompt: a dot for each head, a line through their geometric means.
+
+    The line is of those heads that were measured at every share.
+    """
     timed = _steps(records)
     dtypes = sorted({r["dtype"] for r in timed}, reverse=True)
     peers = [p for p in PEER_COLOURS if p != "trl" and any(r["peer"] == p for r in timed)]
     figure, axes = _figure().subplots(1, len(dtypes), figsize=(5.2 * len(dtypes), 4.2), squeeze=False, sharey=True)
     for axis, dtype in zip(axes[0], dtypes, strict=True):
         for i, peer in enumerate(peers):
-            ratios = ratios_by_share([r for r in timed if (r["dtype"], r["peer"]) == (dtype, peer)])
+            mine = [r for r in timed if (r["dtype"], r["peer"]) == (dtype, peer)]
+            ratios = ratios_by_share(mine)
             # Side by side, or the dots of one peer would hide another's.
             aside = 1.2 * (i - (len(peers) - 1) / 2)
-            means = [(share + aside, statistics.geometric_mean(ratios[share])) for share in ratios]
+            means = [
+                (share + aside, statistics.geometric_mean(values))
+                for share, values in ratios_by_share(at_every_share(mine)).items()
+            ]
             dots = [(share + aside, ratio) for share in ratios for ratio in ratios[share]]
             axis.plot(*zip(*means, strict=True), color=colour_of(peer), label=peer)
             axis.scatter(*zip(*dots, strict=True), 9, color=colour_of(peer))

@@ -11,7 +11,6 @@ import re
 from pathlib import Path
 
 from . import cost_pages, limits, pictures, results, tables
-from .cases import HEADS
 from .lengths import QUANTILES
 from .run import LOSS_GROUPS
 from .tables import by_device, caption, losses, table
@@ -65,6 +64,12 @@ WHY = (
     "the next."
 )
 
+# Names the machines, so that a reader need not know which commit came first; a test asserts that there are such rows.
+LIGER_EVALUATION = (
+    " On the machines named AMD EPYC and Intel(R) Xeon(R) Processor, without a word in brackets, Liger was asked for "
+    "the hidden states' gradient in evaluation too, a third of its matmuls; elsewhere it computes only the head's."
+)
+
 # Of every line of that list, a test asserts that it is such a CPU's.
 WHY_LARGER = (
     "Why: where a CPU has no instructions for bfloat16, ours computes logits in float32, four bytes each; those that "
@@ -94,13 +99,13 @@ def pages(stored: dict[str, list[dict]]) -> str:
     everything = [r for group in LOSS_GROUPS for r in stored[group]]
     out = [
         "# Results",
-        "Written by `python -m benchmarks.report` from `benchmarks/results/`. Every peer's loss and gradients are "
-        "compared with float64 before it is timed; peers take turns in every round; memory is what a call allocates at "
-        "most, its gradients included. Times of the loss are medians of 3 or 5 rounds; the files have their spread. "
+        "Written by `python -m benchmarks.report` from `benchmarks/results/`. The loss itself (all but the sections on "
+        "length and training) is timed once loss and gradients agree with float64, peers taking turns in 3 or 5 "
+        "rounds: times are medians, and so are the times as fast as TRL; the files have the spread. Memory is what a "
+        "call allocates at most, its gradients included. "
         "Errors are relative, of loss, hidden-state gradient and weight gradient. `cce` is its `torch_compile` form, "
         "its only one on a CPU, which holds the logits of all rows that count; `trl` in bfloat16 is a model of "
-        "bfloat16 weights. Up to commit 1262ac4 Liger was asked for the hidden states' gradient in evaluation too, a "
-        "third of its matmuls; since then it computes only the head's. "
+        f"bfloat16 weights.{LIGER_EVALUATION} "
         "Vocabulary and hidden size are those of the real heads, without Phi-2's bias and Gemma 2's softcap; batches "
         "are scaled down to what two CPU cores finish in seconds, as the tables say. No figure was measured on a GPU.",
         "## Where we lose",
@@ -128,9 +133,8 @@ def pages(stored: dict[str, list[dict]]) -> str:
             out.append("![growth](results/growth.png)")
         for part in by_device(records):
             out += [caption(part) + ".", *TABLES.get(group, wide)(part)]
-        missing = [head for head in HEADS if not any(r["head"] == head for r in records)]
-        if group in ("heads", "prompt_share", "frozen") and missing:
-            out.append(f"Not measured yet: {', '.join(missing)}.")
+        if missing := not_measured(group, records):
+            out.append(f"Not measured on any machine: {'; '.join(missing)}.")
     lengths = [[name, *(str(QUANTILES[name][i]) for i in (0, 2, 5, 10, 15, 18, 20))] for name in QUANTILES]
     out += [
         "## Counted cost, and a model of GPUs",
@@ -143,6 +147,20 @@ def pages(stored: dict[str, list[dict]]) -> str:
         table(["source", "what", "figures"], [list(row) for row in PUBLISHED]),
     ]
     return "\n\n".join(out) + "\n"
+
+
+def not_measured(group: str, records: list[dict]) -> list[str]:
+    """The cases of a group without a record, a line for each head and dtype."""
+    names = ("head", "pairs", "positions", "prompt", "padded", "V", "dtype")
+    stored = {tuple(r.get(name) for name in names) for r in records}
+    batches: dict[str, list[str]] = {}
+    for piece in LOSS_GROUPS.get(group, ()):
+        c = piece.case
+        padded = c.lengths is not None
+        if (c.name, c.pairs, c.positions, c.prompt, padded, c.vocabulary, piece.dtype) not in stored:
+            batch = f"{c.pairs} x {c.positions}" + (" padded" if padded else f" with {c.prompt} prompt")
+            batches.setdefault(f"{c.name} in {piece.dtype}", []).append(batch)
+    return [f"{name} ({', '.join(of)})" for name, of in batches.items()]
 
 
 def readme_block(stored: dict[str, list[dict]]) -> str:
@@ -172,11 +190,11 @@ def readme_training(records: list[dict]) -> list[str]:
         return []
     steps = most_measured(steps)
     kinds = ",".join(dict.fromkeys(r["peer"] for r in steps))
-    rounds = " or ".join(sorted({str(r["rounds"]) for r in steps}))
+    rounds = max(r["rounds"] for r in steps)
     text = (
         f"Training steps of {steps[0]['head']} on `{steps[0]['data']}`, {steps[0]['pairs']} pairs a batch, on "
-        f"{caption(steps)}; medians of {rounds} rounds of three steps, "
-        f'`python -m benchmarks.training --model FOLDER --data FILE --kinds "{kinds}"`. '
+        f"{caption(steps)}; medians of {rounds} rounds, each the mean of the second and third step, batches already "
+        f'made, `python -m benchmarks.training --model FOLDER --data FILE --rounds {rounds} --kinds "{kinds}"`. '
         "`trl sft` is TRL's SFTTrainer on the chosen answers alone. Resident is what a whole process holds."
     )
     header = ["dtype", "trainer", "step, s", "times as fast as TRL's ORPOTrainer", "resident, GiB"]
@@ -185,7 +203,7 @@ def readme_training(records: list[dict]) -> list[str]:
             r["dtype"],
             r["peer"],
             f"{r['median']:.1f}",
-            f"{tables.ratio_of_medians(r, steps):.2f}",
+            f"{r['ratio']:.2f}",
             f"{r['peak_resident_bytes'] / 2**30:.1f}" if r.get("peak_resident_bytes") else "",
         ]
         for r in steps
@@ -222,8 +240,13 @@ def shown_in(group: str, stored: dict[str, list[dict]]) -> list[dict]:
 
 
 def most_measured(records: list[dict]) -> list[dict]:
-    """The records of the machine that has most of them; of two that have as many, the one measured last."""
-    return max(reversed(by_device(records)), key=len)
+    """The records of the machine that has most cases of them; of two that have as many, the one measured last."""
+
+    def cases(part: list[dict]) -> int:
+        # Not its rows: one machine may have been measured with more peers.
+        return len({tuple(r.get(name) for name in results.KEY if name != "peer") for r in part})
+
+    return max(reversed(by_device(records)), key=cases)
 
 
 def main() -> None:

@@ -34,4 +34,15 @@ def load(group: str, folder: Path = FOLDER) -> list[dict]:
         # Out first: what is measured again is the newest, and stands last.
         latest.pop(key_of(record), None)
         latest[key_of(record)] = record
-    return list(latest.values())
+    return [_with_ratio(record, latest) for record in latest.values()]
+
+
+def _with_ratio(record: dict, latest: Mapping[tuple, dict]) -> dict:
+    """The record with how many times as long TRL took, by the medians that stand in the same table; without, if none.
+
+    Not as stored: another TRL may have been measured since.
+    """
+    names = ("trl", "trl orpo")
+    trl = next((b for name in names if (b := latest.get(key_of({**record, "peer": name})))), {})
+    record = {name: value for name, value in record.items() if name != "ratio"}
+    return {**record, "ratio": trl["median"] / record["median"]} if {"median"} <= trl.keys() & record.keys() else record

@@ -204,13 +204,6 @@ def long_table(records: list[dict]) -> str:
     return table(["who", "longest pair, tokens a sequence", "ended at"], rows)
 
 
-def ratio_of_medians(record: dict, records: list[dict]) -> float:
-    """How many times as long TRL's ORPOTrainer took, by the medians that stand in the same table."""
-    names = ("head", "data", "pairs", "dtype", "kind", "device")
-    (trl,) = (r for r in records if r["peer"] == "trl orpo" and all(r[name] == record[name] for name in names))
-    return trl["median"] / record["median"]
-
-
 def training_table(records: list[dict]) -> str:
     """Time, pairs per second and memory of each trainer."""
     header = ["model", "data", "batch", "dtype", "what", "who", "rounds", "median (20 to 80 %)", "times as fast as TRL"]
@@ -220,7 +213,7 @@ def training_table(records: list[dict]) -> str:
             [
                 *(str(r[name]) for name in ("head", "data", "pairs", "dtype", "kind", "peer", "rounds")),
                 f"{r['median']:.3g} s ({r['q20']:.3g} to {r['q80']:.3g})",
-                f"{ratio_of_medians(r, records):.2f}",
+                f"{r['ratio']:.2f}",
                 f"{r['pairs_per_second']:.2f}",
                 f"{r['peak_resident_bytes'] / 2**30:.1f}" if r.get("peak_resident_bytes") else "",
             ]

@@ -11,7 +11,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .measure import KINDS, measure_case
+from .gate import KINDS
+from .measure import measure_case
 from .peers import PEERS, available
 
 

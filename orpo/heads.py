@@ -5,6 +5,7 @@ Letters: D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -58,5 +59,7 @@ def _lora_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
                 f"lora_dropout is {dropout} on the output embeddings, where the fused loss cannot apply it: "
                 "set it to 0, or keep disable_dropout=True"
             )
-        weight = weight + head.get_delta_weight(adapter).to(weight.dtype)
+        # Under no_grad the sum would look like a frozen head, and evaluation would not take training's way.
+        with torch.enable_grad():
+            weight = weight + head.get_delta_weight(adapter).to(weight.dtype)
     return weight, bias

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import accuracy, results
 from benchmarks.cases import TINY, make_batch
-from benchmarks.measure import exact
+from benchmarks.gate import exact
 from benchmarks.peers import PARTS, PEERS
 
 

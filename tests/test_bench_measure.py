@@ -8,7 +8,8 @@ import torch
 
 from benchmarks import limits, results, run
 from benchmarks.cases import TINY, Case, make_batch
-from benchmarks.measure import KINDS, measure_case, peak_memory, stamp
+from benchmarks.gate import KINDS
+from benchmarks.measure import measure_case, peak_memory, stamp
 from benchmarks.peers import PEERS
 from benchmarks.step_profile import OTHER, attribute
 from benchmarks.training import make_trainer, peak_resident

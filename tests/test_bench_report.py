@@ -3,8 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import report, results, tables
+from benchmarks.cases import CASES, Case
+from benchmarks.measure import measure_case
+from benchmarks.peers import PEERS
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW = dict(group="heads", head="h", pairs=1, positions=8, prompt=4, padded=False, V=10, D=4, dtype="float32",
@@ -89,12 +93,6 @@ def test_lengths_drawn_have_the_shares_of_the_data():
 
 
 def test_a_wrong_peer_gets_no_time():
-    import torch
-
-    from benchmarks.cases import CASES
-    from benchmarks.measure import measure_case
-    from benchmarks.peers import PEERS
-
     eager = PEERS["torch eager"]
 
     def wrong(batch, beta):
@@ -104,6 +102,46 @@ def test_a_wrong_peer_gets_no_time():
     status = {r["peer"]: r for r in records}
     assert status["right"]["status"] == "measured" and status["right"]["error_dw"] < 1e-5
     assert status["wrong"]["status"] == "wrong" and "median" not in status["wrong"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_loss_without_its_odds_ratio_gets_no_time(dtype):
+    peers = {"right": PEERS["ours"], "likelihood alone": lambda batch, beta: PEERS["ours"](batch, 0.0)}
+    records = measure_case(Case("h", 4, 64, 32, 64, 5000), dtype, peers, ["step", "evaluation"], 1)
+    status = {(r["peer"], r["kind"]): r["status"] for r in records}
+    assert status == {
+        ("right", "step"): "measured",
+        ("right", "evaluation"): "measured",
+        ("likelihood alone", "step"): "wrong",
+        ("likelihood alone", "evaluation"): "wrong",
+    }
+
+
+def test_a_peer_that_is_wrong_in_one_kind_alone_gets_no_time_there():
+    ours = PEERS["ours"]
+
+    def wrong_without_grad(batch, beta):
+        return ours(batch, beta) * (1.0 if torch.is_grad_enabled() else 1.01)
+
+    def wrong_with_a_frozen_head(batch, beta):
+        # The loss is right, its gradient is not.
+        loss = ours(batch, beta)
+        return loss if batch.weight.requires_grad else 2 * loss - loss.detach()
+
+    def fails_without_grad(batch, beta):
+        loss = ours(batch, beta)
+        return loss if loss.requires_grad else loss.backward()
+
+    peers = {f.__name__: f for f in (wrong_without_grad, wrong_with_a_frozen_head, fails_without_grad)}
+    records = measure_case(CASES["tiny"], torch.float32, peers, ["step", "evaluation", "frozen"], 1)
+    status = {(r["peer"], r["kind"]): r["status"].split(":")[0] for r in records}
+    assert {key for key, value in status.items() if value != "measured"} == {
+        ("wrong_without_grad", "evaluation"),
+        ("wrong_with_a_frozen_head", "frozen"),
+        ("fails_without_grad", "evaluation"),
+    }
+    assert status["fails_without_grad", "evaluation"] == "failed"
+    assert status["wrong_without_grad", "evaluation"] == status["wrong_with_a_frozen_head", "frozen"] == "wrong"
 
 
 def test_without_a_gpu_the_command_says_so_and_ends_well(capsys):
@@ -130,7 +168,7 @@ def test_roofline_beside_the_bars_is_the_matmuls_at_the_cards_peak():
 def test_the_picture_of_prompt_shares_is_drawn(tmp_path):
     from PIL import Image
 
-    from benchmarks.pictures import fingerprint, ratios_by_share, shares
+    from benchmarks.pictures import at_every_share, fingerprint, ratios_by_share, shares
 
     rows = [
         {**ROW, "head": head, "peer": peer, "prompt": prompt, "dtype": dtype, "ratio": 1.0 + prompt}
@@ -140,6 +178,8 @@ def test_the_picture_of_prompt_shares_is_drawn(tmp_path):
         for dtype in ("float32", "bfloat16")
     ]
     assert ratios_by_share(rows[:8]) == {0.0: [1.0] * 4, 50.0: [5.0] * 4}
+    # A head that lacks one share is no part of the means.
+    assert {r["head"] for r in at_every_share([r for r in rows[:-2] if r["peer"] == "trl"])} == {"a"}
     shares(rows, tmp_path / "shares.png", "caption")
     assert Image.open(tmp_path / "shares.png").info["Description"] == fingerprint(rows)
 
@@ -172,8 +212,9 @@ def test_a_picture_shows_the_machine_on_which_most_of_its_group_was_measured():
     # Of two with as much, the last.
     assert {r["device"] for r in report.shown_in("heads", stored)} == {"y"}
     assert [r["device"] for r in report.shown_in("prompt_share", stored)] == ["x", "x"]
-    # One piece on another machine does not replace a whole table.
-    stored["heads"] = [{**ROW, "device": d} for d in "xxy"]
+    # One piece on another machine does not replace a whole table, whoever was measured in it.
+    stored["heads"] = [{**ROW, "head": h, "device": "x"} for h in "gh"]
+    stored["heads"] += [{**ROW, "peer": peer, "device": "y"} for peer in ("ours", "trl", "cce")]
     assert {r["device"] for r in report.shown_in("heads", stored)} == {"x"}
 
 
@@ -182,8 +223,48 @@ def test_the_default_form_alone_loses_more_often():
     assert tables.losses(rows) == [] and len(tables.losses(rows, forms=("ours",))) == 1
 
 
-def test_a_trainers_ratio_is_that_of_the_medians_beside_it():
-    rows = [{**ROW, "data": "d", "peer": peer, "median": t} for peer, t in (("ours shared", 2.0), ("trl orpo", 5.0))]
+@pytest.mark.parametrize("trl", ["trl", "trl orpo"])
+def test_a_ratio_is_that_of_the_medians_beside_it(trl, tmp_path):
+    rows = [{**ROW, "peer": peer, "median": t, "ratio": 7.0} for peer, t in (("ours", 2.0), (trl, 5.0))]
     # Another machine's TRL is not the one to compare with.
-    rows.append({**rows[1], "median": 50.0, "device": "y"})
-    assert tables.ratio_of_medians(rows[0], rows) == 2.5
+    alone = {**rows[0], "device": "z"}
+    failed = [
+        {**ROW, "device": "w", "peer": "ours", "median": 1.0},
+        {**ROW, "device": "w", "peer": trl, "status": "wrong"},
+    ]
+    results.append("heads", [*rows, {**rows[1], "median": 50.0, "device": "y"}, alone, *failed], tmp_path)
+    assert [r.get("ratio") for r in results.load("heads", tmp_path)] == [2.5, 1.0, 1.0, None, None, None]
+
+
+def test_peers_of_a_case_were_measured_together():
+    """`--again --peers ours` would set new figures of ours beside others' old ones."""
+    for group, rows in report.load_all().items():
+        commits: dict[tuple, set[str]] = {}
+        for r in rows:
+            case = tuple(r.get(name) for name in results.KEY if name not in ("peer", "kind"))
+            commits.setdefault(case, set()).add(r["commit"])
+        mixed = [case for case, of in commits.items() if len(of) > 1]
+        assert group in ("long", "accuracy", "cost") or not mixed
+
+
+def test_what_is_not_measured_is_said_by_head_and_batch():
+    (piece,) = report.LOSS_GROUPS["bfloat16"]
+    c = piece.case
+    assert report.not_measured("bfloat16", []) == ["OPT-350M in bfloat16 (1 x 64 with 32 prompt)"]
+    row = dict(head=c.name, pairs=1, positions=64, prompt=32, padded=False, V=c.vocabulary, dtype="bfloat16")
+    assert report.not_measured("bfloat16", [row]) == []
+    assert len(report.not_measured("bfloat16", [{**row, "dtype": "float32"}])) == 1
+    assert report.not_measured("accuracy", []) == []
+
+
+def test_machines_on_which_liger_evaluated_with_one_gradient_more_are_named():
+    """The same bytes in training and evaluation show it: without dX its peak is lower."""
+    peaks: dict[str, list[bool]] = {}
+    stored = report.load_all()
+    rows = {results.key_of(r): r for group in ("targets", "heads", "padding") for r in stored[group]}
+    for r in rows.values():
+        if r["peer"].startswith("liger") and r["kind"] == "evaluation":
+            step = rows[results.key_of({**r, "kind": "step"})]
+            peaks.setdefault(r["device"], []).append(r["peak_bytes"] == step["peak_bytes"])
+    for device, same in peaks.items():
+        assert all(same) if "(AVX" not in device else not any(same), device

@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+from orpo_kernels import schedule
 from tiny import SEVEN, SMALL, make_model, make_tokenizer, reference_loss
 from torch import nn
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
@@ -20,9 +21,10 @@ def examples():
     return list(prepare_dataset(SEVEN, make_tokenizer(), Limits(), report=lambda _: None))
 
 
-def loss_of(model, examples):
+def loss_of(model, examples, **settings):
     batch = PaddedLayout(pad_token_id=0)(examples)
-    return model(**{k: v for k, v in batch.items() if k != "orpo"}, orpo=LossCall(batch["orpo"].rows, settings={}))
+    call = LossCall(batch["orpo"].rows, settings=settings)
+    return model(**{k: v for k, v in batch.items() if k != "orpo"}, orpo=call)
 
 
 def assert_same_loss_and_gradients(model, examples):
@@ -133,6 +135,26 @@ def test_adapters(options, attached_before, examples):
     attach_orpo_loss(model)
     check_fused_logps(model)
     assert_same_loss_and_gradients(model, examples)
+
+
+def test_evaluation_with_lora_on_the_head_takes_trainings_way(examples, monkeypatch):
+    model = lora(make_model("llama"), target_modules=["lm_head"])
+    attach_orpo_loss(model)
+    seen = []
+    original = schedule.token_stats
+
+    def spy(backend, x_ND, targets_N, head, needs, head_frozen, strip_bytes):
+        seen.append(head_frozen)
+        return original(backend, x_ND, targets_N, head, needs, head_frozen, strip_bytes)
+
+    monkeypatch.setattr(schedule, "token_stats", spy)
+    loss = loss_of(model, examples, logits_budget=0).loss
+    with torch.no_grad():
+        out = loss_of(model, examples, logits_budget=0)
+        assert not out.loss.requires_grad and out.loss == loss
+    with model.disable_adapter():
+        loss_of(model, examples, logits_budget=0)
+    assert seen == [False, False, True]
 
 
 def test_a_disabled_adapter_is_left_out(examples):
