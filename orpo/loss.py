@@ -81,8 +81,9 @@ def orpo_loss(
             CPU. The loss differs between budgets by rounding.
         strip_bytes: size of one vocabulary strip of recomputed logits. Default: 128 MiB on accelerators, 32 MiB on CPU,
             where a wider one is no faster.
-        backend: "triton", "torch", or None: torch on CPU tensors, Triton elsewhere. "triton-fused" and "triton-strip"
-            force one form of its kernels; otherwise the faster one is found by timing (`orpo_kernels.form`).
+        backend: "triton", "torch", or None: torch on CPU tensors, in float64 and where triton is not installed, Triton
+            elsewhere. "triton-fused" and "triton-strip" force one form of its kernels; otherwise the faster one is
+            found by timing (`orpo_kernels.form`).
 
     Returns:
         ORPOOutput; `loss` is differentiable by hidden, lm_head_weight and lm_head_bias, once.

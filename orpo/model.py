@@ -2,8 +2,9 @@
 
 ``model(input_ids, ..., orpo=LossCall(rows, ...))`` runs the model's own forward up to its head, and hands the hidden
 states to ``head(hidden, orpo=...)``, which computes the loss in place of the logits. Because the loss is a call of the
-head inside a call of the model, whatever is hooked to either (FSDP's and ZeRO's gathering, DDP's reduction, autocast)
-works as for logits. Only instances are patched; without ``orpo=`` both forwards are what they were, so generation and
+head inside a call of the model, what is hooked to these calls (FSDP's and ZeRO's gathering, DDP's reduction, autocast)
+works as for logits. What replaces a module's forward does not, so that a model spread over devices (``device_map``) is
+refused. Only instances are patched; without ``orpo=`` both forwards are what they were, so generation and
 saving are untouched.
 """
 
@@ -131,7 +132,8 @@ def attach_orpo_loss(model: nn.Module) -> FusedHead:
         model: a causal language model of transformers, or a PEFT model around one.
 
     Raises:
-        ValueError: the model is an encoder-decoder, or has a head that the fused loss cannot reproduce.
+        ValueError: the model is an encoder-decoder, spread over devices, or has a head that the fused loss cannot
+            reproduce.
     """
     base = base_model(model)
     if getattr(base.config, "is_encoder_decoder", False):
@@ -140,6 +142,12 @@ def attach_orpo_loss(model: nn.Module) -> FusedHead:
         )
     if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
         raise ValueError("prompt-learning adapters put tokens of their own before the batch's; use LoRA or the like")
+    devices = {str(device) for device in (getattr(base, "hf_device_map", None) or {}).values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"device_map has spread the model over {', '.join(sorted(devices))}; the fused loss needs its head where "
+            "the hidden states are: load it on one device (device_map={'': 0}), or shard it with FSDP"
+        )
     head = base.get_output_embeddings()
     names = [name for name, module in base.named_modules() if module is head]
     if head is None or not names:

@@ -1,14 +1,16 @@
 """The operator under autograd: every schedule and backend against float64 truth, bit for bit where that is promised."""
 
+from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
 import torch
 from orpo_kernels import fused
 from orpo_kernels.head import STRIP_BYTES, strip_width, strips
+from orpo_kernels.rows import Rows
 from problems import make_problem, relative_error
 
-from orpo import orpo_loss
+from orpo import orpo_loss, orpo_loss_from_rows, token_logprobs
 
 # Forces several strips and, with the budgets below, several bins and an oversized pair at these sizes.
 STRIP = 8192
@@ -170,6 +172,65 @@ def test_opcheck(budget, needs):
         # The operator's own gradients are what other tests check; finite differences of float32 say nothing.
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"),
     )
+
+
+def spread(tensor):
+    """The same numbers as a column of a wider array: what lies beside each is another."""
+    wide = torch.stack([tensor, torch.zeros_like(tensor), tensor], 1)
+    return wide[:, 0]
+
+
+@backends
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_rows_and_bias_may_be_columns(backend, budget, kernel_device):
+    problem = make_problem(bias=True, device=kernel_device if backend == "triton" else "cpu").requiring_grad()
+    rows = problem.rows
+    arrays = (rows.rows_N, rows.targets_N, rows.sequence_N, rows.in_response_N, rows.in_nll_N)
+    results = []
+    for move in (torch.clone, spread):
+        bias = move(problem.bias.detach()).requires_grad_()
+        problem.requiring_grad()
+        moved = Rows(*map(move, arrays), pairs=rows.pairs)
+        keywords = dict(lm_head_bias=bias, logits_budget=budget, strip_bytes=STRIP, backend=backend)
+        out = orpo_loss_from_rows(problem.hidden, problem.weight, moved, **keywords)
+        out.loss.backward()
+        results.append((out.loss.detach(), problem.hidden.grad, problem.weight.grad, bias.grad))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize(
+    "backend", [TORCH, *(pytest.param(f"triton-{form}", marks=pytest.mark.kernels) for form in ("fused", "strip"))]
+)
+def test_targets_of_log_probabilities_may_be_a_column(backend, frozen, kernel_device):
+    problem = make_problem(bias=True, device="cpu" if backend == "torch" else kernel_device)
+    results = []
+    for move in (torch.clone, spread):
+        x = problem.hidden[0].detach().requires_grad_()
+        weight = problem.weight.detach().requires_grad_(not frozen)
+        targets, bias = move(torch.arange(len(x), device=x.device)), move(problem.bias.detach())
+        logp = token_logprobs(x, weight, targets, bias=bias, strip_bytes=2048, backend=backend)
+        logp.sum().backward()
+        results.append((logp.detach(), x.grad, x.grad if frozen else weight.grad))
+    assert all(map(torch.equal, *results))
+
+
+def test_operators_run_on_the_device_of_their_tensors(monkeypatch):
+    """Triton launches on the current device, which with a second GPU's tensors is another."""
+    entered = []
+
+    @contextmanager
+    def device_of(tensor):
+        entered.append(tuple(tensor.shape))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    problem = make_problem(P=2, T=9, D=8, V=31).requiring_grad()
+    hidden = problem.hidden.flatten(0, 1)
+    run(problem, "torch", 0)
+    token_logprobs(hidden, problem.weight, torch.zeros(len(hidden), dtype=torch.int64)).sum().backward()
+    # Each operator and its backward, which begins with the upstream gradient.
+    assert entered == [tuple(hidden.shape), (), tuple(hidden.shape), (len(hidden),)]
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1000, 10**7])

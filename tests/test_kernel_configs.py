@@ -119,6 +119,18 @@ def test_tf32_only_where_torch_allows_it(monkeypatch):
         torch.backends.cuda.matmul.allow_tf32 = previous
 
 
+def test_tf32_allowed_by_torchs_newer_setting():
+    """transformers' `tf32=True` uses this one; asked for allow_tf32, torch then raises."""
+    previous = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
+            print(torch.backends.cuda.matmul.allow_tf32)
+        assert configs.input_precision() == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = previous
+
+
 @pytest.mark.parametrize("cores", [4, 108, 132, 148])
 @pytest.mark.parametrize("block_n", [64, 128])
 def test_splits_of_the_vocabulary_fill_the_chip(block_n, cores):

@@ -1,5 +1,7 @@
 """Every kernel of the package, its memory accesses watched: inside their tensors, no races, any order, beyond int32."""
 
+import weakref
+
 import pytest
 import torch
 from kernelcheck.memory import lazily_mapped
@@ -53,6 +55,32 @@ def test_a_frozen_head_is_watched_too():
         keywords = dict(logits_budget=0, strip_bytes=8192, backend="triton")
         orpo_loss(problem.hidden, problem.weight, problem.labels, **keywords, **problem.keywords).loss.backward()
     assert relative_error(problem.hidden.grad, problem.truth()[1]) < 1e-6
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_frozen_head_holds_one_strip(dtype, trained, monkeypatch):
+    """Logits and what is made of them are gone before the next strip's are computed."""
+    from orpo_kernels import triton_backend
+
+    made, strips = [], []
+    raw_logits, strip_grad = triton_backend.raw_logits, triton_backend.strip_grad
+
+    def watched_logits(*arguments):
+        strips.append(sum(ref() is not None for ref in made))
+        made.append(weakref.ref(z := raw_logits(*arguments)))
+        return z
+
+    def watched_grad(*arguments):
+        made.append(weakref.ref(e := strip_grad(*arguments)))
+        return e
+
+    monkeypatch.setattr(triton_backend, "raw_logits", watched_logits)
+    monkeypatch.setattr(triton_backend, "strip_grad", watched_grad)
+    problem = make_problem(dtype=dtype).requiring_grad(hidden=trained, weight=False)
+    keywords = dict(logits_budget=0, strip_bytes=8192, backend="triton")
+    orpo_loss(problem.hidden, problem.weight, problem.labels, **keywords, **problem.keywords)
+    assert len(strips) > 2 and not any(strips)
 
 
 @pytest.mark.parametrize("schedule", ["shuffled", "interleaved"])

@@ -253,3 +253,12 @@ def test_the_probe_allows_for_rounding(dtype):
     model = make_model("llama").to(dtype)
     attach_orpo_loss(model)
     check_fused_logps(model)
+
+
+def test_a_model_spread_over_devices_is_refused():
+    model = make_model("llama")
+    model.hf_device_map = {"": 0}
+    attach_orpo_loss(model)
+    model.hf_device_map = {"model.embed_tokens": 0, "model.layers": 1, "lm_head": 0}
+    with pytest.raises(ValueError, match=r"device_map has spread the model over 0, 1; .* load it on one device"):
+        attach_orpo_loss(model)

@@ -198,6 +198,14 @@ def test_evaluation_holds_one_chunk_of_a_tile_and_has_trainings_bits(dtype, bflo
     assert relative_error(problem.weight.grad, dw) < tolerance[1]
 
 
+def test_backward_of_log_probabilities_makes_no_zeros_for_what_it_saved():
+    """The product with the upstream gradient, which is the result, and nothing else of that size."""
+    x = torch.randn(2000, 64, requires_grad=True)
+    logp = token_logprobs(x, torch.randn(31, 64), torch.zeros(2000, dtype=torch.int64))
+    _, largest, peak = measure(logp.sum().backward)
+    assert largest == x.nbytes and peak < 1.5 * x.nbytes
+
+
 def test_token_logprobs_costs_what_the_table_says():
     problem = make_problem(P, T, D, V)
     rows = problem.rows

@@ -223,7 +223,9 @@ def fastest(kernel: str, candidates: tuple, x_ND: Tensor, head: Head, launch: Ca
 
 def input_precision() -> str:
     """Of float32 matmuls: TF32 only where torch's own setting allows it, and never on AMD, where few chips have it."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None else "ieee"
+    # Not by allow_tf32, which raises once fp32_precision was set, as transformers' `tf32=True` does.
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and torch.version.hip is None else "ieee"
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from . import schedule
 from .backends import load_backend
 from .form import load_form
 from .head import Head, Needs
-from .matmul import accumulation_dtype, matmul, saved_dtype, widened_matmul, without_autocast
+from .matmul import accumulation_dtype, matmul, operator_body, saved_dtype, widened_matmul
 from .rows import Rows
 
 
@@ -91,7 +91,7 @@ def _mean_hidden(x_ND: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.custom_op("orpo::linear_orpo", mutates_args=())
-@without_autocast
+@operator_body
 def linear_orpo(
     hidden_RD: Tensor,
     weight_VD: Tensor,
@@ -119,7 +119,9 @@ def linear_orpo(
     """loss, nll_loss, odds_ratio_loss, mean_logp_S, log_odds_P, pair_mask_P, mean_hidden_2D; then what backward needs:
     kept_2E, count (on the host), token_3E where logits are recomputed, else finished dX_RD, dW_VD, db_V."""
     head, wants = Head(weight_VD, bias_V, logit_scale, logit_softcap), Needs(*needs)
-    rows = Rows(rows_E, targets_E, sequence_E, in_response_E, in_nll_E, pairs)
+    # Contiguous: kernels step through them one element after the other.
+    arrays = (t.contiguous() for t in (rows_E, targets_E, sequence_E, in_response_E, in_nll_E))
+    rows = Rows(*arrays, pairs)
     if not all_rows_count:
         rows = _keep(rows)
     check_targets(rows.targets_N, weight_VD.shape[0])
@@ -200,7 +202,7 @@ def _(hidden_RD, weight_VD, bias_V, rows_E, targets_E, *_, pairs, needs, logits_
 
 
 @torch.library.custom_op("orpo::linear_orpo_backward", mutates_args=())
-@without_autocast
+@operator_body
 def linear_orpo_backward(
     grad_loss: Tensor,
     hidden_RD: Tensor,

@@ -178,7 +178,7 @@ def logit_grad(
 
     x_ND is contiguous and of the weight's dtype.
     """
-    assert x_ND.is_contiguous() and x_ND.dtype == head.weight_VD.dtype
+    assert x_ND.is_contiguous() and targets_N.is_contiguous() and x_ND.dtype == head.weight_VD.dtype
     g_NW = x_ND.new_empty((x_ND.shape[0], head.weight_VD.shape[0]))
     inputs = (x_ND, targets_N, lse_N, target_grad_N, row_scale_N)
     few = tuple(None if tensor is None else tensor[:TIMED_ROWS] for tensor in inputs)
@@ -234,7 +234,7 @@ def strip_grad(
 ) -> Tensor:
     """Strip form: g_NW from the strip's raw float32 logits x W^T; in place where dtype is float32."""
     n, columns = z_NW.shape
-    assert z_NW.is_contiguous() and z_NW.dtype == torch.float32
+    assert z_NW.is_contiguous() and targets_N.is_contiguous() and z_NW.dtype == torch.float32
     g_NW = z_NW if dtype == torch.float32 else torch.empty_like(z_NW, dtype=dtype)
     config = configs.elementwise_config()
     strip_grad_kernel[(triton.cdiv(n, config["BLOCK_N"]) * triton.cdiv(columns, config["BLOCK_V"]),)](

@@ -138,7 +138,7 @@ def strip_stats_kernel(
 
 def logit_stats(x_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
     """Fused form: float32 (max_KN, sum_KN, target_N). x_ND is contiguous and of the weight's dtype."""
-    assert x_ND.is_contiguous() and x_ND.dtype == head.weight_VD.dtype
+    assert x_ND.is_contiguous() and targets_N.is_contiguous() and x_ND.dtype == head.weight_VD.dtype
     candidates = configs.matmul_candidates(x_ND, head.weight_VD)
     few_ND, few_N = x_ND[:TIMED_ROWS], targets_N[:TIMED_ROWS]
     config = configs.fastest("logit_stats", candidates, x_ND, head, lambda c: _logit_stats(few_ND, few_N, head, c))
@@ -188,7 +188,7 @@ def start_strip_stats(x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def add_strip_stats(z_NW: Tensor, targets_N: Tensor, head: Head, stats: tuple[Tensor, Tensor, Tensor]) -> None:
     """Strip form: fold raw float32 logits x W^T into `stats`, in place; targets and head are relative to the strip."""
-    assert z_NW.is_contiguous() and z_NW.dtype == torch.float32
+    assert z_NW.is_contiguous() and targets_N.is_contiguous() and z_NW.dtype == torch.float32
     candidates = configs.rows_candidates(z_NW.shape[1])
     few_NW, few_N = z_NW[:TIMED_ROWS], targets_N[:TIMED_ROWS]
 

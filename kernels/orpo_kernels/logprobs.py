@@ -15,11 +15,11 @@ from .backends import load_backend
 from .form import load_form
 from .fused import check_targets
 from .head import Head, Needs
-from .matmul import accumulation_dtype, without_autocast
+from .matmul import accumulation_dtype, operator_body
 
 
 @torch.library.custom_op("orpo::linear_logprobs", mutates_args=())
-@without_autocast
+@operator_body
 def linear_logprobs(
     x_ND: Tensor,
     weight_VD: Tensor,
@@ -35,6 +35,7 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logp_N, and for backward lse_N and, where only x needs a gradient, u_ND with dlogp_n/dx_n = scale * u_n."""
     check_targets(targets_N, weight_VD.shape[0])
+    targets_N = targets_N.contiguous()
     head, wants = Head(weight_VD, bias_V, logit_scale, logit_softcap), Needs(*needs)
     # A frozen head has one form.
     be = load_backend(backend) if head_frozen else load_form(backend, x_ND, targets_N, head, strip_bytes)
@@ -51,7 +52,7 @@ def _(x_ND, weight_VD, bias_V, targets_N, *, needs, **_):
 
 
 @torch.library.custom_op("orpo::linear_logprobs_backward", mutates_args=())
-@without_autocast
+@operator_body
 def linear_logprobs_backward(
     grad_N: Tensor,
     x_ND: Tensor,
@@ -73,7 +74,7 @@ def linear_logprobs_backward(
     if not schedule.recomputes(wants, 0):
         dx_ND = (u_ND * (logit_scale * grad_N[:, None])).to(x_ND.dtype)
         return dx_ND, logp_N.new_empty(0), logp_N.new_empty(0)
-    head = Head(weight_VD, bias_V, logit_scale, logit_softcap)
+    head, targets_N = Head(weight_VD, bias_V, logit_scale, logit_softcap), targets_N.contiguous()
     grads = schedule.backward_by_strips(
         load_form(backend, x_ND, targets_N, head, strip_bytes),
         x_ND,
@@ -101,6 +102,8 @@ def _(grad_N, x_ND, weight_VD, bias_V, targets_N, logp_N, *_, needs, **__):
 
 
 def _save_for_backward(ctx, inputs, keyword_only_inputs, output) -> None:
+    # Autograd would make an (N, D) tensor of zeros for u_ND, which has no gradient.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, *output)
     ctx.settings = {name: value for name, value in keyword_only_inputs.items() if name != "head_frozen"}
     ctx.mark_non_differentiable(*output[1:])

@@ -47,12 +47,16 @@ def saved_dtype(t: Tensor) -> torch.dtype:
     return torch.float32 if t.dtype == torch.float16 else t.dtype
 
 
-def without_autocast(operator: Callable) -> Callable:
-    """An operator's body with autocast off: it has chosen its dtypes, and autocast would narrow its fp32 products."""
+def operator_body(operator: Callable) -> Callable:
+    """An operator's body on the device of its first tensor, autocast off.
+
+    Triton launches on the current device, whatever device its tensors are on. The operator has chosen its dtypes, and
+    autocast would narrow its fp32 products.
+    """
 
     @functools.wraps(operator)
     def body(first: Tensor, *args, **keywords):
-        with torch.autocast(first.device.type, enabled=False):
+        with torch.cuda.device_of(first), torch.autocast(first.device.type, enabled=False):
             return operator(first, *args, **keywords)
 
     return body

@@ -44,9 +44,10 @@ def tile_element_bytes(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
 
 
 def operands(x_ND: Tensor, head: Head) -> tuple[Tensor, Head]:
-    """x contiguous, and both operands in one dtype."""
+    """x and the bias contiguous, and both operands in one dtype."""
     dtype = compute_dtype(x_ND.dtype, head.weight_VD.dtype)
-    head = Head(head.weight_VD.to(dtype), head.bias_V, head.scale, head.softcap)
+    bias_V = None if head.bias_V is None else head.bias_V.contiguous()
+    head = Head(head.weight_VD.to(dtype), bias_V, head.scale, head.softcap)
     return x_ND.to(dtype).contiguous(), head
 
 
@@ -151,6 +152,9 @@ def _frozen_head(
             e_NW = strip_grad(z_NW, targets_N - first, shift_N, zeros_N, row_scale_N, strip_head, dtype)
             u_ND.mul_(torch.exp(old_max_N - shift_N)[:, None])
             add_matmul(u_ND, e_NW, strip_head.weight_VD)
+            del e_NW
+        # Or this strip would still be alive while the next one is computed.
+        del z_NW
     logp_N, lse_N = combine(*stats)
     if not with_grad:
         return logp_N, lse_N, None
