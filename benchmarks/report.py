@@ -82,8 +82,8 @@ TABLES = {
     "accuracy": lambda records: [tables.accuracy_table(records)],
     "frozen": lambda records: [
         *wide(records),
-        "`forward, with a graph` is of a trained head; `ours`, as Liger, makes the gradients in it, which backward "
-        "then has for nothing.",
+        "A frozen head has one default, strips: both columns of ours are the same form. `forward, with a graph` is of "
+        "a trained head; `ours`, as Liger, makes the gradients in it, which backward then has for nothing.",
     ],
     "long": lambda records: [
         f"One pair, half of it prompt, in front of {limits.HEAD}'s head in float32, forward and backward. Each in a "

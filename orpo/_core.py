@@ -112,7 +112,7 @@ def run_orpo(
     hidden, weight, bias = autocast(hidden, weight, lm_head_bias)
     place = hidden.device.type, hidden.dtype, weight.dtype
     backend = choose_backend(backend, *place)
-    budget = resolve_budget(logits_budget, backend, *place, weight.shape[0])
+    budget = resolve_budget(logits_budget, backend, *place, weight.shape[0], head_frozen)
     loss, nll, odds_ratio, mean_logp_S, log_odds_P, pair_mask_P, mean_hidden_2D, *_ = fused.linear_orpo(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,

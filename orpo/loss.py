@@ -77,8 +77,9 @@ def orpo_loss(
             micro-batches and ranks makes accumulated gradients equal those of the large batch.
         num_pairs: the same for the mean over pairs.
         logits_budget: most bytes of logits alive at once between a forward and its gradient. 0: none, they are
-            recomputed strip by strip in backward (8 N V D FLOPs instead of 6). Default: 0 on accelerators, 512 MiB on
-            CPU. The loss differs between budgets by rounding.
+            recomputed strip by strip in backward (8 N V D FLOPs instead of 6). Default: 512 MiB on CPU, 0 on
+            accelerators and where the head needs no gradient, which has every logit computed once either way (4 N V D).
+            The loss differs between budgets by rounding.
         strip_bytes: size of one vocabulary strip of recomputed logits. Default: 128 MiB on accelerators, 32 MiB on CPU,
             where a wider one is no faster.
         backend: "triton", "torch", or None: torch on CPU tensors, in float64 and where triton is not installed, Triton

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from orpo_kernels import matmul, torch_backend, torch_logits
-from orpo_kernels.backends import resolve_strip
+from orpo_kernels.backends import resolve_budget, resolve_strip
 from orpo_kernels.bins import make_bins
 from problems import make_problem, relative_error
 from torch.profiler import ProfilerActivity, profile
@@ -154,6 +154,18 @@ def test_default_strip_by_device():
     problem = make_problem(8, 128, 8, 5003).requiring_grad()
     _, largest, _ = measure(lambda: loss_of(problem, logits_budget=0).backward())
     assert 2**24 < largest <= 2**25 < problem.rows.rows_N.numel() * 5003 * 4
+
+
+def test_default_budget_by_device_and_head():
+    at = (torch.float32, torch.float32, 1000)
+    assert resolve_budget(None, "torch", "cpu", *at, head_frozen=False) == 2**29
+    assert resolve_budget(None, "torch", "cpu", *at, head_frozen=True) == 0
+    assert resolve_budget(None, "torch", "cuda", *at, head_frozen=False) == 0
+    assert resolve_budget(2**20, "torch", "cpu", *at, head_frozen=True) == 2**20
+    problem = make_problem(8, 128, 8, 5003).requiring_grad(weight=False)
+    _, frozen, _ = measure(lambda: loss_of(problem).backward())
+    _, trained, _ = measure(lambda: loss_of(problem.requiring_grad()).backward())
+    assert frozen <= 2**25 < trained
 
 
 @pytest.mark.parametrize("pairs", [4, 16])

@@ -49,10 +49,13 @@ def resolve_budget(
     hidden_dtype: torch.dtype,
     weight_dtype: torch.dtype,
     vocabulary: int,
+    head_frozen: bool,
 ) -> int:
     """`logits_budget`, or the device's default; 0 where it cannot hold the logits of a single row."""
     if logits_budget is None:
-        logits_budget = CPU_LOGITS_BUDGET if device == "cpu" else 0
+        # Tiles save the head's gradient a second computation of the logits. A frozen head has none, and goes through
+        # each strip once.
+        logits_budget = CPU_LOGITS_BUDGET if device == "cpu" and not head_frozen else 0
     row_bytes = vocabulary * load_backend(backend).tile_element_bytes(hidden_dtype, weight_dtype)
     return logits_budget if logits_budget >= row_bytes else 0
 
