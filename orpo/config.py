@@ -12,6 +12,7 @@ from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_availab
 
 from orpo.batch import NLL_SPANS, NLLSpan
 from orpo.data import Limits
+from orpo.diagnose import refuse_cut_gradients
 from orpo.layout import LAYOUTS
 from orpo.packages import require
 
@@ -228,10 +229,12 @@ class ORPOConfig(TrainingArguments):
             if getattr(self, name):
                 self._warn(f"{name} is switched off: {self.__dataclass_fields__[name].metadata['help']}")
                 setattr(self, name, False)
-        if self.diagnose and (self.fsdp or self.deepspeed):
-            raise ValueError(
-                "diagnose needs whole gradients, which FSDP and DeepSpeed cut up: use it on one GPU or DDP"
-            )
+        if self.diagnose:
+            refuse_cut_gradients(bool(self.fsdp or self.deepspeed))
+        if self.use_liger_kernel:
+            # Liger's own cross-entropy would replace the forward that the loss is attached to.
+            own = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+            self.liger_kernel_config = {**(self.liger_kernel_config or {}), **own}
         self._check_evaluation()
         _ = self.limits
 

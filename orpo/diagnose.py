@@ -16,6 +16,12 @@ from torch import Tensor, nn
 SEPARATED_LOG_ODDS = 3.0
 
 
+def refuse_cut_gradients(cut_up: bool) -> None:
+    """Raises a ValueError where the ranks hold parts of the gradients, whose norms would be those of parts."""
+    if cut_up:
+        raise ValueError("diagnose needs whole gradients, which FSDP and DeepSpeed cut up: use it on one GPU or DDP")
+
+
 def pair_statistics(log_odds: Tensor, pair_mask: Tensor) -> dict[str, Tensor]:
     """Means over the pairs in `pair_mask` (P,) of delta(d) = sigmoid(-r) and of r > 3, from the log odds r (P,)."""
     count = pair_mask.sum().clamp(min=1)

@@ -49,6 +49,8 @@ class PairText(NamedTuple):
 def pair_text(row: Mapping[str, Any], tokenizer: Any) -> PairText:
     """The texts of one row of a data set, whatever its form.
 
+    A row's ``chat_template_kwargs`` go to the chat template, as in TRL.
+
     Raises:
         UnusableRow: an answer is empty, or the two dialogues do not share their prompt.
         ValueError: the row has none of the forms above.
@@ -63,7 +65,9 @@ def pair_text(row: Mapping[str, Any], tokenizer: Any) -> PairText:
     if chosen is None or rejected is None:
         raise UnusableRow(EMPTY_ANSWER)
     if _is_conversation(chosen) and _is_conversation(rejected):
-        return _conversation(prompt, list(chosen), list(rejected), tokenizer)
+        # A column of dictionaries holds None for the names that a row does not have.
+        given = {name: v for name, v in (row.get("chat_template_kwargs") or {}).items() if v is not None}
+        return _conversation(prompt, list(chosen), list(rejected), tokenizer, given)
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
         kinds = f"{type(chosen).__name__} and {type(rejected).__name__}"
         raise ValueError(f"'chosen' and 'rejected' have to be two strings or two lists of messages, not {kinds}")
@@ -101,7 +105,9 @@ def _is_conversation(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(m, Mapping) for m in value)
 
 
-def _conversation(prompt: Any, chosen: list[Any], rejected: list[Any], tokenizer: Any) -> PairText:
+def _conversation(
+    prompt: Any, chosen: list[Any], rejected: list[Any], tokenizer: Any, keywords: Mapping[str, Any]
+) -> PairText:
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
             "the data set holds conversations, and the tokenizer has no chat template to render them with: "
@@ -123,17 +129,18 @@ def _conversation(prompt: Any, chosen: list[Any], rejected: list[Any], tokenizer
         messages, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     for answer in (chosen, rejected):
         _refuse_empty("".join(str(m.get("content") or "") for m in answer))
-    return PairText(*_render(messages, chosen, tokenizer), *_render(messages, rejected, tokenizer), templated=True)
+    sides = (_render(messages, answer, tokenizer, keywords) for answer in (chosen, rejected))
+    return PairText(*(text for side in sides for text in side), templated=True)
 
 
-def _render(prompt: list[Any], answer: list[Any], tokenizer: Any) -> tuple[str, str]:
+def _render(prompt: list[Any], answer: list[Any], tokenizer: Any, keywords: Mapping[str, Any]) -> tuple[str, str]:
     """(prompt, answer) text. Templates may render a prompt otherwise once an answer follows; the answer decides."""
-    whole = tokenizer.apply_chat_template(prompt + answer, tokenize=False)
+    whole = tokenizer.apply_chat_template(prompt + answer, tokenize=False, **keywords)
     if not prompt:
         return "", whole
     turn_open = prompt[-1]["role"] == "assistant"
     opening = tokenizer.apply_chat_template(
-        prompt, tokenize=False, add_generation_prompt=not turn_open, continue_final_message=turn_open
+        prompt, tokenize=False, add_generation_prompt=not turn_open, continue_final_message=turn_open, **keywords
     )
     split = 0
     while split < min(len(opening), len(whole)) and opening[split] == whole[split]:

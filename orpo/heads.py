@@ -1,4 +1,4 @@
-"""The weight behind a head: the module that PEFT trains in its place, and a LoRA on it added in.
+"""The weight behind a head: the module that PEFT trains in its place, and a LoRA on it as more columns.
 
 Letters: D hidden size, V vocabulary.
 """
@@ -19,14 +19,15 @@ def trained_copy(head: nn.Module) -> nn.Module:
 
 
 def effective_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """(weight (V, D), bias (V,) or None) of a head, with a LoRA on it added in.
+    """(weight (V, D), bias (V,) or None) of a head, without a LoRA on it.
 
     Raises:
         ValueError: there is no such weight: a quantized head, a head of another kind, or an adapter that is not a plain
             low-rank product.
     """
     if hasattr(head, "base_layer"):
-        return _lora_weight(head)
+        _check_lora(head)
+        return effective_weight(head.base_layer)
     weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         found = f"{weight.dtype}, {tuple(weight.shape)}" if isinstance(weight, Tensor) else "none"
@@ -37,29 +38,46 @@ def effective_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
-def _lora_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    weight, bias = effective_weight(head.base_layer)
+def head_operands(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(hidden states (..., D + r), weight (V, D + r), bias) whose product is the head's logits, a LoRA on it included.
+
+    x W^T + s (x A^T) B^T = [x, s x A^T] [W, B]^T. Added into a weight of bfloat16, B A would be rounded away as long as
+    it is smaller than half a unit in the last place: the loss would not see the adapter that its gradient trains.
+
+    Raises:
+        ValueError: as :func:`effective_weight`.
+    """
+    weight, bias = effective_weight(head)
+    lows, highs = [hidden], [weight]
+    for adapter in _active_loras(head):
+        down = head.lora_A[adapter]
+        low = down(head.lora_dropout[adapter](hidden.to(down.weight.dtype))) * head.scaling[adapter]
+        lows.append(low.to(hidden.dtype))
+        highs.append(head.lora_B[adapter].weight.to(weight.dtype))
+    if len(highs) == 1:
+        return hidden, weight, bias
+    # Under no_grad the weight would look like a frozen one, and evaluation would not take training's way.
+    with torch.enable_grad():
+        weight = torch.cat(highs, 1)
+    return torch.cat(lows, -1), weight, bias
+
+
+def _active_loras(head: nn.Module) -> list[str]:
+    if not hasattr(head, "base_layer") or head.disable_adapters or head.merged:
+        return []
+    return [adapter for adapter in head.active_adapters if adapter in head.lora_A]
+
+
+def _check_lora(head: nn.Module) -> None:
     if not hasattr(head, "lora_A") or not hasattr(head, "get_delta_weight"):
         raise ValueError(
             f"the adapter on the output embeddings is a {type(head).__name__}, which the fused loss cannot follow; "
             'train the head whole with modules_to_save=["lm_head"], or leave it out of the adapter'
         )
-    if head.disable_adapters or head.merged:
-        return weight, bias
-    for adapter in head.active_adapters:
-        if adapter not in head.lora_A:
-            continue
+    for adapter in _active_loras(head):
         if getattr(head, "lora_variant", {}).get(adapter) is not None or getattr(head, "use_dora", {}).get(adapter):
             raise ValueError(
                 "DoRA and other variants of LoRA on the output embeddings are not supported; use plain LoRA"
             )
-        dropout = getattr(head.lora_dropout[adapter], "p", 0.0)
-        if head.training and dropout > 0:
-            raise ValueError(
-                f"lora_dropout is {dropout} on the output embeddings, where the fused loss cannot apply it: "
-                "set it to 0, or keep disable_dropout=True"
-            )
-        # Under no_grad the sum would look like a frozen head, and evaluation would not take training's way.
-        with torch.enable_grad():
-            weight = weight + head.get_delta_weight(adapter).to(weight.dtype)
-    return weight, bias
+        if head.lora_B[adapter].bias is not None:
+            raise ValueError("lora_bias on the output embeddings is not supported; set it to False")

@@ -17,7 +17,9 @@ from orpo.command import run_command
 from orpo.packages import require
 
 
-def merge_adapter(adapter: str | Path, output: str | Path, *, dtype: str | None = "auto") -> Any:
+def merge_adapter(
+    adapter: str | Path, output: str | Path, *, dtype: str | None = "auto", trust_remote_code: bool = False
+) -> Any:
     """Saves the base model of the adapter in the folder `adapter`, with the adapter added in, in the folder `output`.
 
     The base model is loaded anew, unquantized: a LoRA that was trained on a 4-bit model is added to the weights that
@@ -27,6 +29,7 @@ def merge_adapter(adapter: str | Path, output: str | Path, *, dtype: str | None 
         adapter: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, as the trainer saves it.
         output: where the whole model is saved, with the tokenizer that lies in `adapter`.
         dtype: of the merged weights; "auto" is that of the base model's files.
+        trust_remote_code: run Python code that comes with the base model.
 
     Returns:
         The merged model.
@@ -44,12 +47,14 @@ def merge_adapter(adapter: str | Path, output: str | Path, *, dtype: str | None 
     if not weights.is_file() or not (adapter / "adapter_config.json").is_file():
         raise ValueError(f"{adapter} holds no adapter: adapter_config.json and adapter_model.safetensors are needed")
     config = peft.PeftConfig.from_pretrained(adapter)
-    model = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, revision=config.revision, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        config.base_model_name_or_path, revision=config.revision, dtype=dtype, trust_remote_code=trust_remote_code
+    )
     with safe_open(weights, "pt") as file:
         _untie_if_adapted(model, list(file.keys()))
     merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
     merged.save_pretrained(output)
-    AutoTokenizer.from_pretrained(adapter).save_pretrained(output)
+    AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code).save_pretrained(output)
     return merged
 
 
@@ -72,8 +77,9 @@ def main() -> None:
     parser.add_argument("adapter")
     parser.add_argument("output")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto.")
+    parser.add_argument("--trust_remote_code", action="store_true", help="Run Python code that comes with the model.")
     args = parser.parse_args()
-    merge_adapter(args.adapter, args.output, dtype=args.dtype)
+    merge_adapter(args.adapter, args.output, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     print(args.output)
 
 

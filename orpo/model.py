@@ -24,7 +24,7 @@ from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.utils import ModelOutput
 
 from orpo.attention import SharedPrefixMask, flash_precision
-from orpo.heads import effective_weight, trained_copy
+from orpo.heads import effective_weight, head_operands, trained_copy
 from orpo.loss import orpo_loss_from_rows
 from orpo.sharding import from_rank_0
 
@@ -212,7 +212,7 @@ def _patch_head(head: nn.Module, transform: LogitTransform) -> None:
     def forward(self: nn.Module, hidden: Tensor, *args: Any, orpo: LossCall | None = None, **kwargs: Any) -> Any:
         if orpo is None:
             return self._orpo_plain_forward(hidden, *args, **kwargs)
-        weight, bias = effective_weight(self)
+        hidden, weight, bias = head_operands(self, hidden)
         out = orpo_loss_from_rows(
             hidden,
             weight,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import (
 
 from orpo.config import ORPOConfig
 from orpo.hub import check_hub_name
+from orpo.model import base_model
 from orpo.packages import require
 
 
@@ -84,10 +86,18 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str 
     return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def pad_token_id(args: ORPOConfig, tokenizer: Any) -> int:
-    """The id that fills up a batch; any id will do, since it is masked and has no row in the loss."""
+def pad_token_id(args: ORPOConfig, tokenizer: Any, model: nn.Module | None = None) -> int:
+    """The id that fills up a batch: any that `model` embeds will do, since it is masked and has no row in the loss.
+
+    Raises:
+        ValueError: ``padding_value`` is none of them.
+    """
+    # A pad token that was added to the tokenizer alone has no embedding: looked up, it ends a GPU's process.
+    known = math.inf if model is None else base_model(model).get_input_embeddings().weight.shape[0]
+    if args.padding_value is not None and not 0 <= args.padding_value < known:
+        raise ValueError(f"padding_value is {args.padding_value}, and the model has {known} embeddings")
     for value in (args.padding_value, tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if value is not None:
+        if value is not None and value < known:
             return value
     return 0
 
@@ -111,7 +121,8 @@ def wrap_peft(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module
     # The adapter's initial weights are random, and nothing has set the seed yet.
     torch.manual_seed(args.seed)
     try:
-        return peft.get_peft_model(model, peft_config)
+        # Without it the adapter names the newest revision as its base, and merging would add it to another model.
+        return peft.get_peft_model(model, peft_config, revision=(args.model_init_kwargs or {}).get("revision"))
     except ValueError as error:
         if "target" in str(error).lower():
             linear = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
@@ -143,3 +154,12 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if isinstance(value, float) and "drop" in name:
                 setattr(module, name, 0.0)
+
+
+def router_coefficient(model: nn.Module) -> float:
+    """What a mixture of experts weighs its router's load-balancing loss with; 0 where it names no such number."""
+    config = base_model(model).config.get_text_config()
+    # JetMoE has a name of its own, DBRX a configuration inside.
+    names = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
+    found = (getattr(place, name, None) for place in (config, getattr(config, "ffn_config", None)) for name in names)
+    return next((value for value in found if value is not None), 0.0)

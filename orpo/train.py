@@ -60,15 +60,19 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig
     trainer.save_model()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
+    # The best weights, loaded again, are evaluated last: as figures of the last step they would hide the curve's end.
+    curves = list(trainer.state.log_history)
     if evaluates:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     trainer.save_state()
-    if trainer.is_world_process_zero() and any("nll_loss" in entry for entry in trainer.state.log_history):
+    if not args.load_best_model_at_end:
+        curves = trainer.state.log_history
+    if trainer.is_world_process_zero() and any("nll_loss" in entry for entry in curves):
         from orpo.plots import plot_curves, write_curves_csv
 
-        history = {"ORPO": trainer.state.log_history}
+        history = {"ORPO": curves}
         plot_curves(history, Path(args.output_dir) / "curves.png")
         write_curves_csv(history, Path(args.output_dir) / "curves.csv")
     card = {"dataset": data_args.dataset_name, "dataset_args": data_args.dataset_config}
@@ -77,7 +81,12 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig
     else:
         trainer.create_model_card(**card)
     if model_args.merge_adapter and trainer.is_world_process_zero():
-        merge_adapter(args.output_dir, Path(args.output_dir) / "merged", dtype=model_args.dtype)
+        merge_adapter(
+            args.output_dir,
+            Path(args.output_dir) / "merged",
+            dtype=model_args.dtype,
+            trust_remote_code=args.trust_remote_code,
+        )
     return trainer
 
 
@@ -123,10 +132,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if model is None and data is None:
         from orpo.demo import run_demo
 
+        given = {part.partition("=")[0].lstrip("-").replace("-", "_") for part in argv if part.startswith("--")}
+        if others := sorted(given - {"output_dir", "seed", "use_cpu"}):
+            raise SystemExit(
+                f"orpo-train: --{others[0]} is given, but no model and no data set; with neither, the demonstration "
+                "runs, whose options are --output_dir, --seed and --use_cpu"
+            )
         print("no model and no data set are given: the demonstration (your own: orpo-train --help)", flush=True)
         # Its own defaults stand unless the line says otherwise: the figures in the README are those of its seed.
-        given = {part.partition("=")[0] for part in argv}
-        options = {name: getattr(args, name) for name in ("output_dir", "seed") if f"--{name}" in given}
+        options = {name: getattr(args, name) for name in ("output_dir", "seed") if name in given}
         run_demo(device="cpu" if args.use_cpu else None, **options)
     elif model is None or data is None:
         missing, given = ("model_name_or_path", data) if model is None else ("dataset_name", model)

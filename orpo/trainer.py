@@ -6,6 +6,7 @@ Four things differ from a plain Trainer: what an optimizer step divides by (`_ge
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from orpo.batch import pair_batch, without_repeats
 from orpo.checkpoints import CheckpointingTrainer
 from orpo.config import ORPOConfig
 from orpo.data import check_token_ids, describe_example, prepare_dataset
-from orpo.diagnose import gradient_norms, pair_statistics
+from orpo.diagnose import gradient_norms, pair_statistics, refuse_cut_gradients
 from orpo.disk import check_writable
 from orpo.guard import NonFiniteGuard
 from orpo.layout import make_layout
@@ -26,7 +27,15 @@ from orpo.metrics import WeightedMeans
 from orpo.model import LossCall, attach_orpo_loss, base_model
 from orpo.probe import check_fused_logps, choose_layout
 from orpo.reports import ReportingTrainer
-from orpo.setup import disable_dropout, load_model, load_tokenizer, pad_token_id, warn_of_emulation, wrap_peft
+from orpo.setup import (
+    disable_dropout,
+    load_model,
+    load_tokenizer,
+    pad_token_id,
+    router_coefficient,
+    warn_of_emulation,
+    wrap_peft,
+)
 from orpo.sharding import agreed, prepare_ranks
 from orpo.streams import StreamReport, counters
 
@@ -103,7 +112,7 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
             eval_dataset = {key: prepare(data, f"eval ({key})") for key, data in eval_dataset.items()}
         else:
             eval_dataset = prepare(eval_dataset, "eval")
-        pad_id, nll = pad_token_id(args, text_tokenizer), args.nll(text_tokenizer.eos_token_id)
+        pad_id, nll = pad_token_id(args, text_tokenizer, model), args.nll(text_tokenizer.eos_token_id)
         layout_options = {"pad_token_id": pad_id, "nll": nll}
         chooses_layout = data_collator is None
         if chooses_layout:
@@ -117,7 +126,9 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            model_init=None if model_init is None else lambda *a: self._adapt(model_init(*a), args, peft_config),
+            # Trainer counts the arguments in the signature, which has to be model_init's own.
+            model_init=model_init
+            and functools.wraps(model_init)(lambda *trial: self._adapt(model_init(*trial), args, peft_config)),
             compute_metrics=compute_metrics,
             callbacks=[*(callbacks or []), StreamReport(counters(train_dataset), counters(eval_dataset))],
             optimizers=optimizers,
@@ -125,6 +136,9 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
         )
         self._train_means, self._eval_means = WeightedMeans(), WeightedMeans()
         self._guard = NonFiniteGuard(args.process_index)
+        if args.diagnose:
+            # accelerate launch leaves args.fsdp and args.deepspeed empty.
+            refuse_cut_gradients(self.is_fsdp_enabled or self.is_deepspeed_enabled)
         vocabulary = base_model(self.model).get_input_embeddings().weight.shape[0]
         for data in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
             check_token_ids(data, vocabulary)
@@ -176,6 +190,12 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
         self._guard.flush()
         return output
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """``Trainer``'s; what is left of a stream that does not fill an optimizer step is dropped."""
+        samples, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # Trainer takes no step for them, and would add their gradients to the next epoch's first.
+        return (samples, counts) if len(samples) == num_batches else ([], None)
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> tuple[int, int] | None:
         """(NLL tokens, pairs) of the optimizer step, over its micro-batches and over all ranks."""
         if self.args.normalization != "global" or not batch_samples:
@@ -209,7 +229,7 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
         loss = outputs.loss
         if outputs.aux_loss is not None:
             parts = self.current_gradient_accumulation_steps * ranks
-            loss = loss + self._router_coefficient() * outputs.aux_loss / parts
+            loss = loss + router_coefficient(self.model) * outputs.aux_loss / parts
         self._guard.watch(loss, outputs.chosen_logps, outputs.rejected_logps, batch.pair_ids)
         # DDP, FSDP and ZeRO average over ranks, where the parts of one mean have to be added.
         loss = loss * ranks
@@ -237,9 +257,6 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
             return self._run(plain, inputs, (batch.num_nll_tokens, batch.num_pairs), False, **weights).loss
 
         self._train_means.add(gradient_norms(plain, loss_of), 1.0)
-
-    def _router_coefficient(self) -> float:
-        return getattr(self.model.config, "router_aux_loss_coef", 0.0)
 
     def _logs_this_step(self) -> bool:
         """Whether the step in progress will be logged: TRL's logits/* are computed only then."""
@@ -291,7 +308,7 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self._eval_means.reduce(self._sum_over_ranks, self.args.device)
         loss = self.args.nll_weight * means["nll_loss"] - self.args.beta * means["log_odds_ratio"]
-        means["loss"] = loss + self._router_coefficient() * means.pop("aux_loss", 0.0)
+        means["loss"] = loss + router_coefficient(self.model) * means.pop("aux_loss", 0.0)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 

@@ -4,9 +4,11 @@ import dataclasses
 import warnings
 
 import pytest
+from tiny import make_model
 from transformers import HfArgumentParser
 
 from orpo.config import ORPOConfig
+from orpo.model import attach_orpo_loss
 
 
 def make(tmp_path, **settings):
@@ -118,3 +120,16 @@ def test_every_field_is_an_option_with_help(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     assert "--nll_span" in capsys.readouterr().out
+
+
+def test_ligers_kernels_leave_the_forward_alone(tmp_path):
+    """Its cross-entropy would replace the forward that takes the loss's rows."""
+    apply = pytest.importorskip("liger_kernel.transformers").apply_liger_kernel_to_llama
+    given = {"rope": False, "rms_norm": False}
+    config = make(tmp_path, use_liger_kernel=True, liger_kernel_config=given).liger_kernel_config
+    assert config == {"rope": False, "rms_norm": False, "fused_linear_cross_entropy": False, "cross_entropy": False}
+    model = make_model("llama")
+    attach_orpo_loss(model)
+    before = model.forward
+    apply(model=model, swiglu=False, **config)
+    assert model.forward == before

@@ -5,6 +5,7 @@ import torch
 from test_trainer import logged, make_trainer
 from tiny import make_model, reference_loss
 
+from orpo import ORPOTrainer
 from orpo.diagnose import pair_statistics
 
 
@@ -48,3 +49,17 @@ def test_pair_statistics():
 def test_sharded_gradients_are_refused(tmp_path):
     with pytest.raises(ValueError, match="diagnose needs whole gradients"):
         make_trainer(tmp_path, diagnose=True, fsdp=True)
+
+
+@pytest.mark.parametrize("engine", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_engines_of_accelerate_launch_are_seen(engine, tmp_path, monkeypatch):
+    """They are in no argument."""
+    original = ORPOTrainer.create_accelerator_and_postprocess
+
+    def create(self):
+        original(self)
+        setattr(self, engine, True)
+
+    monkeypatch.setattr(ORPOTrainer, "create_accelerator_and_postprocess", create)
+    with pytest.raises(ValueError, match="diagnose needs whole gradients"):
+        make_trainer(tmp_path, diagnose=True)

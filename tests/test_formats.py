@@ -89,3 +89,13 @@ def test_other_forms_are_refused(row, message):
 def test_conversations_need_a_chat_template():
     with pytest.raises(ValueError, match="no chat template"):
         pair_text({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, make_tokenizer())
+
+
+def test_what_a_row_says_to_the_template_reaches_it():
+    template = "{% if loud %}LOUD {% endif %}{% for m in messages %}{{ m.content }};{% endfor %}"
+    tokenizer = make_tokenizer(chat_template=template)
+    sides = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    row = {"prompt": [{"role": "user", "content": "hi"}], **sides}
+    assert pair_text(row, tokenizer).chosen_prompt == "hi;"
+    text = pair_text({**row, "chat_template_kwargs": {"loud": True, "absent": None}}, tokenizer)
+    assert (text.chosen_prompt, text.rejected_prompt, text.chosen) == ("LOUD hi;", "LOUD hi;", "chosen;")

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from orpo import ORPOTrainer, train
 from orpo import merge as merge_module
 from orpo.merge import merge_adapter
+from orpo.setup import wrap_peft
 
 IDS = torch.arange(3, 60)[None]
 
@@ -187,3 +188,10 @@ def test_a_quantized_head_is_refused_in_words(tmp_path):
     model.lm_head.weight = torch.nn.Parameter(torch.zeros(100, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match="load the model with its head unquantized"):
         ORPOTrainer(model=model, args=make_args(tmp_path), train_dataset=SEVEN, processing_class=make_tokenizer())
+
+
+def test_the_adapter_names_the_revision_that_it_was_trained_on(tmp_path):
+    for revision in ("step1000", None):
+        config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+        args = make_args(tmp_path, model_init_kwargs={"revision": revision} if revision else None)
+        assert wrap_peft(make_model("llama"), args, config).peft_config["default"].revision == revision

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from orpo.data import Limits, prepare_dataset
+from orpo.heads import head_operands
 from orpo.layout import PaddedLayout
 from orpo.model import LogitTransform, LossCall, attach_orpo_loss
 from orpo.probe import check_fused_logps
@@ -157,6 +158,30 @@ def test_evaluation_with_lora_on_the_head_takes_trainings_way(examples, monkeypa
     assert seen == [False, False, True]
 
 
+def test_dropout_of_a_lora_on_the_head(examples):
+    model = lora(make_model("llama"), target_modules=["lm_head"], lora_dropout=0.5)
+    attach_orpo_loss(model)
+    still = [loss_of(model.eval(), examples).loss.item() for _ in range(2)]
+    assert still[0] == still[1] == pytest.approx(reference_loss(model, examples).item(), rel=1e-6)
+    assert len({loss_of(model.train(), examples).loss.item() for _ in range(3)} - set(still)) == 3
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-2])
+def test_a_small_lora_is_not_rounded_away_in_a_bfloat16_head(size):
+    """Added into the weight, whose entries are some 1e-4 apart, 1e-6 would leave it as it is."""
+    torch.manual_seed(0)
+    inner = nn.ModuleDict({"lm_head": nn.Linear(64, 50, bias=False, dtype=torch.bfloat16)})
+    head = peft.get_peft_model(inner, peft.LoraConfig(r=4, target_modules=["lm_head"])).base_model.model["lm_head"]
+    nn.init.normal_(head.lora_A["default"].weight)
+    nn.init.normal_(head.lora_B["default"].weight, std=size)
+    hidden = torch.randn(7, 64, dtype=torch.bfloat16)
+    x, weight, _ = head_operands(head, hidden)
+    found = x.double() @ weight.double().T - hidden.double() @ head.base_layer.weight.double().T
+    expected = hidden.double() @ head.get_delta_weight("default").double().T
+    assert weight.dtype == torch.bfloat16 and weight.requires_grad
+    assert (found - expected).norm() < 0.01 * expected.norm()
+
+
 def test_a_disabled_adapter_is_left_out(examples):
     model = lora(make_model("llama"), target_modules=["lm_head"])
     attach_orpo_loss(model)
@@ -169,10 +194,8 @@ def test_a_disabled_adapter_is_left_out(examples):
 def test_adapters_on_the_head_that_cannot_be_followed(examples):
     with pytest.raises(ValueError, match=r"DoRA .* are not supported"):
         attach_orpo_loss(lora(make_model("llama"), target_modules=["lm_head"], use_dora=True))
-    model = lora(make_model("llama"), target_modules=["lm_head"], lora_dropout=0.1).eval()
-    attach_orpo_loss(model)
-    with pytest.raises(ValueError, match=r"lora_dropout is 0\.1 on the output embeddings"):
-        loss_of(model.train(), examples)
+    with pytest.raises(ValueError, match="lora_bias on the output embeddings is not supported"):
+        attach_orpo_loss(lora(make_model("llama"), target_modules=["lm_head"], lora_bias=True))
     prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="prompt-learning"):
         attach_orpo_loss(peft.get_peft_model(make_model("llama"), prompts))

@@ -4,16 +4,17 @@ import contextlib
 import io
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from orpo_kernels import torch_logits
 from tiny import SEVEN, make_model, make_tokenizer
 from trainers import make_args, make_trainer
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import LlamaConfig, T5Config, T5ForConditionalGeneration
 
 from orpo import ORPOTrainer
-from orpo.setup import disable_dropout, load_model, warn_of_emulation
+from orpo.setup import disable_dropout, load_model, pad_token_id, router_coefficient, warn_of_emulation
 
 
 def test_weights_of_others_are_read_from_safetensors_unless_asked_otherwise(tmp_path):
@@ -123,3 +124,25 @@ def test_the_trainer_passes_the_warning_on(tmp_path, monkeypatch):
         ORPOTrainer(
             make_model().bfloat16(), make_args(tmp_path), train_dataset=SEVEN, processing_class=make_tokenizer()
         )
+
+
+def test_the_routers_coefficient_is_found_under_its_names():
+    def model(**settings):
+        return SimpleNamespace(config=LlamaConfig(**settings))
+
+    assert router_coefficient(model()) == 0
+    assert router_coefficient(model(router_aux_loss_coef=0.0, aux_loss_coef=0.5)) == 0
+    assert router_coefficient(model(aux_loss_coef=0.25)) == 0.25
+    assert router_coefficient(model(ffn_config=SimpleNamespace(moe_loss_weight=0.125))) == 0.125
+
+
+def test_a_batch_is_filled_up_with_a_token_that_the_model_knows(tmp_path):
+    model, tokenizer = make_model("llama"), make_tokenizer()
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    assert pad_token_id(make_args(tmp_path), tokenizer, model) == tokenizer.pad_token_id
+    beyond = SimpleNamespace(pad_token_id=vocabulary, eos_token_id=2)
+    assert pad_token_id(make_args(tmp_path), beyond) == vocabulary
+    assert pad_token_id(make_args(tmp_path), beyond, model) == 2
+    for value in (vocabulary, -1):
+        with pytest.raises(ValueError, match=f"padding_value is {value}, and the model has {vocabulary} embeddings"):
+            make_trainer(tmp_path, model, padding_value=value)

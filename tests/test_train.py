@@ -1,5 +1,6 @@
 """orpo.train and orpo.sources: the command line from a model and a file of pairs to a trained model."""
 
+import csv
 import gzip
 import json
 import logging
@@ -205,3 +206,30 @@ def test_help_lists_every_kind_of_option(capsys):
     assert "(default: trl)" in text
     said = text[text.index("--resume_from_checkpoint") :][:600]
     assert "Not directly used by Trainer" not in said and "anew" in said
+
+
+@pytest.mark.parametrize("line", [["--beta", "0.2"], ["--max-steps=3"], ["--output_di", "x"]])
+def test_the_demonstration_takes_no_settings_of_a_run(line, monkeypatch):
+    monkeypatch.setattr("orpo.demo.run_demo", lambda **options: pytest.fail("it runs"))
+    with pytest.raises(SystemExit, match="is given, but no model and no data set; with neither, the demo"):
+        train.main(line)
+
+
+def test_hyphens_are_options_of_the_demonstration_too(monkeypatch):
+    calls = []
+    monkeypatch.setattr("orpo.demo.run_demo", lambda **options: calls.append(options))
+    train.main(["--output-dir", "there", "--use-cpu"])
+    assert calls == [{"device": "cpu", "output_dir": "there"}]
+
+
+def test_curves_end_with_the_last_step_though_the_best_weights_are_evaluated_last(files, tmp_path):
+    changes = dict(load_best_model_at_end=True, learning_rate=5, max_steps=3, save_strategy="steps")
+    train.main(options(files, tmp_path, **changes))
+    with open(tmp_path / "curves.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "eval"]
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert [row["step"] for row in rows] == ["1", "2", "3"] and state["best_global_step"] < 3
+    last = [entry["eval_loss"] for entry in state["log_history"] if entry["step"] == 3 and "eval_loss" in entry]
+    # The second is that of the best weights.
+    assert len(last) == 2 and last[0] > last[1] == pytest.approx(state["best_metric"])
+    assert float(rows[-1]["loss"]) == last[0]

@@ -251,3 +251,31 @@ def test_a_nan_stops_the_run_before_the_weights_change(tmp_path):
     assert {int(row) for row in rows.split(", ")} == {i for i, tokens in enumerate(used) if token in tokens}
     assert torch.equal(head, trainer.model.lm_head.weight)
     assert not logged(trainer, "loss")
+
+
+@pytest.mark.parametrize("arguments", [0, 1])
+def test_a_model_made_by_model_init(arguments, tmp_path):
+    made = []
+
+    def make(*trial):
+        made.append(trial)
+        return make_model("llama")
+
+    model_init = (lambda: make()) if arguments == 0 else (lambda trial: make(trial))
+    data = {"train_dataset": SEVEN, "processing_class": make_tokenizer()}
+    trainer = ORPOTrainer(model_init=model_init, args=make_args(tmp_path), **data)
+    trainer.train()
+    assert len(made) > 0 and all(len(trial) == arguments for trial in made)
+    assert len(logged(trainer, "loss")) == 2
+
+
+def test_what_is_left_of_a_stream_is_no_part_of_the_next_step(tmp_path):
+    """Five micro-batches of one pair, two of them a step: the fifth trains in neither epoch."""
+    settings = dict(per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=4, learning_rate=1e-2)
+    runs = []
+    for rows in (5, 4):
+        stream = Dataset.from_dict(SEVEN).select(range(rows)).to_iterable_dataset()
+        trainer = make_trainer(tmp_path, train_dataset=stream, **settings)
+        trainer.train()
+        runs.append([logged(trainer, name) for name in ("loss", "grad_norm", "nll_loss")])
+    assert len(runs[0][0]) == 4 and runs[0] == runs[1]
