@@ -7,7 +7,8 @@ the end of the prompt. Letters: B rows, T tokens of a row.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 PROMPT, CHOSEN, REJECTED = range(3)
 _BRANCHES = 3
+# Types of devices that FlashAttention has no operators for.
+_NO_FLASH = frozenset({"cpu"})
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,43 @@ def layer_windows(config: Any) -> tuple[int | None, set[str]]:
     return window, layer_types
 
 
+def uses_flash(config: Any) -> bool:
+    """Whether the model of `config` calls FlashAttention, whichever version or kernel of it."""
+    return "flash" in (getattr(config, "_attn_implementation", None) or "")
+
+
+def flash_cannot_run(base: Any) -> bool:
+    """Whether the model calls FlashAttention and has its weights where that does not run.
+
+    So it is before Trainer moves the model, and until training begins under FSDP and DeepSpeed.
+    """
+    return uses_flash(base.config) and base.device.type in _NO_FLASH
+
+
+@contextmanager
+def eager_where_flash_cannot_run(base: Any) -> Iterator[None]:
+    """Eager attention for as long as :func:`flash_cannot_run`: for calls that try the head, not the body.
+
+    Not by set_attn_implementation: on the way back it would check, on a CPU, whether FlashAttention can be used.
+    """
+    if not flash_cannot_run(base):
+        yield
+        return
+    kept = [(config, config._attn_implementation) for config in _with_sub_configs(base.config)]
+    base.config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        # A configuration hands what it is set to down to those inside it, which therefore come after it.
+        for config, implementation in kept:
+            config._attn_implementation = implementation
+
+
+def _with_sub_configs(config: Any) -> list[Any]:
+    inner = [getattr(config, name, None) for name in config.sub_configs]
+    return [config, *(found for sub in inner if sub is not None for found in _with_sub_configs(sub))]
+
+
 def flash_precision(base: Any, otherwise: torch.dtype | None = None) -> AbstractContextManager:
     """Autocast, as training has it, where FlashAttention would meet float32 weights, which it does not take.
 
@@ -116,8 +156,7 @@ def flash_precision(base: Any, otherwise: torch.dtype | None = None) -> Abstract
     Raises:
         ValueError: training has no autocast, and `otherwise` is None.
     """
-    flash = "flash" in (getattr(base.config, "_attn_implementation", None) or "")
-    if not flash or base.dtype != torch.float32 or torch.is_autocast_enabled(base.device.type):
+    if not uses_flash(base.config) or base.dtype != torch.float32 or torch.is_autocast_enabled(base.device.type):
         return nullcontext()
     mixed = AcceleratorState().mixed_precision if AcceleratorState._shared_state else "no"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed, otherwise)

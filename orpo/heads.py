@@ -18,7 +18,7 @@ def trained_copy(head: nn.Module) -> nn.Module:
     return copies[active[0]]
 
 
-def effective_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+def head_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     """(weight (V, D), bias (V,) or None) of a head, without a LoRA on it.
 
     Raises:
@@ -27,7 +27,7 @@ def effective_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     """
     if hasattr(head, "base_layer"):
         _check_lora(head)
-        return effective_weight(head.base_layer)
+        return head_weight(head.base_layer)
     weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         found = f"{weight.dtype}, {tuple(weight.shape)}" if isinstance(weight, Tensor) else "none"
@@ -45,9 +45,9 @@ def head_operands(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tens
     it is smaller than half a unit in the last place: the loss would not see the adapter that its gradient trains.
 
     Raises:
-        ValueError: as :func:`effective_weight`.
+        ValueError: as :func:`head_weight`.
     """
-    weight, bias = effective_weight(head)
+    weight, bias = head_weight(head)
     lows, highs = [hidden], [weight]
     for adapter in _active_loras(head):
         down = head.lora_A[adapter]

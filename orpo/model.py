@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.utils import ModelOutput
 
-from orpo.attention import SharedPrefixMask, flash_precision
-from orpo.heads import effective_weight, head_operands, trained_copy
+from orpo.attention import SharedPrefixMask, eager_where_flash_cannot_run, flash_precision
+from orpo.heads import head_operands, head_weight, trained_copy
 from orpo.loss import orpo_loss_from_rows
 from orpo.sharding import from_rank_0
 
@@ -132,9 +132,15 @@ def attach_orpo_loss(model: nn.Module) -> FusedHead:
         model: a causal language model of transformers, or a PEFT model around one.
 
     Raises:
-        ValueError: the model is an encoder-decoder, spread over devices, or has a head that the fused loss cannot
-            reproduce.
+        ValueError: the model is an encoder-decoder, spread over devices, cut up by ZeRO-3, or has a head that the fused
+            loss cannot reproduce.
     """
+    # Before the head is looked at: its empty weight would be taken for a quantized one.
+    if any(hasattr(parameter, "ds_id") and parameter.numel() == 0 for parameter in model.parameters()):
+        raise ValueError(
+            "ZeRO-3 has cut the weights up while loading, and the loss cannot be attached to them: use ZeRO-2 "
+            "(orpo-train --print-config zero2) or FSDP2 (orpo-train --print-config fsdp2)"
+        )
     base = base_model(model)
     if getattr(base.config, "is_encoder_decoder", False):
         raise ValueError(
@@ -152,7 +158,7 @@ def attach_orpo_loss(model: nn.Module) -> FusedHead:
     names = [name for name, module in base.named_modules() if module is head]
     if head is None or not names:
         raise ValueError(f"{type(base).__name__} has no output embeddings (get_output_embeddings() gives none)")
-    effective_weight(trained_copy(head))
+    head_weight(trained_copy(head))
     if "_orpo_head" not in base.__dict__:
         owner, _, attribute = names[0].rpartition(".")
         fused = FusedHead(names[0], base.get_submodule(owner), attribute, base.forward)
@@ -257,8 +263,8 @@ def _read_transform(model: nn.Module, fused: FusedHead) -> LogitTransform:
     model.eval()
     try:
         # A call of the model, not of its forward: sharded weights are gathered by hooks around the call.
-        # What the body computes, and in which precision, is replaced by the grid.
-        with flash_precision(model, torch.bfloat16):
+        # What the body computes, by which attention and in which precision, is replaced by the grid.
+        with eager_where_flash_cannot_run(model), flash_precision(model, torch.bfloat16):
             outputs = model(**tiny_inputs(model, 1, grid.shape[1]), orpo=grid)
     finally:
         model.train(was_training)

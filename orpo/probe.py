@@ -15,8 +15,14 @@ import torch
 from orpo_kernels.rows import Rows
 from torch import Tensor, nn
 
-from orpo.attention import flash_precision, layer_windows
-from orpo.heads import effective_weight, trained_copy
+from orpo.attention import (
+    eager_where_flash_cannot_run,
+    flash_cannot_run,
+    flash_precision,
+    layer_windows,
+    uses_flash,
+)
+from orpo.heads import head_weight, trained_copy
 from orpo.layout import make_layout
 from orpo.model import LossCall, base_model, tiny_inputs
 
@@ -30,20 +36,21 @@ def choose_layout(name: str, model: nn.Module, *, max_length: int | None = None,
 
     Args:
         name: a layout, or "auto": the first that the model computes right of shared (packed with FlashAttention) and
-            padded.
+            padded. It is padded where packed cannot be tried: FlashAttention with weights on a CPU.
         model: after :func:`orpo.model.attach_orpo_loss`; its weights are read, none is changed.
         max_length: most tokens of a sequence in training. Windows and chunks that no row reaches play no role.
         options: of the layout (pad_token_id, nll).
 
     Raises:
-        ValueError: `name` is a layout that `model` computes something else with.
+        ValueError: `name` is a layout that `model` computes something else with, or that cannot be tried.
     """
     padded = make_layout("padded", **options)
     if name == "padded":
         return padded, "layout padded, as asked for"
-    flash = "flash" in (getattr(base_model(model).config, "_attn_implementation", None) or "")
+    base = base_model(model)
+    flash = uses_flash(base.config)
     wanted = name if name != "auto" else ("packed" if flash else "shared")
-    reason = _obstacle(wanted, flash, getattr(base_model(model).config, "output_router_logits", False))
+    reason = _obstacle(wanted, base, flash)
     if reason is None:
         layout = make_layout(wanted, **options, **({"single_row": flash} if wanted == "packed" else {}))
         reason = _mismatch(model, layout, padded, max_length)
@@ -52,18 +59,19 @@ def choose_layout(name: str, model: nn.Module, *, max_length: int | None = None,
                 "" if name == "auto" else ", as asked for"
             )
     if name != "auto":
-        raise ValueError(
-            f"layout is {name!r}, which {type(base_model(model)).__name__} cannot be trained with: {reason}"
-        )
+        raise ValueError(f"layout is {name!r}, which {type(base).__name__} cannot be trained with: {reason}")
     return padded, f"layout padded, not {wanted}: {reason}"
 
 
-def _obstacle(wanted: str, flash: bool, router_loss: bool) -> str | None:
-    if router_loss:
+def _obstacle(wanted: str, base: Any, flash: bool) -> str | None:
+    if getattr(base.config, "output_router_logits", False):
         # Shared batches show the router each prompt once, packed ones no padding.
         return "the router's loss is over all tokens, and would change with the layout"
     if wanted == "shared" and flash:
         return "FlashAttention takes no mask"
+    if flash_cannot_run(base):
+        # Other attention would not do for the trial: it learns where a sequence begins in another way.
+        return "FlashAttention does not run on a CPU, where the weights are now, so that it cannot be tried"
     return None
 
 
@@ -139,9 +147,7 @@ def _answer_logps(
     pairs, every = len(target) // 2, torch.ones_like(tokens, dtype=torch.bool)
     out = model(**inputs, orpo=LossCall(Rows(hidden, target, tokens, every, tokens < pairs, pairs), settings={}))
     logps = torch.cat([out.chosen_logps, out.rejected_logps])
-    eps = torch.finfo(_computed_in(base.dtype, base.device)).eps
-    if base.dtype == torch.float32 and base.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
-        eps = 2.0**-10
+    eps = _matmul_eps(base, base.device.type)
     tolerance = 2e-4 + 16 * eps
     if own_logits:
         logits = model(**inputs).logits.flatten(0, 1)[hidden].float()
@@ -155,9 +161,15 @@ def _answer_logps(
     return logps, tolerance
 
 
-def _computed_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of matmuls whose inputs are `dtype`, under the autocast that is active."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+def _matmul_eps(base: nn.Module, device: str) -> float:
+    """Spacing at 1 of the numbers that the model's matmuls round to, under the autocast that is active."""
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.dtype
+    # Layers of 4 bits compute in a dtype of their own, whatever that of the other weights.
+    quantized = getattr(getattr(base.config, "quantization_config", None), "bnb_4bit_compute_dtype", None)
+    eps = max(torch.finfo(d).eps for d in (dtype, quantized) if isinstance(d, torch.dtype))
+    # Not by get_float32_matmul_precision, which raises once fp32_precision was set, as transformers' `tf32=True` does.
+    tf32 = device == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return max(eps, 2.0**-10) if tf32 and dtype == torch.float32 else eps
 
 
 @torch.no_grad()
@@ -186,16 +198,17 @@ def check_fused_logps(model: nn.Module, **settings: Any) -> float:
     was_training = base.training
     base.eval()
     try:
-        with flash_precision(base):
+        # Precision first: it refuses float32 weights that FlashAttention will meet in training.
+        with flash_precision(base), eager_where_flash_cannot_run(base):
             logits = model(**inputs).logits[:, -2].float()
             out = model(**inputs, orpo=LossCall(rows, settings))
-            mixed = _computed_in(base.dtype, ids.device)
+            mixed = _matmul_eps(base, ids.device.type)
     finally:
         base.train(was_training)
     own = logits.log_softmax(-1).gather(-1, ids[:, -1:])[:, 0]
     difference = (torch.cat([out.chosen_logps, out.rejected_logps]) - own).abs().max().item()
-    weight, _ = effective_weight(trained_copy(base.get_output_embeddings()))
-    eps = max(torch.finfo(dtype).eps for dtype in (weight.dtype, mixed))
+    weight, _ = head_weight(trained_copy(base.get_output_embeddings()))
+    eps = max(torch.finfo(weight.dtype).eps, mixed)
     tolerance = 1e-3 + 0.5 * eps * logits.abs().max().item()
     if not difference <= tolerance:
         raise ValueError(

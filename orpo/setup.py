@@ -21,7 +21,7 @@ from transformers import (
 
 from orpo.config import ORPOConfig
 from orpo.hub import check_hub_name
-from orpo.model import base_model
+from orpo.model import attach_orpo_loss, base_model
 from orpo.packages import require
 
 
@@ -100,6 +100,20 @@ def pad_token_id(args: ORPOConfig, tokenizer: Any, model: nn.Module | None = Non
         if value is not None and value < known:
             return value
     return 0
+
+
+def adapt(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
+    """`model` as it is trained: with its adapter, without dropout, its head computing the loss.
+
+    Raises:
+        ValueError: as :func:`wrap_peft` and :func:`orpo.model.attach_orpo_loss`.
+    """
+    model = wrap_peft(model, args, peft_config) if peft_config is not None else model
+    if args.disable_dropout:
+        disable_dropout(model)
+    warn_of_emulation(model, args)
+    attach_orpo_loss(model)
+    return model
 
 
 def wrap_peft(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:

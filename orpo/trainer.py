@@ -24,18 +24,10 @@ from orpo.disk import check_writable
 from orpo.guard import NonFiniteGuard
 from orpo.layout import make_layout
 from orpo.metrics import WeightedMeans
-from orpo.model import LossCall, attach_orpo_loss, base_model
+from orpo.model import LossCall, base_model
 from orpo.probe import check_fused_logps, choose_layout
 from orpo.reports import ReportingTrainer
-from orpo.setup import (
-    disable_dropout,
-    load_model,
-    load_tokenizer,
-    pad_token_id,
-    router_coefficient,
-    warn_of_emulation,
-    wrap_peft,
-)
+from orpo.setup import adapt, load_model, load_tokenizer, pad_token_id, router_coefficient
 from orpo.sharding import agreed, prepare_ranks
 from orpo.streams import StreamReport, counters
 
@@ -99,7 +91,7 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
         elif options:
             raise ValueError("model_init_kwargs is given, but the model is loaded already")
         if model is not None:
-            model = self._adapt(model, args, peft_config)
+            model = adapt(model, args, peft_config)
         processing_class = tokenizer if processing_class is None else processing_class
         if processing_class is None:
             processing_class = load_tokenizer(
@@ -128,7 +120,7 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
             processing_class=processing_class,
             # Trainer counts the arguments in the signature, which has to be model_init's own.
             model_init=model_init
-            and functools.wraps(model_init)(lambda *trial: self._adapt(model_init(*trial), args, peft_config)),
+            and functools.wraps(model_init)(lambda *trial: adapt(model_init(*trial), args, peft_config)),
             compute_metrics=compute_metrics,
             callbacks=[*(callbacks or []), StreamReport(counters(train_dataset), counters(eval_dataset))],
             optimizers=optimizers,
@@ -145,15 +137,6 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
         prepare_ranks(self.accelerator, self.model)
         layout = agreed(self.accelerator, lambda: self._probe(layout_options if chooses_layout else None))
         self.data_collator = layout or self.data_collator
-
-    @staticmethod
-    def _adapt(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
-        model = wrap_peft(model, args, peft_config) if peft_config is not None else model
-        if args.disable_dropout:
-            disable_dropout(model)
-        warn_of_emulation(model, args)
-        attach_orpo_loss(model)
-        return model
 
     def _probe(self, layout_options: dict[str, Any] | None) -> Any:
         """The layout to train in, or None where there is nothing to choose."""

@@ -16,7 +16,6 @@ KINDS = {
     "fsdp2": DistributedType.FSDP,
     "fsdp2-sharded": DistributedType.FSDP,
     "zero2": DistributedType.DEEPSPEED,
-    "zero3": DistributedType.DEEPSPEED,
 }
 
 
@@ -44,13 +43,12 @@ def test_fsdp_settings_are_accelerates(name):
     assert ("sharded" in name) == (settings["fsdp_state_dict_type"] == "SHARDED_STATE_DICT")
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
-def test_zero_settings_are_accelerates(name):
+def test_zero_settings_are_accelerates():
     from accelerate.commands.launch import launch_command_parser
 
     known = {option.lstrip("-") for action in launch_command_parser()._actions for option in action.option_strings}
-    settings = yaml.safe_load(launch_config(name))["deepspeed_config"]
-    assert settings.keys() <= known and settings["zero_stage"] == int(name[-1])
+    settings = yaml.safe_load(launch_config("zero2"))["deepspeed_config"]
+    assert settings.keys() <= known and settings["zero_stage"] == 2
 
 
 def test_the_command_prints_it():
@@ -61,4 +59,4 @@ def test_the_command_prints_it():
 def test_an_unknown_name_is_answered_with_the_names(capsys):
     with pytest.raises(SystemExit):
         parse(["--print_config", "fsdp3"])
-    assert "ddp, fsdp2, fsdp2-sharded, zero2, zero3" in capsys.readouterr().err
+    assert "ddp, fsdp2, fsdp2-sharded, zero2" in capsys.readouterr().err

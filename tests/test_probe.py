@@ -1,6 +1,7 @@
 """orpo.probe: a layout is used only with models that compute the same in it, and every layout trains alike."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,14 +9,15 @@ import transformers
 from packaging.version import Version
 from test_architectures import ARCHITECTURES
 from tiny import SEVEN, make_model, make_tokenizer
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, Gemma3Config, Gemma3ForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from orpo import ORPOConfig, ORPOTrainer
+from orpo.attention import eager_where_flash_cannot_run
 from orpo.data import Limits, prepare_dataset
-from orpo.model import LossCall, attach_orpo_loss
-from orpo.probe import choose_layout
+from orpo.model import LogitTransform, LossCall, attach_orpo_loss
+from orpo.probe import _matmul_eps, check_fused_logps, choose_layout
 from orpo.setup import disable_dropout
 
 # Positions by the order in memory (ALiBi, learned and counted, local windows), states, a router's loss.
@@ -182,10 +184,11 @@ def half_precision_only(module, query, key, value, *arguments, **options):
 
 
 @pytest.fixture
-def flash_model():
-    """A model with float32 weights whose attention takes no float32, as FlashAttention."""
+def flash_model(monkeypatch):
+    """A model with float32 weights whose attention takes no float32, as FlashAttention, but runs on a CPU."""
     AttentionInterface.register("flash_stand_in", half_precision_only)
     AttentionMaskInterface.register("flash_stand_in", sdpa_mask)
+    monkeypatch.setattr("orpo.attention._NO_FLASH", frozenset())
     model = make_model()
     model.config._attn_implementation = "flash_stand_in"
     return model
@@ -201,3 +204,80 @@ def test_flash_attention_on_float32_alone_is_refused_in_words(flash_model, tmp_p
     args = ORPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(ValueError, match=r"flash_stand_in and the weights are float32, .*: set bf16 true .* sdpa"):
         ORPOTrainer(flash_model, args, train_dataset=SEVEN, processing_class=make_tokenizer())
+
+
+def gpu_only(module, query, *arguments, **options):
+    """FlashAttention's operators are registered for GPUs alone."""
+    if query.device.type == "cpu":
+        raise NotImplementedError("Could not run 'flash_attn::_flash_attn_forward' with arguments from 'CPU'")
+    return sdpa_attention_forward(module, query, *arguments, **options)
+
+
+@pytest.fixture
+def gpu_only_model():
+    """A model whose attention does not run where its weights are, as before Trainer moves them."""
+    AttentionInterface.register("flash_gpu_only", gpu_only)
+    AttentionMaskInterface.register("flash_gpu_only", sdpa_mask)
+    model = make_model("gemma2", final_logit_softcapping=5.0, query_pre_attn_scalar=8).to(torch.bfloat16)
+    model.config._attn_implementation = "flash_gpu_only"
+    return model
+
+
+def test_flash_attention_is_not_called_where_it_cannot_run(gpu_only_model):
+    assert attach_orpo_loss(gpu_only_model).transform.softcap == 5.0
+    check_fused_logps(gpu_only_model)
+    layout, why = choose("auto", gpu_only_model)
+    assert type(layout).__name__ == "PaddedLayout"
+    reason = "FlashAttention does not run on a CPU, where the weights are now, so that it cannot be tried"
+    assert why == f"layout padded, not packed: {reason}"
+    assert choose("padded", gpu_only_model)[1] == "layout padded, as asked for"
+    for name, obstacle in {"packed": reason, "shared": "FlashAttention takes no mask"}.items():
+        with pytest.raises(ValueError, match=f"layout is '{name}', which .* cannot be trained with: {obstacle}"):
+            choose(name, gpu_only_model)
+
+
+def test_it_is_called_again_in_training(gpu_only_model, tmp_path, capsys):
+    args = ORPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=True, max_steps=1, save_strategy="no")
+    trainer = ORPOTrainer(gpu_only_model, args, train_dataset=SEVEN, processing_class=make_tokenizer())
+    assert "layout padded, not packed: FlashAttention does not run on a CPU" in capsys.readouterr().out
+    with pytest.raises(NotImplementedError, match="flash_attn"):
+        trainer.train()
+
+
+def test_a_wrong_head_is_noticed_without_flash_attention(gpu_only_model):
+    attach_orpo_loss(gpu_only_model)
+    gpu_only_model.lm_head._orpo_transform = LogitTransform(scale=2.0)
+    with pytest.raises(ValueError, match="training would be silently wrong"):
+        check_fused_logps(gpu_only_model)
+    assert gpu_only_model.config._attn_implementation == "flash_gpu_only"
+
+
+def test_every_sub_configuration_gets_its_own_attention_back():
+    text = {"vocab_size": 99, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision)
+    model = Gemma3ForConditionalGeneration(config)
+    model.config._attn_implementation = "flash_gpu_only"
+    model.config.vision_config._attn_implementation = "sdpa"
+    configs = model.config, model.config.text_config, model.config.vision_config
+    with eager_where_flash_cannot_run(model):
+        assert [c._attn_implementation for c in configs] == ["eager", "eager", "eager"]
+    assert [c._attn_implementation for c in configs] == ["flash_gpu_only", "flash_gpu_only", "sdpa"]
+
+
+def test_tolerance_follows_what_matmuls_round_to():
+    model = make_model("llama")
+    assert _matmul_eps(model, "cuda") == _matmul_eps(model, "cpu") == 2.0**-23
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert _matmul_eps(model, "cpu") == 2.0**-7
+    previous = torch.backends.cuda.matmul.fp32_precision
+    # What transformers' `tf32=True` sets.
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert (_matmul_eps(model, "cuda"), _matmul_eps(model, "cpu")) == (2.0**-10, 2.0**-23)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = previous
+    model.config.quantization_config = SimpleNamespace(bnb_4bit_compute_dtype=torch.bfloat16)
+    assert _matmul_eps(model, "cpu") == 2.0**-7

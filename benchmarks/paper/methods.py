@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from orpo import orpo_loss_from_rows, token_logprobs
 from orpo.attention import SharedPrefixMask
-from orpo.heads import effective_weight
+from orpo.heads import head_weight
 from orpo.layout import PaddedLayout, SharedLayout
 
 METHODS = ("sft", "orpo", "dpo", "probability_ratio")
@@ -67,7 +67,7 @@ def scores(model: nn.Module, batch: dict[str, Any]) -> Scores:
     """Log-probabilities of the batch's tokens and answers through :func:`orpo.token_logprobs`."""
     rows = batch["orpo"].rows
     hidden = hidden_states(model, batch)
-    weight, bias = effective_weight(model.get_output_embeddings())
+    weight, bias = head_weight(model.get_output_embeddings())
     logp_N = token_logprobs(hidden.reshape(-1, hidden.shape[-1])[rows.rows_N], weight, rows.targets_N, bias=bias)
     response_N = rows.in_response_N.to(logp_N.dtype)
     zeros_S = logp_N.new_zeros(2 * rows.pairs)
@@ -99,7 +99,7 @@ def loss_of(
     """
     rows = batch["orpo"].rows
     if method == "orpo":
-        weight, bias = effective_weight(model.get_output_embeddings())
+        weight, bias = head_weight(model.get_output_embeddings())
         hidden = hidden_states(model, batch)
         return orpo_loss_from_rows(hidden, weight, rows, lm_head_bias=bias, beta=beta).loss
     if method not in METHODS:
