@@ -180,6 +180,8 @@ def _settings(trainer: Any, adapters: dict[str, Any]) -> str:
     for adapter in adapters.values():
         for name in ("r", "lora_alpha", "lora_dropout", "target_modules"):
             value = getattr(adapter, name, None)
+            if name == "lora_dropout" and args.disable_dropout:
+                value = 0.0
             changed[f"adapter: {name}"] = ", ".join(sorted(value)) if isinstance(value, set) else value
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     head = f"{pairs} pairs an optimizer step on {args.world_size} process{'es' if args.world_size > 1 else ''}"
@@ -196,7 +198,11 @@ def _json(value: Any) -> Any:
 def _evaluation(trainer: Any) -> list[str]:
     """Heading and table of the last value of each held-out metric; nothing where nothing was evaluated."""
     latest: dict[str, tuple[Any, Any]] = {}
-    for entry in trainer.state.log_history:
+    history = trainer.state.log_history
+    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+    # A last evaluation is of the best weights, and has the last step's number.
+    history = [e for e in history if e.get("step") == best and any(k.startswith("eval_") for k in e)] or history
+    for entry in history:
         for name, value in entry.items():
             if name.startswith("eval_") and not name.endswith(NOT_METRICS):
                 shown = f"{value:.4g}" if isinstance(value, float) else value

@@ -33,7 +33,7 @@ def read_prompts(name: str, split: str = "train") -> list[str | Messages]:
     """
     path = Path(name).expanduser()
     if path.suffix.lower() == ".txt" and path.is_file():
-        prompts: list[Any] = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts: list[Any] = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     else:
         data = load_pairs(name, split)
         if "prompt" not in data.column_names:
@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.output is not None and not Path(options.output).absolute().parent.is_dir():
         # Said now, not when the answers are there and cannot be written.
         parser.error(f"--output is {options.output}, in a folder that does not exist")
+    if options.output is not None and Path(options.output).is_dir():
+        parser.error(f"--output is {options.output}, which is a folder: name a file in it")
     if options.format is not None:
         _answer_judge(options, parser)
         return
@@ -112,6 +114,9 @@ def _answer_judge(options: argparse.Namespace, parser: argparse.ArgumentParser) 
     form = options.format
     if options.prompts is None or options.output is None:
         parser.error(f"--format {form} needs --prompts, the judge's questions, and --output")
+    if form == "mt-bench" and options.temperature is not None:
+        # Said before the model is loaded.
+        parser.error(f"--temperature is {options.temperature}; MT-Bench has one for each category")
     questions = judges.read_questions(options.prompts, form)
     model, tokenizer = load(
         options.model, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code

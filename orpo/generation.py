@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,7 +91,7 @@ def generate(
         model: a causal language model of transformers, or an adapter around one.
         tokenizer: its tokenizer.
         prompts: strings or lists of messages.
-        max_new_tokens: most tokens of an answer.
+        max_new_tokens: most tokens of an answer; fewer where prompt and answer would exceed the model's positions.
         temperature: 0 takes the most likely token each time. Of the generation settings that a model brings, only its
             end tokens hold.
         top_p: sample from the most likely tokens that together have this probability.
@@ -100,7 +101,7 @@ def generate(
         progress: whether to show a bar.
 
     Raises:
-        ValueError: a setting is out of its range, or a prompt cannot be rendered.
+        ValueError: a setting is out of its range, or a prompt cannot be rendered or is too long for the model.
     """
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}; it has to be 0 or more")
@@ -129,6 +130,11 @@ def answer_tokens(
     progress: bool = False,
 ) -> list[Answer]:
     """:func:`generate` for prompts that are tokens already, at least one each."""
+    room = _positions(model)
+    if longest := max((len(prompt) for prompt in ids if len(prompt) >= room), default=0):
+        raise ValueError(
+            f"a prompt has {longest} tokens, and the model {room} positions: there is no room for an answer"
+        )
     # Prompts of similar length share a batch: what fills it up is computed like any token.
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     ends = _end_ids(model, tokenizer)
@@ -152,6 +158,8 @@ def answer_tokens(
             for first in tqdm(range(0, len(order), batch_size), disable=not progress):
                 batch = order[first : first + batch_size]
                 longest = max(len(ids[i]) for i in batch)
+                # Past its positions OPT has no embedding to look up, and others answer noise.
+                settings.max_new_tokens = min(max_new_tokens, room - longest)
                 rows = [[pad] * (longest - len(ids[i])) + ids[i] for i in batch]
                 mask = [[0] * (longest - len(ids[i])) + [1] * len(ids[i]) for i in batch]
                 out = model.generate(
@@ -167,6 +175,12 @@ def answer_tokens(
     finally:
         model.train(was_training)
     return answers
+
+
+def _positions(model: Any) -> float:
+    """Most tokens of a sequence, by the model's configuration; infinity where it names no number."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else math.inf
 
 
 @contextmanager

@@ -60,7 +60,11 @@ def read_questions(name: str | Path, form: str) -> list[dict[str, Any]]:
         raise ValueError(f"{name} is no file; --format {form} reads the judge's own file of questions")
     text = path.read_text(encoding="utf-8")
     try:
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x]
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            # Not splitlines, which also ends a line at characters that questions hold.
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except json.JSONDecodeError as error:
         raise ValueError(f"{name} is neither a JSON list nor a JSON object a line: {error}") from error
     if not rows:

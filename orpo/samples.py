@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,10 @@ class EvalSamples(TrainerCallback):
         path = Path(args.output_dir, FILE)
         if not state.is_world_process_zero or not path.exists():
             return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if state.global_step else []
-        path.write_text("".join(s for s in lines if json.loads(s)["step"] <= state.global_step), encoding="utf-8")
+        # Not splitlines, which also ends a line at characters that answers hold (U+2028).
+        lines = path.read_text(encoding="utf-8").split("\n") if state.global_step else []
+        kept = [line for line in lines if _step_of(line) <= state.global_step]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
@@ -102,6 +105,14 @@ class EvalSamples(TrainerCallback):
             }
             records.append(record if name is None else {**record, "dataset": name})
         return records
+
+
+def _step_of(line: str) -> float:
+    """The step that a line was written at; infinity for one that a killed run left unfinished."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf
 
 
 def report_table(callbacks: list[Any], title: str, rows: list[list[Any]], step: int) -> None:

@@ -145,3 +145,23 @@ def test_orpo_train_leaves_a_card_with_curves_and_metrics(tmp_path, own_cache):
     card = card_of(tmp_path / "out")
     for expected in ("* `pairs.jsonl`", "| `rewards/accuracies` |", "(curves.png)", "| `max_steps` | 1 |"):
         assert expected in card.text, expected
+
+
+def test_the_card_shows_the_best_weights_figures_as_of_their_step(tmp_path):
+    every_step = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
+    settings = dict(learning_rate=5, max_steps=3, load_best_model_at_end=True, **every_step)
+    trainer = make_trainer(tmp_path, eval_dataset=SEVEN, **settings)
+    trainer.train()
+    trainer.evaluate()
+    trainer.create_model_card()
+    best = trainer.state.best_global_step
+    assert best < 3
+    assert f"| `loss` | {trainer.state.best_metric:.4g} | {best} |" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("disabled", [True, False])
+def test_the_card_shows_the_dropout_of_a_lora_that_was_applied(disabled, tmp_path):
+    config = peft.LoraConfig(r=4, lora_dropout=0.25, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    make_trainer(tmp_path, peft_config=config, disable_dropout=disabled).create_model_card()
+    dropout = 0.0 if disabled else 0.25
+    assert f"| `adapter: lora_dropout` | {dropout} |" in (tmp_path / "README.md").read_text()

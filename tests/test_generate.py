@@ -246,3 +246,26 @@ def test_a_model_without_its_head_is_refused(tmp_path):
 def test_a_missing_folder_is_named():
     with pytest.raises(ValueError, match=r"no folder \./nowhere"):
         load("./nowhere")
+
+
+def test_an_answer_ends_with_the_models_positions():
+    """OPT has an embedding for each, and none beyond."""
+    tokenizer = make_tokenizer()
+    prompt = [tokenizer.bos_token_id, *tokenizer("hello", add_special_tokens=False)["input_ids"]]
+    model = make_model("opt", max_position_embeddings=len(prompt) + 3)
+    (answer,) = generate(model, tokenizer, ["hello"], max_new_tokens=50)
+    assert answer.cut or len(tokenizer(str(answer))["input_ids"]) < 50
+    with pytest.raises(ValueError, match=rf"a prompt has \d+ tokens, and the model {len(prompt) + 3} positions"):
+        generate(model, tokenizer, ["hello", "hello hello hello hello hello"], max_new_tokens=1)
+
+
+def test_lines_end_where_lines_end(tmp_path):
+    """str.splitlines also ends them at characters that texts hold."""
+    (tmp_path / "prompts.txt").write_text("one\u2028still one\n\ntwo\x85still two\n", encoding="utf-8")
+    assert read_prompts(str(tmp_path / "prompts.txt")) == ["one\u2028still one", "two\x85still two"]
+
+
+def test_a_folder_is_no_output(folder, capsys):
+    with pytest.raises(SystemExit):
+        main([str(folder), "--prompt", "hello", "--output", str(folder)])
+    assert "which is a folder" in capsys.readouterr().err

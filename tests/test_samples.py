@@ -151,3 +151,14 @@ def test_two_ranks_write_each_sample_once_and_neither_waits_for_ever(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("DistributedDataParallel") == 2
     assert [record["step"] for record in samples(tmp_path)] == [1, 1, 2, 2]
+
+
+def test_a_run_resumes_over_lines_of_any_kind(tmp_path):
+    """An answer may hold a line separator; a killed run may have written half a line."""
+    trainer = sampling(tmp_path)
+    path = tmp_path / "samples.jsonl"
+    lines = [json.dumps({"step": step, "answer": f"a\u2028b{step}"}, ensure_ascii=False) for step in (1, 2, 3)]
+    path.write_text("\n".join([*lines, '{"step": 2, "ans']), encoding="utf-8")
+    state = SimpleNamespace(is_world_process_zero=True, global_step=2)
+    EvalSamples(trainer).on_train_begin(trainer.args, state, None)
+    assert path.read_text(encoding="utf-8") == "".join(f"{line}\n" for line in lines[:2])

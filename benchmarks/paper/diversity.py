@@ -118,7 +118,7 @@ def read_rounds(paths: Sequence[Path]) -> list[dict]:
     rounds = []
     for path in paths:
         text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
+        rows = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.split("\n") if line]
         rounds.append([row["output"] if "output" in row else row["answer"] for row in rows])
     sizes = sorted({len(answers) for answers in rounds})
     if len(rounds) < 2 or len(sizes) > 1:

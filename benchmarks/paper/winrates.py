@@ -178,7 +178,7 @@ def run_seed(seed: int, folder: Path, settings: DemoSettings, dpo: DPOSettings, 
 
 def read(path: Path = RESULTS) -> list[dict]:
     """The stored records; [] where nothing is stored."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text().split("\n") if line] if path.exists() else []
 
 
 def store(records: Sequence[dict], path: Path) -> None:
