@@ -196,12 +196,19 @@ def _json(value: Any) -> Any:
 
 
 def _evaluation(trainer: Any) -> list[str]:
-    """Heading and table of the last value of each held-out metric; nothing where nothing was evaluated."""
+    """Heading and table of each held-out metric: of the best weights where they were loaded, else its last value.
+
+    Nothing where nothing was evaluated.
+    """
     latest: dict[str, tuple[Any, Any]] = {}
-    history = trainer.state.log_history
-    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
-    # A last evaluation is of the best weights, and has the last step's number.
-    history = [e for e in history if e.get("step") == best and any(k.startswith("eval_") for k in e)] or history
+    state, history = trainer.state, trainer.state.log_history
+    best = state.best_global_step if trainer.args.load_best_model_at_end else None
+    # Evaluated more often than saved, the best step may not be among the saved ones: others are loaded then, or none.
+    if best and not str(state.best_model_checkpoint).endswith(f"-{best}"):
+        best = None
+    # Evaluated at the end, the best weights are logged with the last step's number.
+    if best:
+        history = [e for e in history if e.get("step") == best and any(k.startswith("eval_") for k in e)] or history
     for entry in history:
         for name, value in entry.items():
             if name.startswith("eval_") and not name.endswith(NOT_METRICS):
@@ -210,10 +217,10 @@ def _evaluation(trainer: Any) -> list[str]:
     if not latest:
         return []
     parts = ["## Held-out pairs", _table(("metric", "value", "step"), ((k, *v) for k, v in latest.items()))]
-    if trainer.args.load_best_model_at_end and trainer.state.best_metric is not None:
+    if best:
         parts.append(
-            f"The weights are those of step {trainer.state.best_global_step}, the best by "
-            f"`{trainer.args.metric_for_best_model}`: {trainer.state.best_metric:.4g}."
+            f"The weights are those of step {best}, the best by `{trainer.args.metric_for_best_model}`: "
+            f"{state.best_metric:.4g}."
         )
     return parts
 

@@ -115,7 +115,7 @@ def _answer_judge(options: argparse.Namespace, parser: argparse.ArgumentParser) 
     if options.prompts is None or options.output is None:
         parser.error(f"--format {form} needs --prompts, the judge's questions, and --output")
     if form == "mt-bench" and options.temperature is not None:
-        # Said before the model is loaded.
+        # Said now, not by judges.mt_bench when the model is loaded.
         parser.error(f"--temperature is {options.temperature}; MT-Bench has one for each category")
     questions = judges.read_questions(options.prompts, form)
     model, tokenizer = load(

@@ -129,8 +129,8 @@ def answer_tokens(
     seed: int = 0,
     progress: bool = False,
 ) -> list[Answer]:
-    """:func:`generate` for prompts that are tokens already, at least one each."""
-    room = _positions(model)
+    """:func:`generate` for prompts that are tokens already, at least one each and fewer than :func:`positions`."""
+    room = positions(model)
     if longest := max((len(prompt) for prompt in ids if len(prompt) >= room), default=0):
         raise ValueError(
             f"a prompt has {longest} tokens, and the model {room} positions: there is no room for an answer"
@@ -177,10 +177,10 @@ def answer_tokens(
     return answers
 
 
-def _positions(model: Any) -> float:
+def positions(model: Any) -> float:
     """Most tokens of a sequence, by the model's configuration; infinity where it names no number."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else math.inf
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else math.inf
 
 
 @contextmanager

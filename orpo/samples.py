@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from orpo.generation import answer_tokens
+from orpo.generation import answer_tokens, positions
 from orpo.streams import counters
 
 FILE = "samples.jsonl"
@@ -22,7 +22,8 @@ class EvalSamples(TrainerCallback):
     """Writes greedy answers to the first held-out prompts to ``output_dir/samples.jsonl`` and to trackers that run.
 
     A line holds ``step``, ``prompt``, ``answer`` and ``chosen``, with special tokens in the prompt only, and
-    ``dataset`` where there are several. Process 0 generates while the others wait, and no random state is used.
+    ``dataset`` where there are several. Process 0 generates while the others wait, and no random state is used. Prompts
+    without a token, or with as many as the model has positions, are left out.
 
     Args:
         trainer: the trainer, whose model answers. Its ``args`` say how many prompts (``eval_samples``) and how long
@@ -48,8 +49,9 @@ class EvalSamples(TrainerCallback):
         path = Path(args.output_dir, FILE)
         if not state.is_world_process_zero or not path.exists():
             return
-        # Not splitlines, which also ends a line at characters that answers hold (U+2028).
-        lines = path.read_text(encoding="utf-8").split("\n") if state.global_step else []
+        # Not splitlines, which also ends a line at characters that answers hold (U+2028). A killed run may have written
+        # half a character, of which strict reading would make an error at each attempt to resume.
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if state.global_step else []
         kept = [line for line in lines if _step_of(line) <= state.global_step]
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
@@ -83,12 +85,13 @@ class EvalSamples(TrainerCallback):
                 # What was read here is no part of an evaluation.
                 counter.take()
         examples = self._examples[name]
-        # A prompt without a token has nothing to continue.
-        examples = [e for e in examples if e["chosen_prompt_length"]]
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        # A prompt without a token has nothing to continue. One that fills the positions, past which rotary models can
+        # be trained, is refused by answer_tokens, which would end the training.
+        examples = [e for e in examples if 0 < e["chosen_prompt_length"] < positions(model)]
         prompts = [list(e["chosen_input_ids"][: e["chosen_prompt_length"]]) for e in examples]
         longest = max(map(len, prompts), default=0)
         room = args.eval_max_new_tokens if args.max_length is None else args.max_length - longest
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         with self.trainer.compute_loss_context_manager():
             answers = answer_tokens(
                 model, tokenizer, prompts, max_new_tokens=max(min(args.eval_max_new_tokens, room), 1)

@@ -159,6 +159,19 @@ def test_the_card_shows_the_best_weights_figures_as_of_their_step(tmp_path):
     assert f"| `loss` | {trainer.state.best_metric:.4g} | {best} |" in (tmp_path / "README.md").read_text()
 
 
+def test_the_card_names_no_best_weights_that_were_not_saved(tmp_path):
+    """The best step may lie between two that were saved: there is nothing to load."""
+    between = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=2)
+    settings = dict(learning_rate=5, max_steps=2, load_best_model_at_end=True, **between)
+    trainer = make_trainer(tmp_path, eval_dataset=SEVEN, **settings)
+    trainer.train()
+    assert trainer.state.best_global_step == 1 and trainer.state.best_model_checkpoint is None
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert f"| `loss` | {loss:.4g} | 2 |" in text and "The weights are those of" not in text
+
+
 @pytest.mark.parametrize("disabled", [True, False])
 def test_the_card_shows_the_dropout_of_a_lora_that_was_applied(disabled, tmp_path):
     config = peft.LoraConfig(r=4, lora_dropout=0.25, target_modules=["q_proj"], task_type="CAUSAL_LM")

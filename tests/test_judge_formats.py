@@ -147,3 +147,15 @@ def test_what_cannot_be_asked_is_refused(model, tokenizer, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["m", "--prompt", "hello", "--format", "mt-bench"])
     assert "needs --prompts" in capsys.readouterr().err
+    # Before the model is loaded: there is none called m.
+    files = ["--prompts", str(tmp_path / "none"), "--output", str(tmp_path / "answers.jsonl")]
+    with pytest.raises(SystemExit):
+        main(["m", *files, "--format", "mt-bench", "--temperature", "0.5"])
+    assert "--temperature is 0.5; MT-Bench has one for each category" in capsys.readouterr().err
+
+
+def test_a_question_may_hold_a_line_separator(tmp_path):
+    """str.splitlines would end the line there."""
+    row = {**MT_BENCH[0], "turns": ["one\u2028still one", "two\x85still two"]}
+    (tmp_path / "q").write_text(json.dumps(row, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    assert judges.read_questions(tmp_path / "q", "mt-bench") == [row]

@@ -147,13 +147,23 @@ def test_steps_of_a_tiny_model(name, tmp_path):
 
 
 def test_the_template_of_the_recipes_writes_turns_and_ends_them():
-    # Phi-2's tokenizer, alone of them, puts no BOS in front.
-    for name, bos in (("mistral-orpo-beta", "<s>"), ("llama-2-7b", "<s>"), ("phi-2", "")):
-        template = yaml.safe_load(find_config(name).read_text())["chat_template"]
+    settings = {name: yaml.safe_load(find_config(name).read_text()) for name in recipe_names()}
+    templates = {name: found["chat_template"] for name, found in settings.items() if "chat_template" in found}
+    assert len(templates) == 7
+    for name, template in templates.items():
         text = make_tokenizer(chat_template=template).apply_chat_template(
             [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
         )
-        assert text == bos + "<|user|>\nHi</s>\n<|assistant|>\n"
+        # Phi-2's tokenizer, alone of them, puts no BOS in front.
+        bos = "" if name == "phi-2" else "<s>"
+        assert text == bos + "<|user|>\nHi</s>\n<|assistant|>\n", name
+
+
+def test_settings_that_the_sources_have():
+    """The authors' code masks Mistral's end of sequence in the NLL; TRL switches a LoRA's dropout off by default."""
+    for name in ("mistral-orpo-alpha", "mistral-orpo-beta"):
+        assert yaml.safe_load(find_config(name).read_text())["nll_scores_eos"] is False
+    assert "disable_dropout" not in yaml.safe_load(find_config("llama-3-8b-qlora").read_text())
 
 
 def test_an_unknown_recipe_names_those_there_are(tmp_path):

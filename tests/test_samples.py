@@ -162,3 +162,15 @@ def test_a_run_resumes_over_lines_of_any_kind(tmp_path):
     state = SimpleNamespace(is_world_process_zero=True, global_step=2)
     EvalSamples(trainer).on_train_begin(trainer.args, state, None)
     assert path.read_text(encoding="utf-8") == "".join(f"{line}\n" for line in lines[:2])
+    # Half a line may end in half a character.
+    path.write_bytes(f'{lines[0]}\n{{"step": 2, "answer": "\u00fc'.encode()[:-1])
+    EvalSamples(trainer).on_train_begin(trainer.args, state, None)
+    assert path.read_text(encoding="utf-8") == f"{lines[0]}\n"
+
+
+def test_a_prompt_beyond_the_models_positions_does_not_end_the_run(tmp_path):
+    """Rotary models train past the positions that they name."""
+    model = make_model("llama", max_position_embeddings=6)
+    sampling(tmp_path, model=model, max_length=64, eval_samples=7, max_steps=1).train()
+    lengths = [len(make_tokenizer()(r["prompt"], add_special_tokens=False)["input_ids"]) for r in samples(tmp_path)]
+    assert 0 < len(lengths) < 7 and max(lengths) < 6
