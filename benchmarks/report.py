@@ -101,7 +101,7 @@ def pages(stored: dict[str, list[dict]]) -> str:
         "# Results",
         "Written by `python -m benchmarks.report` from `benchmarks/results/`. The loss itself (all but the sections on "
         "length and training) is timed once loss and gradients agree with float64, peers taking turns in 3 or 5 "
-        "rounds: times are medians, and so are the times as fast as TRL; the files have the spread. Memory is what a "
+        "rounds: times are medians, and ratios are of these; the files have the spread. Memory is what a "
         "call allocates at most, its gradients included. "
         "Errors are relative, of loss, hidden-state gradient and weight gradient. `cce` is its `torch_compile` form, "
         "its only one on a CPU, which holds the logits of all rows that count; `trl` in bfloat16 is a model of "

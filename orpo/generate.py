@@ -106,7 +106,10 @@ def _say_cut(answers: Sequence[Answer], limit: int) -> None:
     """On stderr, how many answers did not end by themselves; nothing where all did."""
     cut = sum(answer.cut for answer in answers)
     if cut:
-        print(f"{cut} of {len(answers)} answers reached --max_new_tokens ({limit})", file=sys.stderr)
+        print(
+            f"{cut} of {len(answers)} answers reached --max_new_tokens ({limit}) or the model's last position",
+            file=sys.stderr,
+        )
 
 
 def _answer_judge(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

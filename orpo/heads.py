@@ -1,6 +1,6 @@
 """The weight behind a head: the module that PEFT trains in its place, and a LoRA on it as more columns.
 
-Letters: D hidden size, V vocabulary.
+Letters: D hidden size, V vocabulary, r the rank of the LoRAs on the head, all of them together.
 """
 
 from __future__ import annotations

@@ -60,15 +60,15 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig
     trainer.save_model()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
-    # The best weights, loaded again, are evaluated last: as figures of the last step they would hide the curve's end.
-    curves = list(trainer.state.log_history)
+    curves = trainer.state.log_history
     if evaluates:
+        if args.load_best_model_at_end:
+            # The best weights are evaluated now: as figures of the last step they would hide where the curves end.
+            curves = list(curves)
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     trainer.save_state()
-    if not args.load_best_model_at_end:
-        curves = trainer.state.log_history
     if trainer.is_world_process_zero() and any("nll_loss" in entry for entry in curves):
         from orpo.plots import plot_curves, write_curves_csv
 

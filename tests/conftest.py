@@ -27,6 +27,22 @@ def own_cache(tmp_path_factory, monkeypatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture
+def heads_taken_for_frozen(monkeypatch) -> list[bool]:
+    """Whether the schedule by strips took the head for a frozen one, a call each: on a GPU that is another form."""
+    from orpo_kernels import schedule
+
+    seen: list[bool] = []
+    original = schedule.token_stats
+
+    def spy(backend, x_ND, targets_N, head, needs, head_frozen, strip_bytes):
+        seen.append(head_frozen)
+        return original(backend, x_ND, targets_N, head, needs, head_frozen, strip_bytes)
+
+    monkeypatch.setattr(schedule, "token_stats", spy)
+    return seen
+
+
 @pytest.fixture(params=[True, False], ids=["bfloat16 multiplied", "bfloat16 widened"])
 def bfloat16_cpu(request, monkeypatch) -> bool:
     """A CPU with instructions for bfloat16, and one without: the loss is computed in different dtypes on the two."""

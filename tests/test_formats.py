@@ -92,7 +92,8 @@ def test_conversations_need_a_chat_template():
 
 
 def test_what_a_row_says_to_the_template_reaches_it():
-    template = "{% if loud %}LOUD {% endif %}{% for m in messages %}{{ m.content }};{% endfor %}"
+    told = "{% if loud %}LOUD {% endif %}{% if absent is defined %}NONE {% endif %}"
+    template = told + "{% for m in messages %}{{ m.content }};{% endfor %}"
     tokenizer = make_tokenizer(chat_template=template)
     sides = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
     row = {"prompt": [{"role": "user", "content": "hi"}], **sides}

@@ -194,7 +194,9 @@ def test_the_command_says_how_many_answers_did_not_end(folder, tmp_path, model, 
     line = [str(folder), "--device", "cpu", "--prompts", str(tmp_path / "p.txt"), "--max_new_tokens", "3"]
     for output in ([], ["--output", str(tmp_path / "answers.jsonl")]):
         main([*line, *output])
-        assert f"{cut} of 4 answers reached --max_new_tokens (3)\n" in capsys.readouterr().err
+        assert (
+            f"{cut} of 4 answers reached --max_new_tokens (3) or the model's last position\n" in capsys.readouterr().err
+        )
     # Where every token ends an answer, none is cut.
     model.generation_config.eos_token_id = list(range(model.config.vocab_size))
     try:

@@ -89,7 +89,7 @@ def test_the_alpacaeval_file_of_the_command(folder, tmp_path, capsys):
     output = tmp_path / "answers.json"
     arguments = ["--prompts", str(tmp_path / "alpaca_eval.json"), "--format", "alpacaeval", "--output", str(output)]
     main([folder, *arguments, "--max_new_tokens", "3"])
-    assert "2 of 2 answers reached --max_new_tokens (3)\n" in capsys.readouterr().err
+    assert "2 of 2 answers reached --max_new_tokens (3) or the model's last position\n" in capsys.readouterr().err
     records = json.loads(output.read_text())
     assert isinstance(records, list) and len(records) == 2
     for record in records:
@@ -106,7 +106,7 @@ def test_the_mt_bench_file_of_the_command(folder, tmp_path, capsys):
     main(
         [folder, "--prompts", str(questions), "--format", "mt-bench", "--output", str(output), "--max_new_tokens", "3"]
     )
-    assert "6 of 6 answers reached --max_new_tokens (3)\n" in capsys.readouterr().err
+    assert "6 of 6 answers reached --max_new_tokens (3) or the model's last position\n" in capsys.readouterr().err
     # As fastchat/llm_judge/common.py loads them: the file's name is the model's.
     answers = {(r := json.loads(line))["question_id"]: r for line in output.read_text().splitlines()}
     assert list(answers) == [3, 5, 7]

@@ -178,7 +178,7 @@ def run_seed(seed: int, folder: Path, settings: DemoSettings, dpo: DPOSettings, 
 
 def read(path: Path = RESULTS) -> list[dict]:
     """The stored records; [] where nothing is stored."""
-    return [json.loads(line) for line in path.read_text().split("\n") if line] if path.exists() else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
 
 
 def store(records: Sequence[dict], path: Path) -> None:
@@ -190,7 +190,7 @@ def store(records: Sequence[dict], path: Path) -> None:
 
 
 def _write(records: Sequence[dict], path: Path) -> None:
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
 def show(records: Sequence[dict], ours: str = "orpo") -> str:
