@@ -104,7 +104,7 @@ def shipped_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], Any]]]:
 
     TF32 is a case of its own, where torch's setting can allow it; the kernels without a matmul do not know of it.
     """
-    from orpo_kernels import configs, logit_grad, logit_stats, odds_ratio
+    from orpo_kernels import configs, kept, logit_grad, logit_stats, odds_ratio
     from orpo_kernels.head import Head
     from orpo_kernels.rows import Rows
 
@@ -123,8 +123,10 @@ def shipped_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], Any]]]:
         row_scale = vector if dtype == torch.float16 else None
         grad_arguments = (targets, vector, vector, row_scale, head)
         strip, statistics = empty(n, v), (empty(1, n), empty(1, n), vector)
+        held = kept.Kept(v, *kept.buffers(x, n * -(-v // kept.TILE), dtype))
         with_matmul = (
             lambda a=(x, targets, head): logit_stats.logit_stats(*a),
+            lambda a=(x, targets, head, v, held): logit_stats.logit_stats(*a),
             lambda a=(x, *grad_arguments): logit_grad.logit_grad(*a),
         )
         for launch in with_matmul:
@@ -134,6 +136,7 @@ def shipped_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], Any]]]:
                 yield case.replace("fp32", "tf32"), tf32(launch)
         yield case, lambda a=(strip, targets, head, statistics): logit_stats.add_strip_stats(*a)
         yield case, lambda a=(strip, *grad_arguments, dtype): logit_grad.strip_grad(*a)
+        yield case, lambda a=(held, targets, vector, vector, row_scale, 0, 4096): kept.kept_grad(*a)
     n, pairs = REAL_SHAPE[0], 8
     flags = empty(n, dtype=torch.bool)
     rows = Rows(*(empty(n, dtype=torch.int64) for _ in range(3)), flags, flags, pairs)

@@ -31,7 +31,7 @@ Builder = triton_interpreter.InterpreterBuilder
 EXPONENTIALS = (np.exp, np.exp2, np.log, np.log2)
 # They allocate or rename, and move nothing.
 FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "alias", "set_", "_unsafe_view"}
-MATMULS = {"mm", "mm_wide", "bmm", "addmm", "addmm_", "baddbmm"}
+MATMULS = {"mm", "mm_wide", "bmm", "addmm", "addmm_", "addmm_wide_", "baddbmm"}
 
 
 class Meter(TorchDispatchMode):
@@ -61,11 +61,15 @@ class Meter(TorchDispatchMode):
             # A custom operator hides what it does from dispatch modes: run its Python function under this one.
             with self:
                 return original(*args, **kwargs)
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        # What `out` holds before is not read.
+        read = {key: value for key, value in kwargs.items() if key != "out"}
+        inputs = [t for t in tree_leaves((args, read)) if isinstance(t, torch.Tensor)]
         for tensor in inputs:
             self._hold(tensor, 0)
         result = function(*args, **kwargs)
         outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        if name == "addmm_wide_":
+            outputs = inputs[:1]
         for tensor in outputs:
             self._hold(tensor, tensor.untyped_storage().nbytes())
         if not function.is_view and name not in FREE:

@@ -29,15 +29,15 @@ def own_cache(tmp_path_factory, monkeypatch) -> None:
 
 @pytest.fixture
 def heads_taken_for_frozen(monkeypatch) -> list[bool]:
-    """Whether the schedule by strips took the head for a frozen one, a call each: on a GPU that is another form."""
+    """Whether the schedule by strips took the head for a frozen one, a call each."""
     from orpo_kernels import schedule
 
     seen: list[bool] = []
     original = schedule.token_stats
 
-    def spy(backend, x_ND, targets_N, head, needs, head_frozen, strip_bytes):
+    def spy(backend, x_ND, targets_N, head, needs, head_frozen, *more):
         seen.append(head_frozen)
-        return original(backend, x_ND, targets_N, head, needs, head_frozen, strip_bytes)
+        return original(backend, x_ND, targets_N, head, needs, head_frozen, *more)
 
     monkeypatch.setattr(schedule, "token_stats", spy)
     return seen

@@ -127,6 +127,42 @@ MUTATIONS = [
         ("descriptors: rows of the first block", "x_ptr.load([first_n, d])", "x_ptr.load([0, d])"),
     ),
     *_in(
+        "kept.py",
+        (
+            "kept: maximum of another tile",
+            "maxima_ptr + tile.to(tl.int64) * N + offs_n, mask",
+            "maxima_ptr + offs_n, mask",
+        ),
+        ("kept: softmax of the running maximum", "tl.exp(max_N - lse_N)", "tl.exp(max_N - max_N)"),
+        ("kept: wrong sign of the softmax", "g_NV = -e_NV", "g_NV = e_NV"),
+        ("kept: target's entry missing", "target_grad_N[:, None], g_NV)", "0.0, g_NV)"),
+        ("kept: float16 rows unscaled", "if HAS_ROW_SCALE:", "if HAS_ROW_SCALE and not HAS_ROW_SCALE:"),
+        ("kept: strip begins with its tile", "(offs_v >= first) & (offs_v < last)", "offs_v < last"),
+        ("kept: strip ends with its tile", "(offs_v >= first) & (offs_v < last)", "offs_v >= first"),
+        ("kept: maxima past the last tile", "tl.where(tile * TILE < end, N, 0)", "N"),
+        (
+            "kept: int32 offset of the exponentials",
+            "exps_ptr + offs_n.to(tl.int64)[:, None]",
+            "exps_ptr + offs_n[:, None]",
+        ),
+        ("kept: int32 offset of the gradient", "rows = offs_n.to(tl.int64)[:, None]", "rows = offs_n[:, None]"),
+        ("kept: more columns than there is room for", "columns // _STEP * _STEP", "-(-columns // _STEP) * _STEP"),
+    ),
+    *_in(
+        "logit_stats.py",
+        ("kept: softcap's derivative missing", "e_NV *= 1.0 - t_NV * t_NV", "e_NV *= 1.0"),
+        ("kept: targets of the first columns", "targets_N - first if first else targets_N", "targets_N"),
+        (
+            "kept: maximum before the tile",
+            "return new_max_N, sum_N, target_N, shift_N, e_NV",
+            "return new_max_N, sum_N, target_N, max_N, e_NV",
+        ),
+    ),
+    *_in(
+        "triton_backend.py",
+        ("kept: target's slope missing", "target_grad_N *= 1 - ((logp_N + lse_N) / head.softcap) ** 2", "pass"),
+    ),
+    *_in(
         "odds_ratio.py",
         ("missing rescale between splits", "sum_N * tl.exp(max_N - shift_N) + part_sum_N", "sum_N + part_sum_N"),
         ("last split dropped", "for _ in range(splits)", "for _ in range(splits - 1)"),
@@ -183,8 +219,13 @@ MUTATIONS = [
     ),
     *_in(
         "form.py",
-        ("form: the environment forces one alone", "if forced in FORMS:", "if forced in FORMS[:1]:"),
-        ("form: any name is taken", 'if forced != "auto":', 'if forced == "":'),
+        ("form: the environment forces one alone", "if forced := _forced():", 'if (forced := _forced()) == "fused":'),
+        ("form: any name is taken", 'if forced not in ("auto", *FORMS):', 'if forced == "":'),
+        (
+            "form: exponentials kept where none can be",
+            """backend == "triton" and _forced() != "strip\"""",
+            'backend == "triton"',
+        ),
         ("form: timed over all rows", "x_ND[: tuning.TIMED_ROWS], targets_N[: tuning.TIMED_ROWS]", "x_ND, targets_N"),
         ("form: an argument that names none is overruled", 'if backend == "triton":', "if True:"),
     ),

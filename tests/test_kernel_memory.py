@@ -12,11 +12,13 @@ from orpo import orpo_loss
 
 pytestmark = pytest.mark.kernels(modes=("interpret",))
 
-BUDGETS = pytest.param(0, id="strips"), pytest.param(80_000, id="bins")
+# A vocabulary of more than one step of kept columns, and budgets that keep none, the first step, all.
+V = 600
+BUDGETS = pytest.param(0, id="none kept"), pytest.param(100_000, id="some kept"), pytest.param(2**20, id="all kept")
 
 
 def _loss_and_gradients(problem, budget: int) -> list[torch.Tensor]:
-    problem.requiring_grad(weight=budget != 1)
+    problem.requiring_grad()
     out = orpo_loss(
         problem.hidden,
         problem.weight,
@@ -37,7 +39,7 @@ def test_no_access_leaves_its_tensor_and_no_two_programs_meet(budget, dtype, D):
     from kernelcheck.races import checked
 
     # The hidden size ends inside a tile: inside the first one, inside the second one.
-    problem = make_problem(D=D, dtype=dtype, bias=True, softcap=20.0, scale=0.8)
+    problem = make_problem(D=D, V=V, dtype=dtype, bias=True, softcap=20.0, scale=0.8)
     with checked():
         loss, *_ = _loss_and_gradients(problem, budget)
     truth, dh, dw, _ = problem.truth()
@@ -47,40 +49,41 @@ def test_no_access_leaves_its_tensor_and_no_two_programs_meet(budget, dtype, D):
     assert relative_error(problem.weight.grad, dw) < tolerance
 
 
-def test_a_frozen_head_is_watched_too():
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_frozen_head_is_watched_too(budget):
     from kernelcheck.races import checked
 
-    problem = make_problem(bias=False).requiring_grad(weight=False)
+    problem = make_problem(V=V).requiring_grad(weight=False)
     with checked():
-        keywords = dict(logits_budget=0, strip_bytes=8192, backend="triton")
+        keywords = dict(logits_budget=budget, strip_bytes=8192, backend="triton")
         orpo_loss(problem.hidden, problem.weight, problem.labels, **keywords, **problem.keywords).loss.backward()
     assert relative_error(problem.hidden.grad, problem.truth()[1]) < 1e-6
 
 
-@pytest.mark.parametrize("trained", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_a_frozen_head_holds_one_strip(dtype, trained, monkeypatch):
-    """Logits and what is made of them are gone before the next strip's are computed."""
+def test_one_strip_of_gradients_is_alive(dtype, budget, frozen, monkeypatch):
+    """What one strip was made into is gone before the next one is made, whether from logits or from exponentials."""
     from orpo_kernels import triton_backend
 
-    made, strips = [], []
-    raw_logits, strip_grad = triton_backend.raw_logits, triton_backend.strip_grad
+    made, alive = [], []
 
-    def watched_logits(*arguments):
-        strips.append(sum(ref() is not None for ref in made))
-        made.append(weakref.ref(z := raw_logits(*arguments)))
-        return z
+    def watched(function):
+        def call(*arguments):
+            alive.append(sum(ref() is not None for ref in made))
+            g_NW, weight_WD = function(*arguments)
+            made.append(weakref.ref(g_NW))
+            return g_NW, weight_WD
 
-    def watched_grad(*arguments):
-        made.append(weakref.ref(e := strip_grad(*arguments)))
-        return e
+        return call
 
-    monkeypatch.setattr(triton_backend, "raw_logits", watched_logits)
-    monkeypatch.setattr(triton_backend, "strip_grad", watched_grad)
-    problem = make_problem(dtype=dtype).requiring_grad(hidden=trained, weight=False)
-    keywords = dict(logits_budget=0, strip_bytes=8192, backend="triton")
-    orpo_loss(problem.hidden, problem.weight, problem.labels, **keywords, **problem.keywords)
-    assert len(strips) > 2 and not any(strips)
+    for name in ("logit_grad", "kept_grad"):
+        monkeypatch.setattr(triton_backend, name, watched(getattr(triton_backend, name)))
+    problem = make_problem(V=V, dtype=dtype).requiring_grad(weight=not frozen)
+    keywords = dict(logits_budget=budget, strip_bytes=16384, backend="triton")
+    orpo_loss(problem.hidden, problem.weight, problem.labels, **keywords, **problem.keywords).loss.backward()
+    assert len(alive) > 2 and not any(alive)
 
 
 @pytest.mark.parametrize("schedule", ["shuffled", "interleaved"])
@@ -88,9 +91,9 @@ def test_a_frozen_head_holds_one_strip(dtype, trained, monkeypatch):
 def test_the_order_of_programs_changes_no_bit(schedule, budget):
     from kernelcheck import schedules
 
-    expected = _loss_and_gradients(make_problem(bias=True), budget)
+    expected = _loss_and_gradients(make_problem(V=V, bias=True), budget)
     with getattr(schedules, schedule)(seed=5):
-        found = _loss_and_gradients(make_problem(bias=True), budget)
+        found = _loss_and_gradients(make_problem(V=V, bias=True), budget)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

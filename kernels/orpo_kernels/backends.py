@@ -14,8 +14,9 @@ from .head import CPU_STRIP_BYTES, STRIP_BYTES
 NAMES = ("torch", "triton", "triton-fused", "triton-strip")
 _MODULES = {"torch": "torch_backend", "triton-strip": "triton_strip_backend"}
 
-# Bytes of logit tiles kept alive for their gradient, by default: none where tiles can stay on the chip.
+# Bytes kept between the logits and their gradient, by default: tiles of logits (bins.py), or exponentials (kept.py).
 CPU_LOGITS_BUDGET = 512 * 2**20
+LOGITS_BUDGET = 2**30
 
 
 # The choice depends on the machine and on what never changes between calls, so torch.compile may take it as a constant.
@@ -52,6 +53,8 @@ def resolve_budget(
     head_frozen: bool,
 ) -> int:
     """`logits_budget`, or the device's default; 0 where it cannot hold the logits of a single row."""
+    if backend != "torch":
+        return LOGITS_BUDGET if logits_budget is None else logits_budget
     if logits_budget is None:
         # Tiles save the head's gradient a second computation of the logits. A frozen head has none, and goes through
         # each strip once.

@@ -6,7 +6,8 @@ there at first use (tuning.py), the fused one with the tiles that were found fas
 dX of at most 4096 rows.
 
 Forced by ``backend="triton-fused"`` or ``"triton-strip"``, which goes first, and by ``ORPO_KERNEL_FORM=fused`` or
-``strip``. Without a timing the form is "fused".
+``strip``. Without a timing the form is "fused", and where exponentials are kept (kept.py): a logit that is not
+computed twice costs less than the fastest that is.
 
 Each form gives the same bits in every run, but the two differ by the rounding of a float32 sum, and ranks that time for
 themselves may choose differently. Gradients are averaged over the ranks, so parameters stay equal on all of them; runs
@@ -33,24 +34,36 @@ FORMS = ("fused", "strip")
 VARIABLE = "ORPO_KERNEL_FORM"
 
 
-def load_form(backend: str, x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int) -> ModuleType:
+def keeps_exponentials(backend: str) -> bool:
+    """Whether this backend can: the fused form, unless the environment forces the other."""
+    return backend == "triton-fused" or (backend == "triton" and _forced() != "strip")
+
+
+def load_form(
+    backend: str, x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int, kept_columns: int = 0
+) -> ModuleType:
     """The module with the stages for these rows: `backend` itself, or the form that "triton" leaves open.
 
     Raises:
         ValueError: the environment variable ORPO_KERNEL_FORM names no form.
     """
     if backend == "triton":
-        backend = f"triton-{choose_form(x_ND, targets_N, head, strip_bytes)}"
+        chosen = "fused" if kept_columns else choose_form(x_ND, targets_N, head, strip_bytes)
+        backend = f"triton-{chosen}"
     return load_backend(backend)
+
+
+def _forced() -> str | None:
+    forced = os.environ.get(VARIABLE, "auto")
+    if forced not in ("auto", *FORMS):
+        raise ValueError(f"{VARIABLE} has to be one of auto, {', '.join(FORMS)}, got {forced!r}")
+    return None if forced == "auto" else forced
 
 
 def choose_form(x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int) -> str:
     """ "fused" or "strip": forced by the environment, else remembered, else timed where that can be done."""
-    forced = os.environ.get(VARIABLE, "auto")
-    if forced in FORMS:
+    if forced := _forced():
         return forced
-    if forced != "auto":
-        raise ValueError(f"{VARIABLE} has to be one of auto, {', '.join(FORMS)}, got {forced!r}")
     if x_ND.shape[0] == 0:
         return FORMS[0]
 

@@ -5,7 +5,8 @@
 
 They are custom operators so that torch.compile sees one node with known shapes: how many rows count, and all that
 depends on it, stays inside. E rows are described, N <= E of them count; arrays that are saved for
-backward have E places of which the first N are used, and N itself travels in a CPU tensor.
+backward have E places of which the first N are used, and N itself travels in a CPU tensor. Kept exponentials (kept.py) are flat
+buffers whose sizes R, E and the budget decide: of a padded batch many more rows are described than count.
 
 Letters: R hidden states, E described rows, N kept rows, P pairs, S = 2P sequences, D hidden size, V vocabulary.
 """
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from . import schedule
-from .backends import load_backend
 from .form import load_form
 from .head import Head, Needs
+from .kept import Kept, buffers, kept_columns
 from .matmul import accumulation_dtype, matmul, operator_body, saved_dtype, widened_matmul
 from .rows import Rows
 
@@ -115,9 +116,26 @@ def linear_orpo(
     backend: str,
     needs: list[bool],
     head_frozen: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+]:
     """loss, nll_loss, odds_ratio_loss, mean_logp_S, log_odds_P, pair_mask_P, mean_hidden_2D; then what backward needs:
-    kept_2E, count (on the host), token_3E where logits are recomputed, else finished dX_RD, dW_VD, db_V."""
+    counts (rows, kept columns; on the host), index_2E, token_3E, exps and maxima where gradients are still to be
+    computed, else finished dX_RD, dW_VD, db_V."""
     head, wants = Head(weight_VD, bias_V, logit_scale, logit_softcap), Needs(*needs)
     # Contiguous: kernels step through them one element after the other.
     arrays = (t.contiguous() for t in (rows_E, targets_E, sequence_E, in_response_E, in_nll_E))
@@ -126,10 +144,10 @@ def linear_orpo(
         rows = _keep(rows)
     check_targets(rows.targets_N, weight_VD.shape[0])
     _check_sequences(rows)
-    x_ND = hidden_RD[rows.rows_N]
-    # Bins and frozen heads have one form.
-    one_form = head_frozen or logits_budget > 0
-    be = load_backend(backend) if one_form else load_form(backend, x_ND, rows.targets_N, head, strip_bytes)
+    x_ND, size = hidden_RD[rows.rows_N], rows_E.shape[0]
+    tiles = schedule.kept_tiles(min(size, hidden_RD.shape[0]), x_ND, weight_VD, logits_budget, backend)
+    columns = kept_columns(x_ND.shape[0], weight_VD.shape[0], tiles)
+    be = load_form(backend, x_ND, rows.targets_N, head, strip_bytes, columns)
     dtype = accumulation_dtype(hidden_RD, weight_VD)
     settings = dict(
         beta=beta,
@@ -138,17 +156,21 @@ def linear_orpo(
         num_nll_tokens=rows.in_nll_N.sum(dtype=dtype).clamp(min=1) if num_nll_tokens is None else num_nll_tokens,
         num_pairs=_count_pairs(rows).to(dtype).clamp(min=1) if num_pairs is None else num_pairs,
     )
+    exps, maxima = buffers(x_ND, tiles if wants.any else 0, torch.promote_types(x_ND.dtype, weight_VD.dtype))
+    kept = Kept(columns, exps, maxima) if wants.any and columns else None
     logp_N, lse_N, result, grads = schedule.forward(
-        be, x_ND, rows, head, settings, wants, head_frozen, logits_budget, strip_bytes
+        be, x_ND, rows, head, settings, wants, head_frozen, logits_budget, strip_bytes, columns, kept
     )
 
-    size = rows_E.shape[0]
-    kept_2E, count = rows.rows_N.new_empty(0), torch.tensor([0])
+    counts, index_2E = torch.tensor([0, 0]), rows.rows_N.new_empty(0)
     token_3E, dx_RD, dw_VD, db_V = (logp_N.new_empty(0) for _ in range(4))
-    if schedule.recomputes(wants, logits_budget):
-        kept_2E, count = _pad(torch.stack([rows.rows_N, rows.targets_N]), size), torch.tensor([x_ND.shape[0]])
+    if schedule.recomputes(wants, logits_budget, backend):
+        counts = torch.tensor([x_ND.shape[0], columns])
+        index_2E = _pad(torch.stack([rows.rows_N, rows.targets_N]), size)
         token_3E = _pad(torch.stack([logp_N, lse_N, result.coef_N]), size)
     elif wants.any:
+        # The gradient of a frozen head's hidden states is finished, and nothing is left to keep.
+        exps, maxima = buffers(x_ND, 0, exps.dtype)
         if wants.hidden:
             dx_RD = _scatter_rows(grads.x_ND, rows.rows_N, hidden_RD, saved_dtype(hidden_RD))
         if wants.weight:
@@ -163,9 +185,11 @@ def linear_orpo(
         result.log_odds_P,
         result.pair_mask_P,
         _mean_hidden(x_ND, rows, dtype),
-        kept_2E,
-        count,
+        counts,
+        index_2E,
         token_3E,
+        exps,
+        maxima,
         dx_RD,
         dw_VD,
         db_V,
@@ -173,10 +197,12 @@ def linear_orpo(
 
 
 @linear_orpo.register_fake
-def _(hidden_RD, weight_VD, bias_V, rows_E, targets_E, *_, pairs, needs, logits_budget, **__):
+def _(hidden_RD, weight_VD, bias_V, rows_E, targets_E, *_, pairs, needs, logits_budget, backend, **__):
     wants, size = Needs(*needs), rows_E.shape[0]
     dtype = accumulation_dtype(hidden_RD, weight_VD)
-    recompute = schedule.recomputes(wants, logits_budget)
+    recompute = schedule.recomputes(wants, logits_budget, backend)
+    few = min(size, hidden_RD.shape[0])
+    tiles = schedule.kept_tiles(few, hidden_RD, weight_VD, logits_budget, backend) if recompute else 0
 
     def floats(*shape: int) -> Tensor:
         return hidden_RD.new_empty(shape, dtype=dtype)
@@ -192,9 +218,10 @@ def _(hidden_RD, weight_VD, bias_V, rows_E, targets_E, *_, pairs, needs, logits_
         floats(pairs),
         hidden_RD.new_empty(pairs, dtype=torch.bool),
         floats(2, hidden_RD.shape[1]),
+        torch.empty(2, dtype=torch.int64, device="cpu"),
         rows_E.new_empty((2, size) if recompute else 0),
-        torch.empty(1, dtype=torch.int64, device="cpu"),
         floats(3, size) if recompute else floats(0),
+        *buffers(hidden_RD, tiles, torch.promote_types(hidden_RD.dtype, weight_VD.dtype)),
         saved(hidden_RD, wants.hidden),
         saved(weight_VD, wants.weight),
         saved(bias_V, wants.bias),
@@ -208,9 +235,11 @@ def linear_orpo_backward(
     hidden_RD: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None,
-    kept_2E: Tensor,
-    count: Tensor,
+    counts: Tensor,
+    index_2E: Tensor,
     token_3E: Tensor,
+    exps: Tensor,
+    maxima: Tensor,
     dx_RD: Tensor,
     dw_VD: Tensor,
     db_V: Tensor,
@@ -224,20 +253,21 @@ def linear_orpo_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dX_RD, dW_VD, db_V (empty where not wanted) for an upstream gradient of the loss."""
     wants = Needs(*needs)
-    if not schedule.recomputes(wants, logits_budget):
+    if not schedule.recomputes(wants, logits_budget, backend):
         # Out of place: with retain_graph the same saved gradients are scaled again.
         saved = ((dx_RD, hidden_RD), (dw_VD, weight_VD), (db_V, bias_V))
         return tuple(
             (t * grad_loss).to(like.dtype) if wanted else torch.empty_like(t)
             for (t, like), wanted in zip(saved, needs, strict=True)
         )
-    n = int(count)
-    rows_N, targets_N = kept_2E[:, :n]
+    n, columns = counts.tolist()
+    rows_N, targets_N = index_2E[:, :n]
     logp_N, lse_N, coef_N = token_3E[:, :n]
     head = Head(weight_VD, bias_V, logit_scale, logit_softcap)
     x_ND, coef_N = hidden_RD[rows_N], coef_N * grad_loss
-    be = load_form(backend, x_ND, targets_N, head, strip_bytes)
-    grads = schedule.backward_by_strips(be, x_ND, targets_N, logp_N, lse_N, coef_N, head, wants, strip_bytes)
+    be = load_form(backend, x_ND, targets_N, head, strip_bytes, columns)
+    kept = Kept(columns, exps, maxima) if columns else None
+    grads = schedule.backward_by_strips(be, x_ND, targets_N, logp_N, lse_N, coef_N, head, wants, strip_bytes, kept)
     return (
         _scatter_rows(grads.x_ND, rows_N, hidden_RD, hidden_RD.dtype) if wants.hidden else coef_N.new_empty(0),
         grads.weight_VD if wants.weight else coef_N.new_empty(0),
@@ -246,7 +276,7 @@ def linear_orpo_backward(
 
 
 @linear_orpo_backward.register_fake
-def _(grad_loss, hidden_RD, weight_VD, bias_V, kept_2E, count, token_3E, *_, needs, **__):
+def _(grad_loss, hidden_RD, weight_VD, bias_V, counts, index_2E, token_3E, *_, needs, **__):
     none = token_3E.new_empty(0)
     return tuple(
         t.new_empty(t.shape) if wanted else none
@@ -268,7 +298,7 @@ def _save_for_backward(ctx, inputs, keyword_only_inputs, output) -> None:
 
 def _backward(ctx, grad_loss, *_):
     needs, saved = ctx.settings["needs"], ctx.saved_tensors
-    recomputed = schedule.recomputes(Needs(*needs), ctx.settings["logits_budget"])
+    recomputed = schedule.recomputes(Needs(*needs), ctx.settings["logits_budget"], ctx.settings["backend"])
     if recomputed or _graph_is_kept() or type(grad_loss) is not Tensor:
         grads = torch.ops.orpo.linear_orpo_backward(grad_loss, *saved, **ctx.settings)
     else:

@@ -4,12 +4,13 @@
     m_n, s_n, z_{n,y_n}:  sum_{v != y_n} exp z_nv = s_n exp m_n    (Eq. 2, the target left out)
 
     x_ND, weight_VD [bias_V], targets_N  ->  max_KN, sum_KN, target_N        fused: K splits of the vocabulary
+                                             and exps_NC of the first C columns, where they are kept (kept.py)
     z_NW (a strip, by the library)       ->  max_N, sum_N, target_N updated  strip form
 
 Logits are float32 from the matmul's accumulator on; in the fused form they exist only as one tile per program. Stage 2
 combines the K partial sums.
 
-Letters: N rows, D hidden size, V vocabulary, K splits, W columns of a strip.
+Letters: N rows, D hidden size, V vocabulary, K splits, C kept columns, W columns of a strip.
 """
 
 import torch
@@ -20,20 +21,25 @@ from torch import Tensor
 from . import configs
 from .device_math import apply_head, grouped_block, raw_logits
 from .head import Head
+from .kept import TILE, Kept, store_exps
 from .tuning import TIMED_ROWS
 
 
 @triton.jit
 def fold_logits(z_NV, offs_v, end, targets_N, max_N, sum_N, target_N):
-    """Fold one tile into running (max, sum of exponentials, target's logit); columns from `end` on are void."""
+    """Fold one tile into running (max, sum of exponentials, target's logit); columns from `end` on are void.
+
+    Also returns what the exponentials are relative to, and themselves.
+    """
     is_target_NV = offs_v[None, :] == targets_N[:, None]
     target_N += tl.sum(tl.where(is_target_NV, z_NV, 0.0), 1)
     z_NV = tl.where(is_target_NV | (offs_v >= end)[None, :], float("-inf"), z_NV)
     new_max_N = tl.maximum(max_N, tl.max(z_NV, 1))
     # While a row has seen no finite logit its maximum is -inf, and -inf - -inf is NaN.
     shift_N = tl.where(new_max_N == float("-inf"), 0.0, new_max_N)
-    sum_N = sum_N * tl.exp(max_N - shift_N) + tl.sum(tl.exp(z_NV - shift_N[:, None]), 1)
-    return new_max_N, sum_N, target_N
+    e_NV = tl.exp(z_NV - shift_N[:, None])
+    sum_N = sum_N * tl.exp(max_N - shift_N) + tl.sum(e_NV, 1)
+    return new_max_N, sum_N, target_N, shift_N, e_NV
 
 
 @triton.jit
@@ -45,6 +51,8 @@ def logit_stats_kernel(
     max_ptr,
     sum_ptr,
     target_ptr,
+    exps_ptr,
+    maxima_ptr,
     N,
     D,
     V,
@@ -53,8 +61,12 @@ def logit_stats_kernel(
     stride_wd,
     scale,
     softcap,
+    stride_exps,
+    exps_scale,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    KEEPS: tl.constexpr,
+    KEPT_TILE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -92,7 +104,27 @@ def logit_stats_kernel(
             DESCRIPTORS,
         )
         z_NV = apply_head(z_NV, bias_ptr, offs_v, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-        max_N, sum_N, target_N = fold_logits(z_NV, offs_v, end, targets_N, max_N, sum_N, target_N)
+        max_N, sum_N, target_N, shift_N, e_NV = fold_logits(z_NV, offs_v, end, targets_N, max_N, sum_N, target_N)
+        if KEEPS:
+            if HAS_SOFTCAP:
+                t_NV = z_NV / softcap
+                e_NV *= 1.0 - t_NV * t_NV
+            store_exps(
+                e_NV,
+                shift_N,
+                exps_ptr,
+                maxima_ptr,
+                offs_n,
+                first,
+                offs_v,
+                end,
+                row_mask,
+                N,
+                stride_exps,
+                exps_scale,
+                KEPT_TILE,
+                BLOCK_V,
+            )
 
     out = split.to(tl.int64) * N + offs_n
     tl.store(max_ptr + out, max_N, mask=row_mask)
@@ -130,53 +162,90 @@ def strip_stats_kernel(
         offs_v = column + tl.arange(0, BLOCK_V)
         z_NV = tl.load(z_rows + offs_v[None, :], mask=row_mask[:, None] & (offs_v < columns)[None, :], other=0.0)
         z_NV = apply_head(z_NV, bias_ptr, offs_v, columns, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-        max_N, sum_N, target_N = fold_logits(z_NV, offs_v, columns, targets_N, max_N, sum_N, target_N)
+        max_N, sum_N, target_N, _, _ = fold_logits(z_NV, offs_v, columns, targets_N, max_N, sum_N, target_N)
     tl.store(max_ptr + offs_n, max_N, mask=row_mask)
     tl.store(sum_ptr + offs_n, sum_N, mask=row_mask)
     tl.store(target_ptr + offs_n, target_N, mask=row_mask)
 
 
-def logit_stats(x_ND: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
-    """Fused form: float32 (max_KN, sum_KN, target_N). x_ND is contiguous and of the weight's dtype."""
+def logit_stats(
+    x_ND: Tensor, targets_N: Tensor, head: Head, columns: int = 0, kept: Kept | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fused form: float32 (max_KN, sum_KN, target_N). x_ND is contiguous and of the weight's dtype.
+
+    The first `columns` columns are a launch of their own, which fills `kept` where it is given. Without it they still
+    are: partial sums, and with them the last bits of the loss, depend on where a launch ends.
+    """
     assert x_ND.is_contiguous() and targets_N.is_contiguous() and x_ND.dtype == head.weight_VD.dtype
     candidates = configs.matmul_candidates(x_ND, head.weight_VD)
     few_ND, few_N = x_ND[:TIMED_ROWS], targets_N[:TIMED_ROWS]
     config = configs.fastest("logit_stats", candidates, x_ND, head, lambda c: _logit_stats(few_ND, few_N, head, c))
-    return _logit_stats(x_ND, targets_N, head, config)
+    return _logit_stats(x_ND, targets_N, head, config, columns, kept)
 
 
 def _logit_stats(
-    x_ND: Tensor, targets_N: Tensor, head: Head, config: configs.MatmulConfig
+    x_ND: Tensor,
+    targets_N: Tensor,
+    head: Head,
+    config: configs.MatmulConfig,
+    columns: int = 0,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (n, d), v = x_ND.shape, head.weight_VD.shape[0]
-    blocks_n = triton.cdiv(n, config.block_n)
-    cores = configs.multiprocessors(x_ND.device)
-    splits, split_columns = configs.vocabulary_splits(blocks_n, v, config.block_v, cores)
-    max_KN = x_ND.new_empty((splits, n), dtype=torch.float32)
+    n, v = x_ND.shape[0], head.weight_VD.shape[0]
+    blocks_n, cores = triton.cdiv(n, config.block_n), configs.multiprocessors(x_ND.device)
+    ranges = [(first, last) for first, last in ((0, columns), (columns, v)) if last > first]
+    grids = [configs.vocabulary_splits(blocks_n, last - first, config.block_v, cores) for first, last in ranges]
+    max_KN = x_ND.new_empty((sum(splits for splits, _ in grids), n), dtype=torch.float32)
     sum_KN = torch.empty_like(max_KN)
+    # Exactly one split of one launch holds a row's target.
     target_N = x_ND.new_empty(n, dtype=torch.float32)
-    logit_stats_kernel[(blocks_n * splits,)](
+    k = 0
+    for (first, last), (splits, split_columns) in zip(ranges, grids, strict=True):
+        partial = max_KN[k : k + splits], sum_KN[k : k + splits], target_N
+        # Of targets before `first` none is met, nor after.
+        targets = targets_N - first if first else targets_N
+        _launch(x_ND, targets, head.strip(first, last), config, splits, split_columns, partial, None if first else kept)
+        k += splits
+    return max_KN, sum_KN, target_N
+
+
+def _launch(
+    x_ND: Tensor,
+    targets_N: Tensor,
+    head: Head,
+    config: configs.MatmulConfig,
+    splits: int,
+    split_columns: int,
+    partial: tuple[Tensor, Tensor, Tensor],
+    kept: Kept | None,
+) -> None:
+    n, d = x_ND.shape
+    assert kept is None or config.block_v % TILE == 0
+    logit_stats_kernel[(triton.cdiv(n, config.block_n) * splits,)](
         *config.operands(x_ND, head.weight_VD),
         head.bias_V,
         targets_N,
-        max_KN,
-        sum_KN,
-        target_N,
+        *partial,
+        None if kept is None else kept.exps,
+        None if kept is None else kept.maxima,
         N=n,
         D=d,
-        V=v,
+        V=head.weight_VD.shape[0],
         split_columns=split_columns,
         stride_wv=head.weight_VD.stride(0),
         stride_wd=head.weight_VD.stride(1),
         scale=head.scale,
         softcap=head.softcap or 0.0,
+        stride_exps=0 if kept is None else kept.stride,
+        exps_scale=0.0 if kept is None else kept.scale,
         HAS_BIAS=head.bias_V is not None,
         HAS_SOFTCAP=head.softcap is not None,
+        KEEPS=kept is not None,
+        KEPT_TILE=TILE,
         INPUT_PRECISION=configs.input_precision(),
         EVEN_D=d % config.block_d == 0,
         **config.launch_options(),
     )
-    return max_KN, sum_KN, target_N
 
 
 def start_strip_stats(x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from . import schedule
-from .backends import load_backend
 from .form import load_form
 from .fused import check_targets
 from .head import Head, Needs
@@ -37,8 +36,7 @@ def linear_logprobs(
     check_targets(targets_N, weight_VD.shape[0])
     targets_N = targets_N.contiguous()
     head, wants = Head(weight_VD, bias_V, logit_scale, logit_softcap), Needs(*needs)
-    # A frozen head has one form.
-    be = load_backend(backend) if head_frozen else load_form(backend, x_ND, targets_N, head, strip_bytes)
+    be = load_form(backend, x_ND, targets_N, head, strip_bytes)
     (logp_N, lse_N), u_ND = schedule.token_stats(be, x_ND, targets_N, head, wants, head_frozen, strip_bytes)
     return logp_N, lse_N, logp_N.new_empty(0) if u_ND is None else u_ND
 
@@ -46,7 +44,7 @@ def linear_logprobs(
 @linear_logprobs.register_fake
 def _(x_ND, weight_VD, bias_V, targets_N, *, needs, **_):
     dtype, wants = accumulation_dtype(x_ND, weight_VD), Needs(*needs)
-    keeps_u = wants.any and not schedule.recomputes(wants, 0)
+    keeps_u = wants.any and not wants.head
     rows = x_ND.new_empty(x_ND.shape[0], dtype=dtype)
     return rows, torch.empty_like(rows), x_ND.new_empty(x_ND.shape if keeps_u else 0, dtype=dtype)
 
@@ -71,7 +69,7 @@ def linear_logprobs_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dX_ND, dW_VD, db_V (empty where not wanted) for upstream gradients grad_N of logp_N."""
     wants = Needs(*needs)
-    if not schedule.recomputes(wants, 0):
+    if not wants.head:
         dx_ND = (u_ND * (logit_scale * grad_N[:, None])).to(x_ND.dtype)
         return dx_ND, logp_N.new_empty(0), logp_N.new_empty(0)
     head, targets_N = Head(weight_VD, bias_V, logit_scale, logit_softcap), targets_N.contiguous()

@@ -91,6 +91,9 @@ def add_matmul(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
             add_matmul(accumulator, a[:, first:last], b[first:last].to(a.dtype))
     elif accumulator.dtype == a.dtype:
         accumulator.addmm_(a, b)
+    elif a.is_cuda and accumulator.dtype == torch.float32:
+        # In the product's own kernel: as a second one it would pass over the accumulator three times.
+        torch.addmm(accumulator, a, b, out_dtype=torch.float32, out=accumulator)
     else:
         accumulator.add_(matmul(a, b, accumulator.dtype))
 
@@ -119,11 +122,14 @@ class WeightedRows:
         self.x_ND = (x_ND * coef_N[:, None]).to(dtype)
         self.coef_N1 = coef_N[:, None].to(dtype)
 
-    def weight_grad(self, g_NV: Tensor, dtype: torch.dtype) -> Tensor:
-        """g^T (coef * x) in `dtype`."""
-        if self.norm is None:
-            return matmul(g_NV.T, self.x_ND, dtype)
-        return matmul(g_NV.T, self.x_ND, torch.float32).mul_(self.norm).to(dtype)
+    def weight_grad(self, g_NV: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """g^T (coef * x) in `dtype`, written to `out` where it is given."""
+        if out is not None and self.norm is None and g_NV.dtype == dtype:
+            return torch.mm(g_NV.T, self.x_ND, out=out)
+        product_VD = matmul(g_NV.T, self.x_ND, dtype if self.norm is None else torch.float32)
+        if self.norm is not None:
+            product_VD = product_VD.mul_(self.norm).to(dtype)
+        return product_VD if out is None else out.copy_(product_VD)
 
     def bias_grad(self, g_NV: Tensor, dtype: torch.dtype) -> Tensor:
         """g^T coef in `dtype`."""

@@ -4,30 +4,49 @@ Costs in units of N*V*D FLOPs, a plain forward and backward being 6:
 
     no gradient wanted                                               2     one strip alive
     strips   forward keeps nothing, backward recomputes              2+6   one strip alive (`strip_bytes`)
-    frozen   weight and bias frozen: the input gradient follows
-             the running maximum through the one forward pass        4     one strip alive
-    bins     gradients are made while their tile is alive            6     at most `logits_budget` alive (bins.py)
+    Triton   forward keeps exponentials of the first C columns,
+             of which backward recomputes no logit (kept.py)         2+4   at most `logits_budget`, and one strip
+    torch    bins: gradients are made while their tile is alive      6     at most `logits_budget` alive (bins.py)
 
-Letters: N kept rows, D hidden size, V vocabulary.
+With weight and bias frozen there is no backward: dX is made in the forward, at 2 less, in torch without a second look
+at any logit, since it follows the running maximum.
+
+Letters: N kept rows, D hidden size, V vocabulary, C kept columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import bins
+from .form import keeps_exponentials
 from .head import Gradients, Head, Needs, strip_width, strips
+from .kept import Kept, row_tiles
 from .matmul import add_matmul
 from .reference import Objective
 from .rows import Rows
 
 
-def recomputes(needs: Needs, logits_budget: int) -> bool:
-    """Whether backward computes the logits again: the head wants a gradient and no budget keeps tiles alive."""
-    return needs.head and logits_budget == 0
+def recomputes(needs: Needs, logits_budget: int, backend: str) -> bool:
+    """Whether backward still has gradients to compute: the head wants one, and no tiles were alive to make it of."""
+    return needs.head and not uses_bins(logits_budget, backend)
+
+
+def uses_bins(logits_budget: int, backend: str) -> bool:
+    """Whether the budget is one of tiles whose gradients are made in the forward."""
+    return logits_budget > 0 and backend == "torch"
+
+
+def kept_tiles(rows: int, x_ND: Tensor, weight_VD: Tensor, logits_budget: int, backend: str) -> int:
+    """Row tiles of exponentials for that many rows; 0 for a backend that keeps none."""
+    if logits_budget == 0 or not keeps_exponentials(backend):
+        return 0
+    dtype = torch.promote_types(x_ND.dtype, weight_VD.dtype)
+    return row_tiles(rows, weight_VD.shape[0], dtype.itemsize, logits_budget)
 
 
 def forward(
@@ -40,15 +59,18 @@ def forward(
     head_frozen: bool,
     logits_budget: int,
     strip_bytes: int,
+    columns: int = 0,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor | None, Objective, Gradients]:
     """Stages 1 and 2, and stage 3 where it can be done at once: (logp_N, lse_N, objective, gradients).
 
-    lse_N is None under a budget; gradients are complete, for an upstream gradient of 1, unless `recomputes`.
+    lse_N is None under a budget of tiles; gradients are complete, for an upstream gradient of 1, unless `recomputes`.
+    `kept` is filled with the exponentials of the first `columns` columns.
     """
-    if logits_budget > 0:
+    if backend.TILES and logits_budget > 0:
         logp_N, gradients = bins.forward(backend, x_ND, rows, head, settings, needs, logits_budget)
         return logp_N, None, backend.objective(logp_N, rows, **settings), gradients
-    stats, u_ND = token_stats(backend, x_ND, rows.targets_N, head, needs, head_frozen, strip_bytes)
+    stats, u_ND = token_stats(backend, x_ND, rows.targets_N, head, needs, head_frozen, strip_bytes, columns, kept)
     objective = backend.objective(stats[0], rows, **settings)
     dx_ND = None if u_ND is None else u_ND.mul_(head.scale * objective.coef_N[:, None])
     return *stats, objective, Gradients(x_ND=dx_ND)
@@ -62,17 +84,53 @@ def token_stats(
     needs: Needs,
     head_frozen: bool,
     strip_bytes: int,
+    columns: int = 0,
+    kept: Kept | None = None,
 ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
     """((logp_N, lse_N), u_ND): stage 1 by strips, and dlogp/dx before the logit scale where the head is frozen.
 
     A frozen head goes the same way with and without a gradient, so that both give the same log-probabilities.
     """
-    if not head_frozen:
-        return backend.token_stats(x_ND, targets_N, head, strip_bytes), None
-    if not needs.hidden:
-        return backend.frozen_head_stats(x_ND, targets_N, head, strip_bytes), None
-    *stats, u_ND = backend.frozen_head_stats_and_grad(x_ND, targets_N, head, strip_bytes)
-    return tuple(stats), u_ND
+    wants_u = head_frozen and needs.hidden
+    if wants_u and backend.TILES:
+        *stats, u_ND = backend.frozen_head_stats_and_grad(x_ND, targets_N, head, strip_bytes)
+        return tuple(stats), u_ND
+    stats = logp_N, lse_N = backend.token_stats(x_ND, targets_N, head, strip_bytes, columns, kept)
+    if not wants_u:
+        return stats, None
+    u_ND = torch.zeros_like(x_ND, dtype=logp_N.dtype)
+    for _, _, g_NW, weight_WD in _strips_of_g(backend, x_ND, targets_N, logp_N, lse_N, head, strip_bytes, kept):
+        add_matmul(u_ND, g_NW, weight_WD)
+        del g_NW, weight_WD
+    dtype = backend.compute_dtype(x_ND.dtype, head.weight_VD.dtype)
+    return stats, u_ND.mul_(backend.grad_coefficient(torch.ones_like(logp_N), logp_N, dtype)[:, None])
+
+
+def _strips_of_g(
+    backend: ModuleType,
+    x_ND: Tensor,
+    targets_N: Tensor,
+    logp_N: Tensor,
+    lse_N: Tensor,
+    head: Head,
+    strip_bytes: int,
+    kept: Kept | None,
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """(first, last, g_NW, weight_WD) of every strip: from what is kept, then from recomputed logits.
+
+    Delete g_NW before the next one, or two strips are alive.
+    """
+    n, v = x_ND.shape[0], head.weight_VD.shape[0]
+    columns = 0 if kept is None else kept.columns
+    if kept is not None:
+        for first, last in strips(columns, strip_width(n, columns, kept.exps.dtype.itemsize, strip_bytes)):
+            yield first, last, *backend.kept_grad(kept, targets_N, logp_N, lse_N, head, first, last)
+    if columns == v:
+        return
+    element_bytes = backend.strip_element_bytes(x_ND.dtype, head.weight_VD.dtype)
+    for first, last in strips(v - columns, strip_width(n, v - columns, element_bytes, strip_bytes)):
+        first, last = columns + first, columns + last
+        yield first, last, *backend.logit_grad(x_ND, targets_N, logp_N, lse_N, head, first, last)
 
 
 def backward_by_strips(
@@ -85,8 +143,9 @@ def backward_by_strips(
     head: Head,
     needs: Needs,
     strip_bytes: int,
+    kept: Kept | None = None,
 ) -> Gradients:
-    """Stage 3, one strip of recomputed logits at a time; coef_N holds the upstream gradient (Eq. 7).
+    """Stage 3, one strip at a time; coef_N holds the upstream gradient (Eq. 7).
 
     dX sums over strips in float32; each row of dW belongs to one strip and is written once.
     """
@@ -98,9 +157,7 @@ def backward_by_strips(
         head.scale * coef_N, logp_N, backend.compute_dtype(x_ND.dtype, head.weight_VD.dtype)
     )
     operand = backend.head_grad_operand(x_ND, coef_N, head) if needs.head else None
-    element_bytes = backend.strip_element_bytes(x_ND.dtype, head.weight_VD.dtype)
-    for first, last in strips(v, strip_width(n, v, element_bytes, strip_bytes)):
-        g_NK, weight_KD = backend.logit_grad(x_ND, targets_N, logp_N, lse_N, head, first, last)
+    for first, last, g_NK, weight_KD in _strips_of_g(backend, x_ND, targets_N, logp_N, lse_N, head, strip_bytes, kept):
         if dx_ND is not None:
             add_matmul(dx_ND, g_NK, weight_KD)
         if needs.head:

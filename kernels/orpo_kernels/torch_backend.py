@@ -23,6 +23,9 @@ from .torch_logits import LogitStrip, compute_dtype, row_blocks, tile_element_by
 # one chunk, used over and over.
 _CHUNK_ROWS = 1024
 
+# Logits of a tile stay alive until gradients are made of them: in bins, and in one pass where the head is frozen.
+TILES = True
+
 strip_element_bytes = tile_element_bytes
 
 
@@ -65,8 +68,10 @@ class RunningStats:
         return -reference.softplus(others_N - self.target_N), torch.logaddexp(others_N, self.target_N)
 
 
-def token_stats(x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int) -> tuple[Tensor, Tensor]:
-    """Stage 1: (logp_N, lse_N) strip by strip; one strip of logits is alive at a time."""
+def token_stats(
+    x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int, columns: int = 0, kept: None = None
+) -> tuple[Tensor, Tensor]:
+    """Stage 1: (logp_N, lse_N) strip by strip; one strip of logits is alive at a time. No exponentials are kept."""
     n, v = x_ND.shape[0], head.weight_VD.shape[0]
     stats = RunningStats(n, x_ND, accumulation_dtype(x_ND, head.weight_VD))
     for first, last in strips(v, strip_width(n, v, strip_element_bytes(x_ND.dtype, head.weight_VD.dtype), strip_bytes)):
@@ -114,11 +119,6 @@ def tile_stats(x_ND: Tensor, targets_N: Tensor, head: Head, memory_NV: Tensor) -
         stats.target_N[rows] = _take_target(z, targets_N[rows], 0, tile.last)[2]
         stats.add(rows, z)
     return stats.finish()
-
-
-def frozen_head_stats(x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int) -> tuple[Tensor, Tensor]:
-    """Stage 1 for a frozen head: (logp_N, lse_N), bit for bit those of `frozen_head_stats_and_grad`."""
-    return token_stats(x_ND, targets_N, head, strip_bytes)
 
 
 def frozen_head_stats_and_grad(

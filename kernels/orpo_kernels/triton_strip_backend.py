@@ -2,7 +2,7 @@
 
 Interface and all other parts are the same. The library writes the logits of one strip in float32, and the kernels sweep
 over them. Beside a strip of logits its gradient is stored, so that strips are narrower than those of the fused form:
-together both stay within `strip_bytes`.
+together both stay within `strip_bytes`. No exponentials are kept: every logit is computed twice.
 
 Letters: N rows, D hidden size, W columns of a strip.
 """
@@ -21,42 +21,39 @@ from .logit_stats import add_strip_stats, start_strip_stats
 from .matmul import raw_logits
 from .odds_ratio import combine, objective
 from .triton_backend import (
+    TILES,
     compute_dtype,
-    frozen_head_stats,
-    frozen_head_stats_and_grad,
     grad_coefficient,
     head_grad_operand,
+    kept_grad,
     operands,
     strip_head_grad,
-    tile_element_bytes,
-    tile_memory,
-    tile_stats,
-    tile_stats_and_grad,
 )
 
 __all__ = [
+    "TILES",
     "compute_dtype",
-    "frozen_head_stats",
-    "frozen_head_stats_and_grad",
     "grad_coefficient",
     "head_grad_operand",
+    "kept_grad",
     "logit_grad",
     "objective",
     "strip_element_bytes",
     "strip_head_grad",
-    "tile_element_bytes",
-    "tile_memory",
-    "tile_stats",
-    "tile_stats_and_grad",
     "token_stats",
 ]
 
-# Raw logits and their gradient are alive together, as in a tile.
-strip_element_bytes = tile_element_bytes
+
+def strip_element_bytes(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
+    """Bytes that one logit of a strip takes: float32 raw logits, and g beside them where it is narrower."""
+    size = compute_dtype(x_dtype, weight_dtype).itemsize
+    return size if size == 4 else 4 + size
 
 
-def token_stats(x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int) -> tuple[Tensor, Tensor]:
-    """Stage 1: (logp_N, lse_N), from one strip of logits after the other."""
+def token_stats(
+    x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int, columns: int = 0, kept: None = None
+) -> tuple[Tensor, Tensor]:
+    """Stage 1: (logp_N, lse_N), from one strip of logits after the other; `columns` change nothing here."""
     n, v = x_ND.shape[0], head.weight_VD.shape[0]
     if n == 0:
         return tuple(x_ND.new_zeros(0, dtype=torch.float32) for _ in range(2))

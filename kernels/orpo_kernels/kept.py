@@ -1,0 +1,167 @@
+"""Exponentials that stage 1 leaves for stage 3, as far as a budget reaches: their logits are not computed again.
+
+    e_nv = exp(z_nv - m_nt) cap'(z_nv)                             stored by logit_stats.py, 0 at the target
+    g_nv = [v = y_n] (1 - p_y) cap'(z_ny) - e_nv exp(m_nt - lse_n)    (Eq. 8, from what is stored)
+
+m_nt is the row's running maximum when the tile t of TILE columns was computed: e <= 1 whatever the logits are, long
+before lse_n is known. e is stored in the dtype of g, and is as exact: rounding is relative in both.
+
+    exps_NC, max_TN, targets_N, lse_N, target_grad_N  ->  g_NW
+
+Letters: N rows, V vocabulary, C kept columns (the first ones), T tiles of them, W columns of a strip, R described rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Columns that share one maximum; every tile of stage 1 is a multiple of it. 4 bytes beside 64 exponentials.
+TILE = 64
+# Kept columns end where a tile of stage 1 does, so that none is computed for a few columns.
+_STEP = 256
+# float16 exponentials keep entries down to 4e-12 of the tile's largest with this.
+_FLOAT16_SCALE = 2.0**14
+
+
+@dataclass(frozen=True)
+class Kept:
+    """exps (N, C) with rows `stride` apart, and max_TN, in flat buffers."""
+
+    columns: int
+    exps: Tensor
+    maxima: Tensor
+
+    @property
+    def stride(self) -> int:
+        return -(-self.columns // TILE) * TILE
+
+    @property
+    def scale(self) -> float:
+        """What exponentials were multiplied by before they were stored."""
+        return _FLOAT16_SCALE if self.exps.dtype == torch.float16 else 1.0
+
+
+def row_tiles(rows: int, vocabulary: int, element_bytes: int, budget: int) -> int:
+    """Tiles of one row each for which buffers are made: what `budget` bytes hold, at most all of R rows."""
+    return min(budget // (TILE * element_bytes + 4), rows * -(-vocabulary // TILE))
+
+
+def kept_columns(rows: int, vocabulary: int, tiles: int) -> int:
+    """Columns of which `rows` rows fit into `tiles` row tiles: whole steps of 256, or the whole vocabulary."""
+    columns = tiles // max(1, rows) * TILE
+    return vocabulary if columns >= vocabulary else columns // _STEP * _STEP
+
+
+def buffers(like: Tensor, tiles: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Flat (exps, maxima) for so many row tiles."""
+    return like.new_empty(tiles * TILE, dtype=dtype), like.new_empty(tiles, dtype=torch.float32)
+
+
+@triton.jit
+def store_exps(
+    e_NV,
+    max_N,
+    exps_ptr,
+    maxima_ptr,
+    offs_n,
+    first_v,
+    offs_v,
+    end,
+    row_mask,
+    N,
+    stride,
+    scale,
+    TILE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Store one tile of stage 1, whose exponentials are relative to max_N."""
+    # int64: N * C may exceed 2^31.
+    e_ptrs = exps_ptr + offs_n.to(tl.int64)[:, None] * stride + offs_v[None, :]
+    mask = row_mask[:, None] & (offs_v < end)[None, :]
+    tl.store(e_ptrs, (e_NV * scale).to(exps_ptr.dtype.element_ty), mask=mask)
+    for i in tl.static_range(BLOCK_V // TILE):
+        tile = first_v // TILE + i
+        # Past the end there is no such tile.
+        rows = tl.where(tile * TILE < end, N, 0)
+        tl.store(maxima_ptr + tile.to(tl.int64) * N + offs_n, max_N, mask=offs_n < rows)
+
+
+@triton.jit
+def kept_grad_kernel(
+    exps_ptr,
+    maxima_ptr,
+    targets_ptr,
+    lse_ptr,
+    target_grad_ptr,
+    row_scale_ptr,
+    g_ptr,
+    N,
+    first,
+    last,
+    stride,
+    scale,
+    HAS_ROW_SCALE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    tiles = tl.cdiv(last, TILE) - first // TILE
+    offs_n = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile = first // TILE + tl.program_id(0) % tiles
+    offs_v = tile * TILE + tl.arange(0, TILE)
+    row_mask = offs_n < N
+    # A strip may begin and end inside a tile.
+    mask = row_mask[:, None] & ((offs_v >= first) & (offs_v < last))[None, :]
+    # int64: N * C may exceed 2^31.
+    rows = offs_n.to(tl.int64)[:, None]
+    e_NV = tl.load(exps_ptr + rows * stride + offs_v[None, :], mask=mask, other=0.0).to(tl.float32)
+    max_N = tl.load(maxima_ptr + tile.to(tl.int64) * N + offs_n, mask=row_mask, other=0.0)
+    lse_N = tl.load(lse_ptr + offs_n, mask=row_mask, other=0.0)
+    target_grad_N = tl.load(target_grad_ptr + offs_n, mask=row_mask, other=0.0)
+    targets_N = tl.load(targets_ptr + offs_n, mask=row_mask, other=-1).to(tl.int32)
+    g_NV = -e_NV * (tl.exp(max_N - lse_N) / scale)[:, None]
+    g_NV = tl.where(offs_v[None, :] == targets_N[:, None], target_grad_N[:, None], g_NV)
+    if HAS_ROW_SCALE:
+        g_NV *= tl.load(row_scale_ptr + offs_n, mask=row_mask, other=0.0)[:, None]
+    g_ptrs = g_ptr + rows * (last - first) + (offs_v - first)[None, :]
+    tl.store(g_ptrs, g_NV.to(g_ptr.dtype.element_ty), mask=mask)
+
+
+def kept_grad(
+    kept: Kept,
+    targets_N: Tensor,
+    lse_N: Tensor,
+    target_grad_N: Tensor,
+    row_scale_N: Tensor | None,
+    first: int,
+    last: int,
+) -> Tensor:
+    """g_NW of the kept columns [first, last) in the dtype of the exponentials; target_grad_N is (1 - p_y) cap'(z_y)."""
+    assert targets_N.is_contiguous() and lse_N.is_contiguous() and last <= kept.columns
+    n = targets_N.shape[0]
+    g_NW = kept.exps.new_empty((n, last - first))
+    block_n = 32
+    tiles = triton.cdiv(last, TILE) - first // TILE
+    kept_grad_kernel[(triton.cdiv(n, block_n) * tiles,)](
+        kept.exps,
+        kept.maxima,
+        targets_N,
+        lse_N,
+        target_grad_N,
+        row_scale_N,
+        g_NW,
+        N=n,
+        first=first,
+        last=last,
+        stride=kept.stride,
+        scale=kept.scale,
+        HAS_ROW_SCALE=row_scale_N is not None,
+        BLOCK_N=block_n,
+        TILE=TILE,
+        num_warps=4,
+    )
+    return g_NW

@@ -1,0 +1,126 @@
+"""Exponentials kept from stage 1 for stage 3: of no, some and all columns, against the truth and within the budget."""
+
+import pytest
+import torch
+from orpo_kernels import fused, schedule
+from orpo_kernels.kept import TILE, Kept, kept_columns, kept_grad, row_tiles
+from problems import make_problem, relative_error
+
+from orpo import orpo_loss
+
+V = 600
+BUDGETS = {"none": 0, "too little": 20_000, "some": 100_000, "all": 2**20}
+budgets = pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
+HEADS = {"plain": dict(), "full": dict(bias=True, softcap=6.0, scale=0.8)}
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def _run(problem, budget, backend="triton-fused", **more):
+    keywords = dict(logits_budget=budget, strip_bytes=20_000, backend=backend) | problem.keywords | more
+    return orpo_loss(problem.hidden, problem.weight, problem.labels, **keywords)
+
+
+def _gradients(problem):
+    return [t.grad for t in (problem.hidden, problem.weight, problem.bias) if t is not None and t.grad is not None]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("budget", list(BUDGETS.values())[1:], ids=list(BUDGETS)[1:])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_gradients(dtype, head, frozen, budget, kernel_device):
+    problem = make_problem(V=V, dtype=dtype, device=kernel_device, **HEADS[head])
+    problem.requiring_grad(weight=not frozen, bias=not frozen)
+    out = _run(problem, budget)
+    out.loss.backward()
+    truth, *exact = problem.truth()
+    assert relative_error(out.loss, truth.loss) < 2e-6
+    for tensor, expected in zip((problem.hidden, problem.weight, problem.bias), exact, strict=True):
+        if tensor is not None and tensor.grad is not None:
+            assert relative_error(tensor.grad, expected) < TOLERANCE[dtype]
+    with torch.no_grad():
+        assert torch.equal(_run(problem, budget).loss, out.loss.detach())
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("budget", [BUDGETS["some"], BUDGETS["all"]], ids=["some", "all"])
+def test_logits_far_apart(budget, kernel_device):
+    """Rows whose maximum rises by hundreds from tile to tile, and rows whose only large logits come first."""
+    problem = make_problem(V=V, device=kernel_device)
+    with torch.no_grad():
+        problem.hidden.mul_(60)
+    problem.requiring_grad()
+    _run(problem, budget).loss.backward()
+    _, dh, dw, _ = problem.truth()
+    assert relative_error(problem.hidden.grad, dh) < 1e-5
+    assert relative_error(problem.weight.grad, dw) < 1e-5
+
+
+@pytest.mark.kernels
+def test_backward_twice_gives_the_same_gradients(kernel_device):
+    problem = make_problem(V=V, device=kernel_device).requiring_grad()
+    loss = _run(problem, BUDGETS["some"]).loss
+    loss.backward(retain_graph=True)
+    first = [gradient.clone() for gradient in _gradients(problem)]
+    loss.backward()
+    for once, twice in zip(first, _gradients(problem), strict=True):
+        assert torch.equal(2 * once, twice)
+
+
+@pytest.mark.kernels
+def test_a_strip_may_begin_and_end_anywhere(kernel_device):
+    n, columns = 37, 200
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(n, columns, generator=g)
+    padded = torch.nn.functional.pad(z, (0, -columns % TILE), value=-torch.inf).view(n, -1, TILE)
+    maxima = padded.amax(2)
+    exps = (padded - maxima[:, :, None]).exp().flatten(1)
+    held = Kept(columns, exps.to(kernel_device).flatten(), maxima.T.contiguous().to(kernel_device).flatten())
+    targets = torch.randint(0, 2 * columns, (n,), generator=g)
+    lse = torch.cat([z, torch.randn(n, 3, generator=g)], 1).logsumexp(1)
+    expected = -(z - lse[:, None]).exp()
+    inside = targets < columns
+    expected[inside, targets[inside]] = 0.25
+    for first, last in ((0, 200), (1, 3), (63, 65), (64, 128), (100, 199)):
+        found = kept_grad(
+            held, *(t.to(kernel_device) for t in (targets, lse, torch.full((n,), 0.25))), None, first, last
+        )
+        torch.testing.assert_close(found.cpu(), expected[:, first:last], rtol=1e-5, atol=1e-7)
+
+
+def test_columns_that_fit():
+    # 64 float32 exponentials and their maximum: 260 bytes of one row.
+    assert row_tiles(10, 600, 4, 259) == 0 and kept_columns(10, 600, 0) == 0
+    assert row_tiles(10, 600, 4, 260 * 100) == 100 and row_tiles(10, 600, 4, 2**30) == 10 * 10
+    assert kept_columns(10, 600, 100) == 600 and kept_columns(10, 600, 99) == 512
+    assert kept_columns(10, 600, 39) == 0 and kept_columns(10, 600, 40) == 256
+    # Fewer rows than were described leave room for more columns, never for more than there are.
+    assert kept_columns(5, 600, 40) == 512 and kept_columns(0, 600, 40) == 600
+    assert Kept(600, torch.empty(0), torch.empty(0)).stride == 640
+
+
+@pytest.mark.kernels(modes=("interpret",))
+@budgets
+def test_no_more_is_kept_than_the_budget(budget, monkeypatch):
+    made, original = [], fused.buffers
+    monkeypatch.setattr(fused, "buffers", lambda *arguments: made.append(original(*arguments)) or made[-1])
+    problem = make_problem(V=V).requiring_grad()
+    with torch.no_grad():
+        _run(problem, budget)
+    assert sum(t.nbytes for pair in made for t in pair) == 0
+    _run(problem, budget)
+    held = sum(t.nbytes for pair in made for t in pair)
+    # Where all fits, it takes what it takes.
+    assert min(budget // 2, 100_000) <= held <= budget
+
+
+def test_who_keeps(monkeypatch):
+    x, weight = torch.empty(4, 8), torch.empty(600, 8)
+    keeps = {name: schedule.kept_tiles(4, x, weight, 2**20, name) for name in ("torch", "triton-strip")}
+    assert set(keeps.values()) == {0}
+    for name in ("triton", "triton-fused"):
+        assert schedule.kept_tiles(4, x, weight, 2**20, name) == 40 and schedule.kept_tiles(4, x, weight, 0, name) == 0
+    monkeypatch.setenv("ORPO_KERNEL_FORM", "strip")
+    assert schedule.kept_tiles(4, x, weight, 2**20, "triton") == 0
+    assert schedule.kept_tiles(4, x, weight, 2**20, "triton-fused") == 40
