@@ -115,8 +115,9 @@ def page(records: list[dict]) -> str:
         f"Counted by `python -m benchmarks.cost` in Triton's interpreter (torch {r['torch']}, triton {r['triton']}, "
         f"commit {r['commit']}) on equal inputs: N {r['N']}, V {r['V']}, D {r['D']}, bfloat16, forward and backward, "
         "every position counting. Ours is checked against closed formulas: 8 N V D FLOPs by strips, 6 with all "
-        "exponentials kept; bytes of the kernels within 10 %. CCE's kernels leave out tiles whose gradient is negligible; on these inputs none "
-        "is. Liger is counted without torch.compile, which would join its passes over the logits into fewer."
+        "exponentials kept; bytes of the kernels within 10 %. CCE's kernels leave out tiles whose gradient is "
+        "negligible; on these inputs none is. Liger is counted without torch.compile, which would join its passes over "
+        "the logits into fewer."
     )
     model = (
         f"**What follows is a {LABEL}.** Counts fitted over several sizes, extrapolated to {ROWS} rows: the sum over "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from . import cost_pages, limits, pictures, results, tables
+from . import cost_pages, gpu_page, limits, pictures, results, tables
 from .lengths import QUANTILES
 from .run import LOSS_GROUPS
 from .tables import by_device, caption, losses, table
@@ -107,7 +107,8 @@ def pages(stored: dict[str, list[dict]]) -> str:
         "its only one on a CPU, which holds the logits of all rows that count; `trl` in bfloat16 is a model of "
         f"bfloat16 weights.{LIGER_EVALUATION} "
         "Vocabulary and hidden size are those of the real heads, without Phi-2's bias and Gemma 2's softcap; batches "
-        "are scaled down to what two CPU cores finish in seconds, as the tables say. No figure was measured on a GPU.",
+        "are scaled down to what two CPU cores finish in seconds, as the tables say. What was measured on a GPU has a "
+        "section of its own; all other figures are a CPU's.",
         "## Where we lose",
         f"Cases in which another is more than 5 % faster than both of our forms. The default form alone (`ours`) is "
         f"slower in {len(losses(everything, forms=('ours',)))} cases.",
@@ -137,13 +138,14 @@ def pages(stored: dict[str, list[dict]]) -> str:
             out.append(f"Not measured on any machine: {'; '.join(missing)}.")
     lengths = [[name, *(str(QUANTILES[name][i]) for i in (0, 2, 5, 10, 15, 18, 20))] for name in QUANTILES]
     out += [
+        *gpu_page.page(stored),
         "## Counted cost, and a model of GPUs",
         cost_pages.page(stored["cost"]),
         "## Lengths",
         "Tokens of HH-RLHF (harmless-base), from which padded batches are drawn (`lengths.py`).",
         table(["part", "least", "10 %", "25 %", "median", "75 %", "90 %", "most"], lengths),
         "## What others publish about themselves",
-        "Their figures, on their GPUs, at their shapes. Ours has not run on a GPU.",
+        "Their figures, on their GPUs, at their shapes: not to be divided by ours.",
         table(["source", "what", "figures"], [list(row) for row in PUBLISHED]),
     ]
     return "\n\n".join(out) + "\n"
@@ -179,8 +181,8 @@ def readme_block(stored: dict[str, list[dict]]) -> str:
         "[benchmarks/RESULTS.md](benchmarks/RESULTS.md) names them, with all figures."
     )
     picture = "![speed against TRL, by head](benchmarks/results/heads.png)"
-    parts = [MARKS[0], picture, text, tables.wide_table(shown), *readme_training(stored["training"]), MARKS[1]]
-    return "\n\n".join(parts)
+    parts = [picture, text, tables.wide_table(shown), *readme_training(stored["training"])]
+    return "\n\n".join([MARKS[0], *gpu_page.readme(stored["gpu"]), *parts, MARKS[1]])
 
 
 def readme_training(records: list[dict]) -> list[str]:
@@ -223,7 +225,7 @@ def with_block(readme: str, block: str) -> str:
 
 
 def load_all(folder: Path = results.FOLDER) -> dict[str, list[dict]]:
-    return {group: results.load(group, folder) for group in (*TITLES, "cost")}
+    return {group: results.load(group, folder) for group in (*TITLES, *gpu_page.GROUPS, "cost")}
 
 
 PICTURES = {"heads": pictures.heads, "prompt_share": pictures.shares, "growth": pictures.growth}

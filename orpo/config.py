@@ -97,7 +97,9 @@ class ORPOConfig(TrainingArguments):
         "the model at hand, else padded.",
     )
     logits_budget: int | None = _setting(
-        None, "Most bytes of logits alive at once. Default: 512 MiB on a CPU, 0 on accelerators and for a frozen head."
+        None,
+        "Most bytes kept between the logits and their gradient. Default: 1 GiB on accelerators; 512 MiB on a CPU, "
+        "where a frozen head keeps none.",
     )
     strip_bytes: int | None = _setting(
         None, "Size of one vocabulary strip of recomputed logits, in bytes. Default: 128 MiB, on a CPU 32 MiB."

@@ -76,9 +76,10 @@ def orpo_loss(
         num_nll_tokens: denominator of the NLL's mean in place of this call's own number of tokens: the count over all
             micro-batches and ranks makes accumulated gradients equal those of the large batch.
         num_pairs: the same for the mean over pairs.
-        logits_budget: most bytes of logits alive at once between a forward and its gradient. 0: none, they are
-            recomputed strip by strip in backward (8 N V D FLOPs instead of 6). Default: 512 MiB on CPU, 0 on
-            accelerators and where the head needs no gradient, which has every logit computed once either way (4 N V D).
+        logits_budget: most bytes kept between the logits and their gradient: tiles of logits on CPU, exponentials in
+            the operands' dtype with Triton. 0: none, all logits are recomputed strip by strip in backward (8 N V D
+            FLOPs instead of 6; with Triton in between where the budget holds a part). Default: 1 GiB on accelerators,
+            512 MiB on CPU, where a head that needs no gradient keeps none and has every logit computed once (4 N V D).
             The loss differs between budgets by rounding.
         strip_bytes: size of one vocabulary strip of recomputed logits. Default: 128 MiB on accelerators, 32 MiB on CPU,
             where a wider one is no faster.

@@ -52,6 +52,11 @@ class MatmulConfig:
     spills_on: tuple[int, ...] = ()
 
     def __str__(self) -> str:
+        return self.name
+
+    # Cached, like all that every launch asks for: a strip's matmul may take less time than the host takes to name it.
+    @functools.cached_property
+    def name(self) -> str:
         how = " descriptors" if self.descriptors else ""
         return f"{self.block_n}x{self.block_v}x{self.block_d} w{self.num_warps} s{self.num_stages}{how}"
 
@@ -136,6 +141,7 @@ _UNALIGNED_FLOAT32 = (MatmulConfig(32, 64, 16, num_warps=8, num_stages=2),)
 _CPU = (MatmulConfig(32, 64, 32, num_warps=4, num_stages=1, group_n=4),)
 
 
+@functools.cache
 def matmul_configs(dtype: torch.dtype, precision: str, aligned: bool, chip: Limits) -> tuple[MatmulConfig, ...]:
     """Tiles of the kernels with a matmul that fit a chip; the first is taken where nothing may be timed."""
     if not aligned:
@@ -181,6 +187,10 @@ class RowsConfig:
     num_warps: int = 4
 
     def __str__(self) -> str:
+        return self.name
+
+    @functools.cached_property
+    def name(self) -> str:
         return f"{self.block_n}x{self.block_v} w{self.num_warps}"
 
     def launch_options(self) -> dict[str, int]:
@@ -188,6 +198,7 @@ class RowsConfig:
         return dict(BLOCK_N=self.block_n, BLOCK_V=self.block_v, num_warps=self.num_warps)
 
 
+@functools.cache
 def rows_candidates(columns: int) -> tuple[RowsConfig, ...]:
     """Both read 2048 logits at a time, 16 a thread; 32 a thread in float32 with bias and softcap spill on sm_90."""
     configs = (
@@ -212,7 +223,7 @@ def fastest(kernel: str, candidates: tuple, x_ND: Tensor, head: Head, launch: Ca
     """The candidate that `launch` runs fastest on the first `tuning.TIMED_ROWS` rows of x_ND, by class of shapes."""
     if len(candidates) == 1:
         return candidates[0]
-    by_name = {str(config): config for config in candidates}
+    by_name = {config.name: config for config in candidates}
 
     def time(name: str) -> float:
         return tuning.milliseconds(lambda: launch(by_name[name]), x_ND.device)

@@ -5,8 +5,8 @@
 
 They are custom operators so that torch.compile sees one node with known shapes: how many rows count, and all that
 depends on it, stays inside. E rows are described, N <= E of them count; arrays that are saved for
-backward have E places of which the first N are used, and N itself travels in a CPU tensor. Kept exponentials (kept.py) are flat
-buffers whose sizes R, E and the budget decide: of a padded batch many more rows are described than count.
+backward have E places of which the first N are used, and N itself travels in a CPU tensor. Kept exponentials (kept.py)
+are flat buffers whose sizes R, E and the budget decide: of a padded batch more rows are described than count.
 
 Letters: R hidden states, E described rows, N kept rows, P pairs, S = 2P sequences, D hidden size, V vocabulary.
 """
@@ -140,22 +140,23 @@ def linear_orpo(
     # Contiguous: kernels step through them one element after the other.
     arrays = (t.contiguous() for t in (rows_E, targets_E, sequence_E, in_response_E, in_nll_E))
     rows = Rows(*arrays, pairs)
-    if not all_rows_count:
+    if all_rows_count:
+        _check_sequences(rows)
+    else:
+        # Made from labels, sequence by sequence.
         rows = _keep(rows)
     check_targets(rows.targets_N, weight_VD.shape[0])
-    _check_sequences(rows)
     x_ND, size = hidden_RD[rows.rows_N], rows_E.shape[0]
     tiles = schedule.kept_tiles(min(size, hidden_RD.shape[0]), x_ND, weight_VD, logits_budget, backend)
     columns = kept_columns(x_ND.shape[0], weight_VD.shape[0], tiles)
     be = load_form(backend, x_ND, rows.targets_N, head, strip_bytes, columns)
     dtype = accumulation_dtype(hidden_RD, weight_VD)
-    settings = dict(
-        beta=beta,
-        nll_weight=nll_weight,
-        # As floating point: an integer tensor would turn what it divides into torch's default dtype.
-        num_nll_tokens=rows.in_nll_N.sum(dtype=dtype).clamp(min=1) if num_nll_tokens is None else num_nll_tokens,
-        num_pairs=_count_pairs(rows).to(dtype).clamp(min=1) if num_pairs is None else num_pairs,
-    )
+    if schedule.uses_bins(logits_budget, backend):
+        # Each bin counts its own rows alone. As floating point: an integer tensor would turn what it divides into
+        # torch's default dtype.
+        num_nll_tokens = num_nll_tokens or rows.in_nll_N.sum(dtype=dtype).clamp(min=1)
+        num_pairs = num_pairs or _count_pairs(rows).to(dtype).clamp(min=1)
+    settings = dict(beta=beta, nll_weight=nll_weight, num_nll_tokens=num_nll_tokens, num_pairs=num_pairs)
     exps, maxima = buffers(x_ND, tiles if wants.any else 0, torch.promote_types(x_ND.dtype, weight_VD.dtype))
     kept = Kept(columns, exps, maxima) if wants.any and columns else None
     logp_N, lse_N, result, grads = schedule.forward(

@@ -179,7 +179,12 @@ def logit_stats(
     assert x_ND.is_contiguous() and targets_N.is_contiguous() and x_ND.dtype == head.weight_VD.dtype
     candidates = configs.matmul_candidates(x_ND, head.weight_VD)
     few_ND, few_N = x_ND[:TIMED_ROWS], targets_N[:TIMED_ROWS]
-    config = configs.fastest("logit_stats", candidates, x_ND, head, lambda c: _logit_stats(few_ND, few_N, head, c))
+
+    def launch(config: configs.MatmulConfig) -> None:
+        # What it leaves in `kept` is written again below.
+        _logit_stats(few_ND, few_N, head, config, columns, kept)
+
+    config = configs.fastest("logit_stats", candidates, x_ND, head, launch)
     return _logit_stats(x_ND, targets_N, head, config, columns, kept)
 
 

@@ -103,6 +103,28 @@ def pair_terms(sums_ptr, pairs, P, mask, Q_EPS: tl.constexpr):
 
 
 @triton.jit
+def denominators(sums_ptr, P, num_nll_tokens, num_pairs, BLOCK: tl.constexpr):
+    """Both as given, or where they are 0 as counted, at least 1."""
+    S = 2 * P
+    tokens = tl.zeros([BLOCK], tl.float32)
+    for first_s in range(0, S, BLOCK):
+        offs_s = first_s + tl.arange(0, BLOCK)
+        tokens += tl.load(sums_ptr + 3 * S + offs_s, mask=offs_s < S, other=0.0)
+    pairs = tl.zeros([BLOCK], tl.float32)
+    for first_p in range(0, P, BLOCK):
+        offs_p = first_p + tl.arange(0, BLOCK)
+        length_w = tl.load(sums_ptr + S + offs_p, mask=offs_p < P, other=0.0)
+        length_l = tl.load(sums_ptr + S + P + offs_p, mask=offs_p < P, other=0.0)
+        pairs += tl.where((length_w > 0.0) & (length_l > 0.0), 1.0, 0.0)
+    counted_tokens = tl.maximum(tl.sum(tokens, 0), 1.0)
+    counted_pairs = tl.maximum(tl.sum(pairs, 0), 1.0)
+    return (
+        tl.where(num_nll_tokens == 0.0, counted_tokens, num_nll_tokens),
+        tl.where(num_pairs == 0.0, counted_pairs, num_pairs),
+    )
+
+
+@triton.jit
 def objective_kernel(
     sums_ptr,
     response_ptr,
@@ -112,19 +134,20 @@ def objective_kernel(
     mean_logp_ptr,
     log_odds_ptr,
     pair_mask_ptr,
-    losses_ptr,
+    loss_ptr,
+    nll_loss_ptr,
+    odds_ratio_loss_ptr,
     P,
     beta,
     nll_weight,
-    num_nll_tokens_ptr,
-    num_pairs_ptr,
+    num_nll_tokens,
+    num_pairs,
     Q_EPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     p = tl.program_id(0)
     S = 2 * P
-    num_nll_tokens = tl.load(num_nll_tokens_ptr)
-    num_pairs = tl.load(num_pairs_ptr)
+    num_nll_tokens, num_pairs = denominators(sums_ptr, P, num_nll_tokens, num_pairs, BLOCK)
     a_w, a_l, length_w, length_l, r, grad_w, grad_l, present = pair_terms(sums_ptr, p, P, True, Q_EPS)
     tl.store(mean_logp_ptr + p, a_w)
     tl.store(mean_logp_ptr + P + p, a_l)
@@ -158,9 +181,9 @@ def objective_kernel(
             odds_sum += tl.where(present_P, softplus(-r_P), 0.0)
         nll_loss = -tl.sum(nll_sum, 0) / num_nll_tokens
         odds_ratio_loss = tl.sum(odds_sum, 0) / num_pairs
-        tl.store(losses_ptr, nll_weight * nll_loss + beta * odds_ratio_loss)
-        tl.store(losses_ptr + 1, nll_loss)
-        tl.store(losses_ptr + 2, odds_ratio_loss)
+        tl.store(loss_ptr, nll_weight * nll_loss + beta * odds_ratio_loss)
+        tl.store(nll_loss_ptr, nll_loss)
+        tl.store(odds_ratio_loss_ptr, odds_ratio_loss)
 
 
 def combine(max_KN: Tensor, sum_KN: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,18 +200,19 @@ def objective(
     *,
     beta: float,
     nll_weight: float,
-    num_nll_tokens: float | Tensor,
-    num_pairs: float | Tensor,
+    num_nll_tokens: float | None = None,
+    num_pairs: float | None = None,
 ) -> Objective:
-    """Stage 2 from log-probabilities (N,), float32, on; rows are sorted by sequence."""
+    """Stage 2 from log-probabilities (N,), float32, on; rows are sorted by sequence. None: what the rows hold."""
     p, device = rows.pairs, logp_N.device
     offsets = torch.searchsorted(rows.sequence_N, torch.arange(2 * p + 1, device=device))
-    response_N, nll_N = rows.in_response_N.to(torch.int8), rows.in_nll_N.to(torch.int8)
+    # The bytes of a bool, without a pass over them: a launch takes the host longer than all rows take the device.
+    response_N, nll_N = rows.in_response_N.view(torch.int8), rows.in_nll_N.view(torch.int8)
     sums_4S = logp_N.new_empty((4, 2 * p))
     answers_kernel[(2 * p,)](logp_N, response_N, nll_N, offsets, sums_4S, S=2 * p, BLOCK=_BLOCK)
-    coef_N, mean_logp_S = torch.empty_like(logp_N), logp_N.new_empty(2 * p)
-    log_odds_P, losses_3 = logp_N.new_empty(p), logp_N.new_empty(3)
-    pair_mask_P = torch.empty(p, dtype=torch.int8, device=device)
+    coef_N, mean_logp_S, log_odds_P = torch.empty_like(logp_N), logp_N.new_empty(2 * p), logp_N.new_empty(p)
+    pair_mask_P = torch.empty(p, dtype=torch.bool, device=device)
+    loss, nll_loss, odds_ratio_loss = (logp_N.new_empty(()) for _ in range(3))
     objective_kernel[(p,)](
         sums_4S,
         response_N,
@@ -197,22 +221,16 @@ def objective(
         coef_N,
         mean_logp_S,
         log_odds_P,
-        pair_mask_P,
-        losses_3,
+        pair_mask_P.view(torch.int8),
+        loss,
+        nll_loss,
+        odds_ratio_loss,
         P=p,
         beta=beta,
         nll_weight=nll_weight,
-        num_nll_tokens_ptr=_scalar(num_nll_tokens, device),
-        num_pairs_ptr=_scalar(num_pairs, device),
+        num_nll_tokens=float(num_nll_tokens or 0),
+        num_pairs=float(num_pairs or 0),
         Q_EPS=Q_EPS,
         BLOCK=_BLOCK,
     )
-    loss, nll_loss, odds_ratio_loss = (t.clone() for t in losses_3.unbind())
-    return Objective(loss, nll_loss, odds_ratio_loss, mean_logp_S, log_odds_P, pair_mask_P.bool(), coef_N)
-
-
-def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
-    """`value` on the device. A number is filled in there: copied from the host, it would make the host wait."""
-    if isinstance(value, Tensor):
-        return value.to(device=device, dtype=torch.float32)
-    return torch.full((), value, dtype=torch.float32, device=device)
+    return Objective(loss, nll_loss, odds_ratio_loss, mean_logp_S, log_odds_P, pair_mask_P, coef_N)

@@ -11,6 +11,7 @@ no file to read: then they differ by the rounding of float32 sums.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -89,27 +90,38 @@ def shape_class(x_ND: Tensor, head: Head, *more: str) -> str:
 
     Of x_ND, or of the rows of a strip of logits.
     """
-    import triton
-
     from . import configs
 
-    n, (v, d) = x_ND.shape[0], head.weight_VD.shape
-    features = [name for name, on in (("bias", head.bias_V is not None), ("softcap", head.softcap is not None)) if on]
-    if not configs.rows_aligned(x_ND, head.weight_VD):
-        features.append("unaligned")
-    device = torch.cuda.get_device_name(x_ND.device) if x_ND.is_cuda else x_ND.device.type
-    dtypes = dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in (x_ND, head.weight_VD))
+    return _class_name(
+        x_ND.device,
+        tuple(dict.fromkeys((x_ND.dtype, head.weight_VD.dtype))),
+        configs.input_precision(),
+        x_ND.shape[0],
+        tuple(head.weight_VD.shape),
+        *more,
+        *(name for name, on in (("bias", head.bias_V is not None), ("softcap", head.softcap is not None)) if on),
+        *(() if configs.rows_aligned(x_ND, head.weight_VD) else ("unaligned",)),
+    )
+
+
+# Cached: written anew for every strip, the name takes longer than a launch.
+@functools.lru_cache(maxsize=1024)
+def _class_name(
+    device: torch.device, dtypes: tuple[torch.dtype, ...], precision: str, n: int, shape: tuple[int, int], *more: str
+) -> str:
+    import triton
+
+    v, d = shape
     parts = (
-        device,
+        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         f"torch {torch.__version__}",
         f"triton {triton.__version__}",
-        " ".join(dtypes),
-        configs.input_precision(),
+        " ".join(str(dtype).removeprefix("torch.") for dtype in dtypes),
+        precision,
         f"N<={1 << (n - 1).bit_length()}",
         f"D={d}",
         f"V<={1 << (v - 1).bit_length()}",
         *more,
-        *features,
     )
     return ", ".join(parts)
 
