@@ -6,8 +6,9 @@
 
 The package's own launchers run on meta tensors of real shapes while a driver pretends to be the chip, so that the
 report compiles exactly what a launch there could: specialisation, options and every tile that tuning may choose come
-from the launchers, none is repeated here. It exits with status 1 where a configuration spills registers, does not fit
-the chip, fails to compile, or has a `tl.dot` and no matrix instruction.
+from the launchers, none is repeated here. It exits with status 1 where a configuration spills registers (a few accesses
+are allowed to one that keeps exponentials), does not fit the chip, fails to compile, or has a `tl.dot` and no matrix
+instruction.
 """
 
 import argparse
@@ -32,6 +33,12 @@ from .disassembly import Resources, resources
 # Llama-3-8B with 8192 rows; 2880 + 8 is a hidden size that no tile divides, 50257 (GPT-2) such a vocabulary.
 REAL_SHAPE = (8192, 4096, 128256)
 RAGGED_SHAPE = (1000, 2888, 50257)
+# At the end of the tile's name.
+KEEPS = " keeps"
+
+# Accesses to spilled registers that a kernel may have that stores exponentials: a tile has some hundred thousand
+# products a thread beside them, and which tile is fastest is timed on the card.
+KEPT_SPILLS = 40
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,7 @@ def compiled_kernels(launch: Callable[[], Any], chip: Chip) -> list[tuple[str, A
     def compile_only(self, *args, grid, warmup, **kwargs):
         tile = "x".join(str(kwargs[name]) for name in ("BLOCK_N", "BLOCK_V", "BLOCK_D") if name in kwargs)
         tile += " TMA" if kwargs.get("DESCRIPTORS") else ""
+        tile += KEEPS if kwargs.get("KEEPS") else ""
         kernel = original_run(self, *args, grid=grid, warmup=True, **kwargs)
         found.append((tile or "-", kernel))
         return kernel
@@ -96,7 +104,8 @@ def report(case: str, launch: Callable[[], Any], chip: Chip) -> list[Row]:
         reason = (str(error).strip().splitlines() or [""])[-1]
         return [Row(chip.name, case, "-", None, (f"does not compile: {type(error).__name__}: {reason}",))]
     found = [(tile, resources(kernel, chip)) for tile, kernel in compiled]
-    return [Row(chip.name, case, tile, kernel, tuple(kernel.problems(chip))) for tile, kernel in found]
+    allowed = {tile: KEPT_SPILLS if tile.endswith(KEEPS) else 0 for tile, _ in found}
+    return [Row(chip.name, case, tile, kernel, tuple(kernel.problems(chip, allowed[tile]))) for tile, kernel in found]
 
 
 def shipped_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -136,7 +145,7 @@ def shipped_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], Any]]]:
                 yield case.replace("fp32", "tf32"), tf32(launch)
         yield case, lambda a=(strip, targets, head, statistics): logit_stats.add_strip_stats(*a)
         yield case, lambda a=(strip, *grad_arguments, dtype): logit_grad.strip_grad(*a)
-        yield case, lambda a=(held, targets, vector, vector, row_scale, 0, 4096): kept.kept_grad(*a)
+        yield case, lambda a=(held, targets, vector, vector, row_scale, head.softcap, 0, 4096): kept.kept_grad(*a)
     n, pairs = REAL_SHAPE[0], 8
     flags = empty(n, dtype=torch.bool)
     rows = Rows(*(empty(n, dtype=torch.int64) for _ in range(3)), flags, flags, pairs)

@@ -1,10 +1,12 @@
 """Exponentials that stage 1 leaves for stage 3, as far as a budget reaches: their logits are not computed again.
 
-    e_nv = exp(z_nv - m_nt) cap'(z_nv)                             stored by logit_stats.py, 0 at the target
-    g_nv = [v = y_n] (1 - p_y) cap'(z_ny) - e_nv exp(m_nt - lse_n)    (Eq. 8, from what is stored)
+    e_nv = exp(z_nv - m_nt)                                           stored by logit_stats.py, 0 at the target
+    z_nv = m_nt + log e_nv
+    g_nv = ([v = y_n] (1 - p_y) - e_nv exp(m_nt - lse_n)) cap'(z_nv)  (Eq. 8, from what is stored)
 
 m_nt is the row's running maximum when the tile t of TILE columns was computed: e <= 1 whatever the logits are, long
-before lse_n is known. e is stored in the dtype of g, and is as exact: rounding is relative in both.
+before lse_n is known. e is stored in the dtype of g, and is as exact: rounding is relative in both. A
+rounding of e by 2^-9 moves z by as much, and a softcap c divides that by c / 2 before it reaches cap' = 1 - (z / c)^2.
 
     exps_NC, max_TN, targets_N, lse_N, target_grad_N  ->  g_NW
 
@@ -68,6 +70,7 @@ def store_exps(
     max_N,
     exps_ptr,
     maxima_ptr,
+    first_n,
     offs_n,
     first_v,
     offs_v,
@@ -77,13 +80,15 @@ def store_exps(
     stride,
     scale,
     TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """Store one tile of stage 1, whose exponentials are relative to max_N."""
-    # int64: N * C may exceed 2^31.
-    e_ptrs = exps_ptr + offs_n.to(tl.int64)[:, None] * stride + offs_v[None, :]
+    # int64: N * C may exceed 2^31. One pointer a tile and 32 bits an element: pointers would not fit the registers.
+    tile_ptr = exps_ptr + first_n.to(tl.int64) * stride + first_v
+    offs = tl.arange(0, BLOCK_N)[:, None] * stride + tl.arange(0, BLOCK_V)[None, :]
     mask = row_mask[:, None] & (offs_v < end)[None, :]
-    tl.store(e_ptrs, (e_NV * scale).to(exps_ptr.dtype.element_ty), mask=mask)
+    tl.store(tile_ptr + offs, (e_NV * scale).to(exps_ptr.dtype.element_ty), mask=mask)
     for i in tl.static_range(BLOCK_V // TILE):
         tile = first_v // TILE + i
         # Past the end there is no such tile.
@@ -105,6 +110,8 @@ def kept_grad_kernel(
     last,
     stride,
     scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
@@ -118,12 +125,16 @@ def kept_grad_kernel(
     mask = row_mask[:, None] & ((offs_v >= first) & (offs_v < last))[None, :]
     # int64: N * C may exceed 2^31.
     rows = offs_n.to(tl.int64)[:, None]
-    e_NV = tl.load(exps_ptr + rows * stride + offs_v[None, :], mask=mask, other=0.0).to(tl.float32)
+    e_NV = tl.load(exps_ptr + rows * stride + offs_v[None, :], mask=mask, other=0.0).to(tl.float32) / scale
     max_N = tl.load(maxima_ptr + tile.to(tl.int64) * N + offs_n, mask=row_mask, other=0.0)
     lse_N = tl.load(lse_ptr + offs_n, mask=row_mask, other=0.0)
     target_grad_N = tl.load(target_grad_ptr + offs_n, mask=row_mask, other=0.0)
     targets_N = tl.load(targets_ptr + offs_n, mask=row_mask, other=-1).to(tl.int32)
-    g_NV = -e_NV * (tl.exp(max_N - lse_N) / scale)[:, None]
+    g_NV = -e_NV * tl.exp(max_N - lse_N)[:, None]
+    if HAS_SOFTCAP:
+        # What has vanished, the target among it, has no logit, and nothing to multiply.
+        t_NV = (max_N[:, None] + tl.log(tl.where(e_NV > 0.0, e_NV, 1.0))) / softcap
+        g_NV *= 1.0 - t_NV * t_NV
     g_NV = tl.where(offs_v[None, :] == targets_N[:, None], target_grad_N[:, None], g_NV)
     if HAS_ROW_SCALE:
         g_NV *= tl.load(row_scale_ptr + offs_n, mask=row_mask, other=0.0)[:, None]
@@ -137,6 +148,7 @@ def kept_grad(
     lse_N: Tensor,
     target_grad_N: Tensor,
     row_scale_N: Tensor | None,
+    softcap: float | None,
     first: int,
     last: int,
 ) -> Tensor:
@@ -159,6 +171,8 @@ def kept_grad(
         last=last,
         stride=kept.stride,
         scale=kept.scale,
+        softcap=softcap or 0.0,
+        HAS_SOFTCAP=softcap is not None,
         HAS_ROW_SCALE=row_scale_N is not None,
         BLOCK_N=block_n,
         TILE=TILE,

@@ -106,14 +106,12 @@ def logit_stats_kernel(
         z_NV = apply_head(z_NV, bias_ptr, offs_v, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
         max_N, sum_N, target_N, shift_N, e_NV = fold_logits(z_NV, offs_v, end, targets_N, max_N, sum_N, target_N)
         if KEEPS:
-            if HAS_SOFTCAP:
-                t_NV = z_NV / softcap
-                e_NV *= 1.0 - t_NV * t_NV
             store_exps(
                 e_NV,
                 shift_N,
                 exps_ptr,
                 maxima_ptr,
+                block_n * BLOCK_N,
                 offs_n,
                 first,
                 offs_v,
@@ -123,6 +121,7 @@ def logit_stats_kernel(
                 stride_exps,
                 exps_scale,
                 KEPT_TILE,
+                BLOCK_N,
                 BLOCK_V,
             )
 

@@ -96,7 +96,7 @@ def kept_grad(
     if head.softcap is not None:
         # Of the target's own logit, which logp + lse is.
         target_grad_N *= 1 - ((logp_N + lse_N) / head.softcap) ** 2
-    g_NW = exps_grad(kept, targets_N, lse_N, target_grad_N, _row_scale(logp_N, dtype), first, last)
+    g_NW = exps_grad(kept, targets_N, lse_N, target_grad_N, _row_scale(logp_N, dtype), head.softcap, first, last)
     return g_NW, head.weight_VD[first:last].to(dtype)
 
 
