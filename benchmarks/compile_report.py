@@ -113,7 +113,7 @@ def shipped_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], Any]]]:
 
     TF32 is a case of its own, where torch's setting can allow it; the kernels without a matmul do not know of it.
     """
-    from orpo_kernels import configs, kept, logit_grad, logit_stats, odds_ratio
+    from orpo_kernels import configs, kept, kept_grad, logit_grad, logit_stats, odds_ratio
     from orpo_kernels.head import Head
     from orpo_kernels.rows import Rows
 
@@ -145,7 +145,7 @@ def shipped_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], Any]]]:
                 yield case.replace("fp32", "tf32"), tf32(launch)
         yield case, lambda a=(strip, targets, head, statistics): logit_stats.add_strip_stats(*a)
         yield case, lambda a=(strip, *grad_arguments, dtype): logit_grad.strip_grad(*a)
-        yield case, lambda a=(held, targets, vector, vector, row_scale, head.softcap, 0, 4096): kept.kept_grad(*a)
+        yield case, lambda a=(held, targets, vector, vector, row_scale, head.softcap, 0, 4096): kept_grad.kept_grad(*a)
     n, pairs = REAL_SHAPE[0], 8
     flags = empty(n, dtype=torch.bool)
     rows = Rows(*(empty(n, dtype=torch.int64) for _ in range(3)), flags, flags, pairs)

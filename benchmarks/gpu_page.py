@@ -83,7 +83,7 @@ def page(stored: dict[str, list[dict]]) -> list[str]:
         "## On a GPU",
         f"{caption(ours)}. An older torch and triton than this project asks for were what the machine had.",
         wide(ours, tuple(KINDS)),
-        "`ours` keeps 1 GiB of exponentials, `ours (strips)` none. By budget, forward and backward:",
+        "`ours` keeps up to 1 GiB of exponentials, `ours (strips)` none. By budget, forward and backward:",
         budgets(ours),
         "Cases in which another is more than 5 % faster than both of ours:",
         "\n".join(lost) or "None.",

@@ -98,7 +98,7 @@ class ORPOConfig(TrainingArguments):
     )
     logits_budget: int | None = _setting(
         None,
-        "Most bytes kept between the logits and their gradient. Default: 1 GiB on accelerators; 512 MiB on a CPU, "
+        "Most bytes kept between the logits and their gradient. Default: 1 GiB with Triton; 512 MiB on a CPU, "
         "where a frozen head keeps none.",
     )
     strip_bytes: int | None = _setting(

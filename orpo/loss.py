@@ -78,7 +78,7 @@ def orpo_loss(
         num_pairs: the same for the mean over pairs.
         logits_budget: most bytes kept between the logits and their gradient: tiles of logits on CPU, exponentials in
             the operands' dtype with Triton. 0: none, all logits are recomputed strip by strip in backward (8 N V D
-            FLOPs instead of 6; with Triton in between where the budget holds a part). Default: 1 GiB on accelerators,
+            FLOPs instead of 6; with Triton in between where the budget holds a part). Default: 1 GiB with Triton,
             512 MiB on CPU, where a head that needs no gradient keeps none and has every logit computed once (4 N V D).
             The loss differs between budgets by rounding.
         strip_bytes: size of one vocabulary strip of recomputed logits. Default: 128 MiB on accelerators, 32 MiB on CPU,

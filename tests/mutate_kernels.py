@@ -29,7 +29,13 @@ CHECKS = (
     ("watched", ["--kernels=interpret", "tests/test_kernel_memory.py", "tests/test_kernel_numerics.py"]),
     (
         "loss",
-        ["--kernels=interpret", "-m", "kernels", "tests/test_fused.py::test_float32_is_exact"],
+        [
+            "--kernels=interpret",
+            "-m",
+            "kernels",
+            "tests/test_fused.py::test_float32_is_exact",
+            "tests/test_kernel_kept.py",
+        ],
     ),
     ("executed", ["--kernels=simt", "-m", "kernels", "tests/test_fused.py::test_float32_is_exact"]),
     (

@@ -127,15 +127,16 @@ MUTATIONS = [
         ("descriptors: rows of the first block", "x_ptr.load([first_n, d])", "x_ptr.load([0, d])"),
     ),
     *_in(
-        "kept.py",
+        "kept_grad.py",
         (
             "kept: maximum of another tile",
             "maxima_ptr + tile.to(tl.int64) * N + offs_n, mask",
             "maxima_ptr + offs_n, mask",
         ),
-        ("kept: softmax of the running maximum", "tl.exp(max_N - lse_N)", "tl.exp(max_N - max_N)"),
+        ("kept: softmax of the running maximum", "max_N - lse_N, 0.0", "max_N - max_N, 0.0"),
         ("kept: softcap's derivative missing", "g_NV *= 1.0 - t_NV * t_NV", "g_NV *= 1.0"),
         ("kept: logit of what has vanished", "tl.where(e_NV > 0.0, e_NV, 1.0)", "e_NV"),
+        ("kept: a tile without a maximum", "tl.minimum(max_N - lse_N, 0.0)", "max_N - lse_N"),
         ("kept: wrong sign of the softmax", "g_NV = -e_NV", "g_NV = e_NV"),
         ("kept: target's entry missing", "target_grad_N[:, None], g_NV)", "0.0, g_NV)"),
         ("kept: float16 rows unscaled", "if HAS_ROW_SCALE:", "if HAS_ROW_SCALE and not HAS_ROW_SCALE:"),
@@ -144,6 +145,9 @@ MUTATIONS = [
         ("kept: maxima past the last tile", "tl.where(tile * TILE < end, N, 0)", "N"),
         ("kept: int32 offset of the exponentials", "first_n.to(tl.int64) * stride", "first_n * stride"),
         ("kept: int32 offset of the gradient", "rows = offs_n.to(tl.int64)[:, None]", "rows = offs_n[:, None]"),
+    ),
+    *_in(
+        "kept.py",
         ("kept: more columns than there is room for", "columns // _STEP * _STEP", "-(-columns // _STEP) * _STEP"),
     ),
     *_in(

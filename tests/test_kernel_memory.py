@@ -14,7 +14,7 @@ pytestmark = pytest.mark.kernels(modes=("interpret",))
 
 # A vocabulary of more than one step of kept columns, and budgets that keep none, the first step, all.
 V = 600
-BUDGETS = pytest.param(0, id="none kept"), pytest.param(100_000, id="some kept"), pytest.param(2**20, id="all kept")
+BUDGETS = pytest.param(0, id="none kept"), pytest.param(120_000, id="some kept"), pytest.param(2**20, id="all kept")
 
 
 def _loss_and_gradients(problem, budget: int) -> list[torch.Tensor]:
@@ -47,6 +47,23 @@ def test_no_access_leaves_its_tensor_and_no_two_programs_meet(budget, dtype, D):
     assert relative_error(loss, truth.loss) < tolerance
     assert relative_error(problem.hidden.grad, dh) < tolerance
     assert relative_error(problem.weight.grad, dw) < tolerance
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_one_program_sweeps_many_tiles(budget, monkeypatch):
+    """As on a real vocabulary: its maximum rises from tile to tile, and kept exponentials are of different maxima."""
+    from orpo_kernels import configs
+
+    def one_split(blocks_n: int, vocabulary: int, block_v: int, multiprocessors: int) -> tuple[int, int]:
+        return 1, -(-vocabulary // block_v) * block_v
+
+    monkeypatch.setattr(configs, "vocabulary_splits", one_split)
+    problem = make_problem(V=V)
+    loss, *_ = _loss_and_gradients(problem, budget)
+    truth, dh, dw, _ = problem.truth()
+    assert relative_error(loss, truth.loss) < 1e-6
+    assert relative_error(problem.hidden.grad, dh) < 1e-6
+    assert relative_error(problem.weight.grad, dw) < 1e-6
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

@@ -52,7 +52,7 @@ def resolve_budget(
     vocabulary: int,
     head_frozen: bool,
 ) -> int:
-    """`logits_budget`, or the device's default; 0 where it cannot hold the logits of a single row."""
+    """`logits_budget`, or the device's default; for torch 0 where it cannot hold the logits of a single row."""
     if backend != "torch":
         return LOGITS_BUDGET if logits_budget is None else logits_budget
     if logits_budget is None:

@@ -251,8 +251,8 @@ def vocabulary_splits(blocks_n: int, vocabulary: int, block_v: int, multiprocess
     """(splits, columns of a split), a split being whole tiles.
 
     Enough for four programs on each multiprocessor, up to twice as many where the last wave is fuller then. At most 64,
-    which bounds the partial sums to 512 bytes a row, unless multiprocessors would stand idle; fewer than four programs
-    each where 64 would end in a wave that is nearly empty.
+    which bounds a launch's partial sums to 512 bytes a row, unless multiprocessors would stand idle; fewer than four
+    programs each where 64 would end in a wave that is nearly empty.
     """
     tiles = -(-vocabulary // block_v)
     fewest = min(tiles, -(-multiprocessors // blocks_n))

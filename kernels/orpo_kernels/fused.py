@@ -21,42 +21,7 @@ from .form import load_form
 from .head import Head, Needs
 from .kept import Kept, buffers, kept_columns
 from .matmul import accumulation_dtype, matmul, operator_body, saved_dtype, widened_matmul
-from .rows import Rows
-
-
-def _check_sequences(rows: Rows) -> None:
-    """Refuse rows that are not sorted by sequence: their sums would be taken over the wrong spans."""
-    if rows.sequence_N.numel() == 0:
-        return
-    last = 2 * rows.pairs - 1
-    inside = (rows.sequence_N[0] >= 0) & (rows.sequence_N[-1] <= last)
-    good = inside & (rows.sequence_N[1:] >= rows.sequence_N[:-1]).all()
-    message = f"rows.sequence_N has to be sorted, from 0 to at most {last} for {rows.pairs} pairs"
-    if good.device.type == "cpu":
-        if not good:
-            raise ValueError(message)
-    else:
-        torch._assert_async(good, message)
-
-
-def check_targets(targets: Tensor, vocabulary: int) -> None:
-    """Refuse a target outside the vocabulary; on a GPU without making the host wait."""
-    if targets.numel() == 0:
-        return
-    low, high = targets.aminmax()
-    if targets.device.type == "cpu":
-        for token in (int(low), int(high)):
-            if not 0 <= token < vocabulary:
-                raise ValueError(f"labels holds the token {token}, but lm_head_weight has {vocabulary} rows")
-    else:
-        inside = (low >= 0) & (high < vocabulary)
-        torch._assert_async(inside, f"labels holds a token outside the {vocabulary} rows of lm_head_weight")
-
-
-def _keep(rows: Rows) -> Rows:
-    index = (rows.in_response_N | rows.in_nll_N).nonzero()[:, 0]
-    arrays = (rows.rows_N, rows.targets_N, rows.sequence_N, rows.in_response_N, rows.in_nll_N)
-    return Rows(*(a[index] for a in arrays), pairs=rows.pairs)
+from .rows import Rows, check_sequences, check_targets, that_count
 
 
 def _pad(values: Tensor, size: int) -> Tensor:
@@ -141,10 +106,10 @@ def linear_orpo(
     arrays = (t.contiguous() for t in (rows_E, targets_E, sequence_E, in_response_E, in_nll_E))
     rows = Rows(*arrays, pairs)
     if all_rows_count:
-        _check_sequences(rows)
+        check_sequences(rows)
     else:
         # Made from labels, sequence by sequence.
-        rows = _keep(rows)
+        rows = that_count(rows)
     check_targets(rows.targets_N, weight_VD.shape[0])
     x_ND, size = hidden_RD[rows.rows_N], rows_E.shape[0]
     tiles = schedule.kept_tiles(min(size, hidden_RD.shape[0]), x_ND, weight_VD, logits_budget, backend)
@@ -171,7 +136,7 @@ def linear_orpo(
         token_3E = _pad(torch.stack([logp_N, lse_N, result.coef_N]), size)
     elif wants.any:
         # The gradient of a frozen head's hidden states is finished, and nothing is left to keep.
-        exps, maxima = buffers(x_ND, 0, exps.dtype)
+        kept, (exps, maxima) = None, buffers(x_ND, 0, exps.dtype)
         if wants.hidden:
             dx_RD = _scatter_rows(grads.x_ND, rows.rows_N, hidden_RD, saved_dtype(hidden_RD))
         if wants.weight:

@@ -4,7 +4,7 @@
     m_n, s_n, z_{n,y_n}:  sum_{v != y_n} exp z_nv = s_n exp m_n    (Eq. 2, the target left out)
 
     x_ND, weight_VD [bias_V], targets_N  ->  max_KN, sum_KN, target_N        fused: K splits of the vocabulary
-                                             and exps_NC of the first C columns, where they are kept (kept.py)
+                                             and exps_NC of the first C columns, where they are kept (kept_grad.py)
     z_NW (a strip, by the library)       ->  max_N, sum_N, target_N updated  strip form
 
 Logits are float32 from the matmul's accumulator on; in the fused form they exist only as one tile per program. Stage 2
@@ -21,7 +21,8 @@ from torch import Tensor
 from . import configs
 from .device_math import apply_head, grouped_block, raw_logits
 from .head import Head
-from .kept import TILE, Kept, store_exps
+from .kept import TILE, Kept
+from .kept_grad import store_exps
 from .tuning import TIMED_ROWS
 
 
@@ -183,7 +184,7 @@ def logit_stats(
         # What it leaves in `kept` is written again below.
         _logit_stats(few_ND, few_N, head, config, columns, kept)
 
-    config = configs.fastest("logit_stats", candidates, x_ND, head, launch)
+    config = configs.fastest("logit_stats, kept" if columns else "logit_stats", candidates, x_ND, head, launch)
     return _logit_stats(x_ND, targets_N, head, config, columns, kept)
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from . import schedule
 from .form import load_form
-from .fused import check_targets
 from .head import Head, Needs
 from .matmul import accumulation_dtype, operator_body
+from .rows import check_targets
 
 
 @torch.library.custom_op("orpo::linear_logprobs", mutates_args=())

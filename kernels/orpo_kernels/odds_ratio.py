@@ -207,7 +207,7 @@ def objective(
     p, device = rows.pairs, logp_N.device
     offsets = torch.searchsorted(rows.sequence_N, torch.arange(2 * p + 1, device=device))
     # The bytes of a bool, without a pass over them: a launch takes the host longer than all rows take the device.
-    response_N, nll_N = rows.in_response_N.view(torch.int8), rows.in_nll_N.view(torch.int8)
+    response_N, nll_N = (mask_N.bool().view(torch.int8) for mask_N in (rows.in_response_N, rows.in_nll_N))
     sums_4S = logp_N.new_empty((4, 2 * p))
     answers_kernel[(2 * p,)](logp_N, response_N, nll_N, offsets, sums_4S, S=2 * p, BLOCK=_BLOCK)
     coef_N, mean_logp_S, log_odds_P = torch.empty_like(logp_N), logp_N.new_empty(2 * p), logp_N.new_empty(p)

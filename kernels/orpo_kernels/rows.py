@@ -86,3 +86,39 @@ def _predicted(labels: Tensor, ignore_index: int, shift: bool) -> Tensor:
     if not shift or labels.shape[1] == 0:
         return labels
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
+
+
+def check_sequences(rows: Rows) -> None:
+    """Refuse rows that are not sorted by sequence: their sums would be taken over the wrong spans."""
+    if rows.sequence_N.numel() == 0:
+        return
+    last = 2 * rows.pairs - 1
+    inside = (rows.sequence_N[0] >= 0) & (rows.sequence_N[-1] <= last)
+    good = inside & (rows.sequence_N[1:] >= rows.sequence_N[:-1]).all()
+    message = f"rows.sequence_N has to be sorted, from 0 to at most {last} for {rows.pairs} pairs"
+    if good.device.type == "cpu":
+        if not good:
+            raise ValueError(message)
+    else:
+        torch._assert_async(good, message)
+
+
+def check_targets(targets: Tensor, vocabulary: int) -> None:
+    """Refuse a target outside the vocabulary; on a GPU without making the host wait."""
+    if targets.numel() == 0:
+        return
+    low, high = targets.aminmax()
+    if targets.device.type == "cpu":
+        for token in (int(low), int(high)):
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"labels holds the token {token}, but lm_head_weight has {vocabulary} rows")
+    else:
+        inside = (low >= 0) & (high < vocabulary)
+        torch._assert_async(inside, f"labels holds a token outside the {vocabulary} rows of lm_head_weight")
+
+
+def that_count(rows: Rows) -> Rows:
+    """The rows with at least one mask set; makes the host wait for how many they are."""
+    index = (rows.in_response_N | rows.in_nll_N).nonzero()[:, 0]
+    arrays = (rows.rows_N, rows.targets_N, rows.sequence_N, rows.in_response_N, rows.in_nll_N)
+    return Rows(*(a[index] for a in arrays), pairs=rows.pairs)

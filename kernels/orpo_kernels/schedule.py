@@ -98,7 +98,7 @@ def token_stats(
     stats = logp_N, lse_N = backend.token_stats(x_ND, targets_N, head, strip_bytes, columns, kept)
     if not wants_u:
         return stats, None
-    u_ND = torch.zeros_like(x_ND, dtype=logp_N.dtype)
+    u_ND = x_ND.new_zeros(x_ND.shape, dtype=logp_N.dtype)
     for _, _, g_NW, weight_WD in _strips_of_g(backend, x_ND, targets_N, logp_N, lse_N, head, strip_bytes, kept):
         add_matmul(u_ND, g_NW, weight_WD)
         del g_NW, weight_WD

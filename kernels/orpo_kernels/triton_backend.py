@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .head import Head
 from .kept import Kept
-from .kept import kept_grad as exps_grad
+from .kept_grad import kept_grad as exps_grad
 from .logit_grad import logit_grad as fused_grad
 from .logit_stats import logit_stats
 from .matmul import WeightedRows
@@ -92,6 +92,8 @@ def kept_grad(
 ) -> tuple[Tensor, Tensor]:
     """Stage 3: (g_NW, weight_WD) for columns [first, last) from their kept exponentials."""
     dtype = kept.exps.dtype
+    if targets_N.shape[0] == 0:
+        return kept.exps.new_empty((0, last - first)), head.weight_VD[first:last].to(dtype)
     target_grad_N = -torch.expm1(logp_N)
     if head.softcap is not None:
         # Of the target's own logit, which logp + lse is.

@@ -25,7 +25,6 @@ from .triton_backend import (
     compute_dtype,
     grad_coefficient,
     head_grad_operand,
-    kept_grad,
     operands,
     strip_head_grad,
 )
@@ -35,7 +34,6 @@ __all__ = [
     "compute_dtype",
     "grad_coefficient",
     "head_grad_operand",
-    "kept_grad",
     "logit_grad",
     "objective",
     "strip_element_bytes",
