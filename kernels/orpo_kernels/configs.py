@@ -2,8 +2,8 @@
 
 A tile that does not fit a chip's shared memory or registers is left out there; of the rest the fastest is found once
 for each class of shapes (tuning.py), or the first is taken where nothing may be timed. `python -m
-benchmarks.compile_report` compiles each of them for each chip and refuses one that spills; a stage 1 that keeps
-exponentials may, a little.
+benchmarks.compile_report` compiles each of them for each chip and refuses one that spills; stage 1 may, a
+little, more where it keeps exponentials.
 """
 
 from __future__ import annotations
