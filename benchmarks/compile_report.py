@@ -6,9 +6,8 @@
 
 The package's own launchers run on meta tensors of real shapes while a driver pretends to be the chip, so that the
 report compiles exactly what a launch there could: specialisation, options and every tile that tuning may choose come
-from the launchers, none is repeated here. It exits with status 1 where a configuration spills registers (a few accesses
-are allowed to stage 1, more where it keeps exponentials), does not fit the chip, fails to compile, or has a `tl.dot`
-and no matrix instruction.
+from the launchers, none is repeated here. It exits with status 1 where a configuration spills registers, does not fit
+the chip, fails to compile, or has a `tl.dot` and no matrix instruction.
 """
 
 import argparse
@@ -33,12 +32,6 @@ from .disassembly import Resources, resources
 # Llama-3-8B with 8192 rows; 2880 + 8 is a hidden size that no tile divides, 50257 (GPT-2) such a vocabulary.
 REAL_SHAPE = (8192, 4096, 128256)
 RAGGED_SHAPE = (1000, 2888, 50257)
-# At the end of the tile's name.
-KEEPS = " keeps"
-
-# Accesses to spilled registers that stage 1 may have, and one that stores exponentials: a tile has some hundred
-# thousand products a thread beside them, and which tile is fastest is timed on the card.
-STAGE_1_SPILLS, KEPT_SPILLS = 5, 40
 
 
 @dataclass(frozen=True)
@@ -83,7 +76,7 @@ def compiled_kernels(launch: Callable[[], Any], chip: Chip) -> list[tuple[str, A
     def compile_only(self, *args, grid, warmup, **kwargs):
         tile = "x".join(str(kwargs[name]) for name in ("BLOCK_N", "BLOCK_V", "BLOCK_D") if name in kwargs)
         tile += " TMA" if kwargs.get("DESCRIPTORS") else ""
-        tile += KEEPS if kwargs.get("KEEPS") else ""
+        tile += " keeps" if kwargs.get("KEEPS") else ""
         kernel = original_run(self, *args, grid=grid, warmup=True, **kwargs)
         found.append((tile or "-", kernel))
         return kernel
@@ -104,16 +97,7 @@ def report(case: str, launch: Callable[[], Any], chip: Chip) -> list[Row]:
         reason = (str(error).strip().splitlines() or [""])[-1]
         return [Row(chip.name, case, "-", None, (f"does not compile: {type(error).__name__}: {reason}",))]
     found = [(tile, resources(kernel, chip)) for tile, kernel in compiled]
-    return [
-        Row(chip.name, case, tile, kernel, tuple(kernel.problems(chip, _allowed_spills(tile, kernel))))
-        for tile, kernel in found
-    ]
-
-
-def _allowed_spills(tile: str, kernel: Resources) -> int:
-    if kernel.kernel != "logit_stats_kernel":
-        return 0
-    return KEPT_SPILLS if tile.endswith(KEEPS) else STAGE_1_SPILLS
+    return [Row(chip.name, case, tile, kernel, tuple(kernel.problems(chip))) for tile, kernel in found]
 
 
 def shipped_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -168,9 +152,9 @@ def chip_report(name: str, cases: str = "") -> list[Row]:
 
     chip = CHIPS[name]
 
-    def matmul_candidates(x_ND: torch.Tensor, weight_VD: torch.Tensor) -> Any:
+    def matmul_candidates(x_ND: torch.Tensor, weight_VD: torch.Tensor, keeps: bool = False) -> Any:
         aligned = configs.rows_aligned(x_ND, weight_VD)
-        return configs.matmul_configs(x_ND.dtype, configs.input_precision(), aligned, chip.limits)
+        return configs.matmul_configs(x_ND.dtype, configs.input_precision(), aligned, chip.limits, keeps)
 
     def launch_all(kernel: str, candidates: tuple, x_ND: torch.Tensor, head: Any, launch: Callable) -> Any:
         for config in candidates[1:]:

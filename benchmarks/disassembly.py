@@ -51,10 +51,10 @@ class Resources:
     copies: dict[str, int] = field(default_factory=dict)
     atomics: int = 0
 
-    def problems(self, chip: Chip, spills: int = 0) -> list[str]:
-        """Why this must not be shipped, in words; empty if it may. `spills`: how many are allowed."""
+    def problems(self, chip: Chip) -> list[str]:
+        """Why this must not be shipped, in words; empty if it may."""
         problems = []
-        if self.spills > spills:
+        if self.spills:
             problems.append(f"spills: {self.spills} accesses to registers that did not fit")
         if self.shared > chip.max_shared:
             problems.append(f"does not fit: {self.shared} bytes of shared memory, {chip.name} has {chip.max_shared}")

@@ -25,7 +25,7 @@ import torch
 
 from .cases import TINY, Case, head_case
 from .measure import measure_case, stamp, synchronize, wall_clock
-from .peers import PEERS, available
+from .peers import BUDGET, PEERS, available, ours_within
 
 HEADS = ("OPT-350M", "SmolLM2-135M", "Phi-2", "Mistral-7B-v0.3", "Llama-3-8B", "Qwen2.5-0.5B", "Gemma-2-2B")
 PAIRS, POSITIONS, PROMPT_SHARE = 4, 1024, 0.5
@@ -87,7 +87,7 @@ def plot(records: list[dict], path: Path) -> None:
 
     from .pictures import colour_of
 
-    timed = [r for r in records if r["status"] == "measured"]
+    timed = [r for r in records if r["status"] == "measured" and not r["peer"].startswith(BUDGET)]
     kinds, heads = list(dict.fromkeys(r["kind"] for r in timed)), list(dict.fromkeys(r["head"] for r in timed))
     peers = list(dict.fromkeys(r["peer"] for r in timed))
     figure, axes = plt.subplots(len(kinds), 1, figsize=(11, 3.2 * len(kinds)), squeeze=False, sharex=True)
@@ -117,6 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny shapes")
     parser.add_argument("--heads", help="comma-separated; default: " + ", ".join(HEADS))
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--budgets", default="", help="also ours with these logits_budget, MiB with commas")
     parser.add_argument("--skip-tests", action="store_true")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -129,6 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     cases: list[Case] = [TINY] if options.quick else [head_case(h, PROMPT_SHARE, PAIRS, POSITIONS) for h in heads]
     clock = event_clock if options.device == "cuda" else wall_clock
     peers = {name: function for name, function in PEERS.items() if available(name)}
+    peers |= {f"{BUDGET}{mib} MiB": ours_within(int(mib) * 2**20) for mib in filter(None, options.budgets.split(","))}
     options.out.mkdir(parents=True, exist_ok=True)
     records: list[dict] = []
     for case in cases:

@@ -1,15 +1,16 @@
 """What was measured on a GPU, as tables: kept apart from the CPUs' figures, which other commits and batches gave.
 
 `gpu.jsonl` holds ours under several budgets beside the fastest peers, `gpu_peers.jsonl` every peer on one head, at an
-earlier commit. Both were printed by scripts around `measure.py`; `python -m benchmarks.gpu` measures the same.
+earlier commit, by `python -m benchmarks.gpu`. The first is of a time when that command had no `--budgets`: there each
+peer was timed alone, one after the other.
 """
 
 from __future__ import annotations
 
+from .peers import BUDGET
 from .tables import KINDS, losses, table
 
 GROUPS = ("gpu", "gpu_peers")
-BUDGET = "ours, budget "
 # True of the lines of that list, as a test asserts: evaluation, or one of the two heads with the least work.
 WHY = (
     "Why: the host. The time starts with an idle GPU, and ours launches some 130 kernels a step from Python: by "
@@ -81,7 +82,9 @@ def page(stored: dict[str, list[dict]]) -> list[str]:
     lost = losses([r for r in ours if not r["peer"].startswith(BUDGET)])
     return [
         "## On a GPU",
-        f"{caption(ours)}. An older torch and triton than this project asks for were what the machine had.",
+        f"{caption(ours)}; each peer alone, one after the other. An older torch and triton than this project asks for "
+        "were what the machine had. `python -m benchmarks.gpu --heads SmolLM2-135M,Llama-3-8B,Mistral-7B-v0.3 "
+        "--budgets 256,512,2048,8192` measures the same, peers taking turns.",
         wide(ours, tuple(KINDS)),
         "`ours` keeps up to 1 GiB of exponentials, `ours (strips)` none. By budget, forward and backward:",
         budgets(ours),
@@ -90,7 +93,8 @@ def page(stored: dict[str, list[dict]]) -> list[str]:
         *([WHY] if lost else []),
         "Relative errors against float64, the largest of the three heads:",
         errors(ours),
-        f"All peers on one head before exponentials were kept, when every logit was computed twice: {caption(peers)}.",
+        f"All peers on one head before exponentials were kept, when every logit was computed twice: {caption(peers)}, "
+        "peers taking turns, `python -m benchmarks.gpu --heads Mistral-7B-v0.3 --rounds 5`.",
         wide(peers, tuple(KINDS)),
     ]
 

@@ -182,6 +182,13 @@ def _loss_of(parts: Parts) -> Peer:
 
 
 PEERS: dict[str, Peer] = {name: _loss_of(parts) for name, parts in PARTS.items()}
+# Of the names of ours with a budget of its own.
+BUDGET = "ours, budget "
+
+
+def ours_within(budget: int) -> Peer:
+    """This project's loss with `budget` bytes kept between the logits and their gradient."""
+    return _loss_of(lambda batch, beta: _ours(batch, beta, logits_budget=budget))
 
 
 def available(name: str) -> bool:

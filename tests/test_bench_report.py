@@ -168,6 +168,17 @@ def test_without_a_gpu_the_command_says_so_and_ends_well(capsys):
     assert "No GPU here" in capsys.readouterr().out
 
 
+def test_ours_within_a_budget_is_ours_with_it(monkeypatch):
+    from benchmarks import peers
+    from benchmarks.cases import TINY, make_batch
+
+    asked, original = [], peers.orpo_loss
+    monkeypatch.setattr(peers, "orpo_loss", lambda *a, **k: asked.append(k["logits_budget"]) or original(*a, **k))
+    batch = make_batch(TINY, torch.float32)
+    found = [peers.ours_within(budget)(batch, 0.1) for budget in (0, 2**20)]
+    assert asked == [0, 2**20] and torch.equal(found[0], PEERS["ours (strips)"](batch, 0.1))
+
+
 def test_roofline_beside_the_bars_is_the_matmuls_at_the_cards_peak():
     from benchmarks.gpu import roofline_seconds
 

@@ -18,30 +18,33 @@ SM_90 = configs.Limits(is_amd=False, major=9, max_shared=232448, max_registers=6
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+@pytest.mark.parametrize("keeps", [False, True], ids=["", "keeps"])
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
 @pytest.mark.parametrize(("dtype", "precision"), [("bf16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")])
-def test_what_a_chip_can_choose_fits_it(dtype, precision, aligned):
+def test_what_a_chip_can_choose_fits_it(dtype, precision, aligned, keeps):
     from benchmarks.chips import CHIPS
 
     for chip in CHIPS.values():
         if chip.is_amd and precision == "tf32":
             continue
-        found = configs.matmul_configs(DTYPES[dtype], precision, aligned, chip.limits)
+        found = configs.matmul_configs(DTYPES[dtype], precision, aligned, chip.limits, keeps)
         assert 1 <= len(found) <= 4 and len({str(config) for config in found}) == len(found)
-        assert all(config.fits(chip.limits, DTYPES[dtype].itemsize) for config in found), chip.name
+        assert all(config.fits(chip.limits, DTYPES[dtype].itemsize, keeps) for config in found), chip.name
 
 
 def test_pruning_by_shared_memory_registers_and_spills():
     from dataclasses import replace
 
-    def blocks(chip):
-        found = configs.matmul_configs(torch.bfloat16, "ieee", True, chip)
+    def blocks(chip, keeps=False):
+        found = configs.matmul_configs(torch.bfloat16, "ieee", True, chip, keeps)
         return [
             (config.block_n, config.block_v, config.num_stages, *["descriptors"][: config.descriptors])
             for config in found
         ]
 
     assert blocks(SM_90) == [(64, 256, 4), (128, 128, 4), (128, 128, 4, "descriptors"), (64, 128, 4, "descriptors")]
+    # Exponentials beside the sums do not fit two of them.
+    assert blocks(SM_90, keeps=True) == [(128, 128, 4), (64, 128, 4, "descriptors")]
     # An RTX 4090's 99 KB.
     assert blocks(replace(SM_90, major=8, max_shared=101376)) == [(128, 128, 3), (64, 128, 4)]
     # A square tile spills on sm_100.
@@ -66,7 +69,7 @@ def test_operands_through_tensor_descriptors(dtype, monkeypatch, kernel_device):
 
     def run(descriptors: bool):
         tile = configs.MatmulConfig(**blocks, descriptors=descriptors)
-        monkeypatch.setattr(configs, "matmul_candidates", lambda x_ND, weight_VD: (tile,))
+        monkeypatch.setattr(configs, "matmul_candidates", lambda *_, **__: (tile,))
         # Ragged in every direction, and a hidden size that ends inside a tile.
         problem = make_problem(P=2, T=13, V=101, D=40, bias=True, dtype=dtype, device=kernel_device).requiring_grad()
         out = orpo_loss(problem.hidden, problem.weight, problem.labels, lm_head_bias=problem.bias, logits_budget=0,
@@ -88,7 +91,7 @@ SHIPPED = {"unaligned": (configs._UNALIGNED[0], torch.bfloat16), "AMD": (configs
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_tiles_give_the_gradients(name, monkeypatch, kernel_device):
     tile, dtype = SHIPPED[name]
-    monkeypatch.setattr(configs, "matmul_candidates", lambda x_ND, weight_VD: (tile,))
+    monkeypatch.setattr(configs, "matmul_candidates", lambda *_, **__: (tile,))
     # More than one block of rows, several splits and strips, a hidden size that ends inside a tile.
     problem = make_problem(P=2, T=19, V=301, D=80, bias=True, dtype=dtype, device=kernel_device).requiring_grad()
     out = orpo_loss(problem.hidden, problem.weight, problem.labels, logits_budget=0, strip_bytes=20000,

@@ -45,9 +45,10 @@ def test_gradients(dtype, head, frozen, budget, kernel_device):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("budget", [BUDGETS["some"], BUDGETS["all"]], ids=["some", "all"])
-def test_logits_far_apart(budget, kernel_device):
-    """Rows whose maximum rises by hundreds from tile to tile, and rows whose only large logits come first."""
-    problem = make_problem(V=V, device=kernel_device)
+@pytest.mark.parametrize("softcap", [None, 300.0], ids=["", "softcap"])
+def test_logits_far_apart(budget, softcap, kernel_device):
+    """Maxima that rise by hundreds from tile to tile, and exponentials that vanish beside them."""
+    problem = make_problem(V=V, softcap=softcap, device=kernel_device)
     with torch.no_grad():
         problem.hidden.mul_(60)
     problem.requiring_grad()

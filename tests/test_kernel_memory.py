@@ -206,3 +206,25 @@ def test_strips_of_more_than_2_to_the_31_logits():
     torch.testing.assert_close(target_N[-LAST:].double(), target, rtol=1e-6, atol=1e-6)
     assert (g[-LAST:, -2] == 0.25).all()
     torch.testing.assert_close(g[-LAST:, -1], -torch.exp(kept[:, -1] - 5), rtol=1e-5, atol=0)
+
+
+def test_kept_exponentials_beyond_int32():
+    from kernelcheck.races import checked
+    from kernelcheck.schedules import only
+    from orpo_kernels.kept import Kept
+    from orpo_kernels.kept_grad import kept_grad
+    from orpo_kernels.logit_stats import logit_stats
+
+    kept = Kept(WIDE, lazily_mapped(ROWS * 1088, torch.float16), lazily_mapped(ROWS * 17, torch.float32))
+    assert kept.stride == 1088 and ROWS * kept.stride > 2**31
+    x = lazily_mapped(ROWS * 16, torch.float16).view(ROWS, 16)
+    x[-LAST:] = torch.randn(LAST, 16, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(WIDE, 16, generator=torch.Generator().manual_seed(1)).half() / 8
+    targets, zeros = torch.full((ROWS,), WIDE - 1), torch.zeros(ROWS)
+    z = x[-LAST:].double() @ weight.double().T
+    with checked(), only(_last_program):
+        logit_stats(x, targets, Head(weight), WIDE, kept)
+        g = kept_grad(kept, targets, zeros + 5, zeros + 0.25, None, None, 0, WIDE)
+    # Of the last tile, that of the last program.
+    assert (g[-LAST:, -1] == 0.25).all()
+    torch.testing.assert_close(g[-LAST:, 1024:-1].double(), -torch.exp(z - 5)[:, 1024:-1], rtol=1e-2, atol=1e-5)

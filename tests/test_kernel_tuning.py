@@ -31,7 +31,7 @@ class Clock:
 def clock(monkeypatch, tmp_path):
     """A function: from now on the machine has a clock, and what is timed takes these milliseconds."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(configs, "matmul_candidates", lambda x_ND, weight_VD: TILES)
+    monkeypatch.setattr(configs, "matmul_candidates", lambda *_, **__: TILES)
     monkeypatch.setattr(tuning, "capturing", lambda device: False)
     tuning.forget()
 
@@ -97,7 +97,7 @@ def test_tiles_that_are_no_longer_on_the_list_are_timed_again(clock, monkeypatch
     problem = _inputs(kernel_device)
     _logp(*problem)
     tuning.forget()
-    monkeypatch.setattr(configs, "matmul_candidates", lambda x_ND, weight_VD: TILES[::-1])
+    monkeypatch.setattr(configs, "matmul_candidates", lambda *_, **__: TILES[::-1])
     left = clock(1.0, 2.0).left
     _logp(*problem)
     assert left == []

@@ -2,8 +2,7 @@
 
 A tile that does not fit a chip's shared memory or registers is left out there; of the rest the fastest is found once
 for each class of shapes (tuning.py), or the first is taken where nothing may be timed. `python -m
-benchmarks.compile_report` compiles each of them for each chip and refuses one that spills; stage 1 may, a
-little, more where it keeps exponentials.
+benchmarks.compile_report` compiles each of them for each chip and refuses one that spills.
 """
 
 from __future__ import annotations
@@ -40,7 +39,8 @@ class MatmulConfig:
     """Launch options of the two kernels with a matmul inside.
 
     `group_n`: row blocks whose programs run together and share the weight in L2. `descriptors`: operands are copied
-    through tensor descriptors (TMA). `spills_on`: majors on which the compiler needs more registers than there are.
+    through tensor descriptors (TMA). `spills_on`: majors on which the compiler needs more registers than there are,
+    `spills_keeping`: those on which it does where stage 1 stores exponentials.
     """
 
     block_n: int
@@ -51,6 +51,7 @@ class MatmulConfig:
     group_n: int = 8
     descriptors: bool = False
     spills_on: tuple[int, ...] = ()
+    spills_keeping: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return self.name
@@ -82,7 +83,7 @@ class MatmulConfig:
             num_stages=self.num_stages,
         )
 
-    def fits(self, chip: Limits, element_bytes: int) -> bool:
+    def fits(self, chip: Limits, element_bytes: int, keeps: bool = False) -> bool:
         """Whether operands of every stage fit shared memory, and the sums a quarter of the registers.
 
         The rest of the registers holds what the epilogue computes of the sums: with half of them it spills.
@@ -90,24 +91,26 @@ class MatmulConfig:
         shared = self.num_stages * (self.block_n + self.block_v) * self.block_d * element_bytes
         threads = self.num_warps * (64 if chip.is_amd else 32)
         sums = self.block_n * self.block_v // threads
-        spills = not chip.is_amd and chip.major in self.spills_on
+        spills = not chip.is_amd and chip.major in (*self.spills_on, *(self.spills_keeping if keeps else ()))
         known = not self.descriptors or (chip.major >= 9 and not chip.is_amd)
         registers = min(256, chip.max_registers // threads)
         return known and shared <= chip.max_shared and 4 * sums <= registers and not spills
 
 
 # 64 rows, wide: on Hopper and Blackwell two warpgroup matmuls side by side. 160 KB, which sm_80 has too.
-_WIDE = MatmulConfig(64, 256, 64, num_warps=8, num_stages=4)
+_WIDE = MatmulConfig(64, 256, 64, num_warps=8, num_stages=4, spills_keeping=(9, 10))
 # Square: fewest bytes from L2 for an operation. 96 KB, for chips with 99 KB (sm_86, sm_89, sm_120).
-_SQUARE = MatmulConfig(128, 128, 64, num_warps=8, num_stages=3, spills_on=(10,))
+_SQUARE = MatmulConfig(128, 128, 64, num_warps=8, num_stages=3, spills_on=(10,), spills_keeping=(8,))
 # The same with one more tile under way, where there is room.
-_DEEP = MatmulConfig(128, 128, 64, num_warps=8, num_stages=4, spills_on=(10,))
+_DEEP = MatmulConfig(128, 128, 64, num_warps=8, num_stages=4, spills_on=(10,), spills_keeping=(8,))
 # Half the sums and half the registers: two blocks a multiprocessor hide each other's epilogue; few rows waste less.
 _SMALL_ROWS = MatmulConfig(64, 128, 64, num_warps=8, num_stages=4)
 # One thread copies a block through a tensor descriptor, and no other holds pointers: compiled for sm_90 187 registers a
 # thread instead of 252, for sm_120 189 instead of 254. The wide tile gains 8, spills on sm_100, and keeps pointers.
 _SQUARE_TMA = MatmulConfig(128, 128, 64, num_warps=8, num_stages=3, descriptors=True)
-_DEEP_TMA = MatmulConfig(128, 128, 64, num_warps=8, num_stages=4, descriptors=True, spills_on=(10,))
+_DEEP_TMA = MatmulConfig(
+    128, 128, 64, num_warps=8, num_stages=4, descriptors=True, spills_on=(10,), spills_keeping=(9,)
+)
 # On sm_100 two blocks a multiprocessor, where pointers leave room for one.
 _SMALL_ROWS_TMA = MatmulConfig(64, 128, 64, num_warps=8, num_stages=4, descriptors=True)
 _HOPPER = (_WIDE, _DEEP, _DEEP_TMA, _SMALL_ROWS_TMA)
@@ -124,27 +127,36 @@ _AMD = (
 )
 # float32 operands are twice as wide. TF32: as square as fits, and a smaller one for Blackwell and few rows.
 _TF32 = (
-    MatmulConfig(128, 128, 32, num_warps=8, num_stages=3, spills_on=(10,)),
+    MatmulConfig(128, 128, 32, num_warps=8, num_stages=3, spills_on=(10,), spills_keeping=(8, 9, 12)),
     MatmulConfig(64, 128, 32, num_warps=8, num_stages=3),
 )
 # Without TF32 NVIDIA has no matrix unit for it: operands and sums compete for registers. With 4 warps 64 x 64 x 16
 # spills on sm_89, and 64 x 64 x 32 on sm_100.
 _FLOAT32 = (
-    MatmulConfig(64, 64, 16, num_warps=8, num_stages=3),
+    MatmulConfig(64, 64, 16, num_warps=8, num_stages=3, spills_keeping=(8,)),
     # Fewer rounds of the loop; one stage less fits.
-    MatmulConfig(64, 64, 32, num_warps=8, num_stages=2),
+    MatmulConfig(64, 64, 32, num_warps=8, num_stages=2, spills_keeping=(10,)),
 )
 # Rows that do not start at multiples of 16 elements, as far as the compiler can tell: no 16-byte copies, so that each
 # element has a pointer of its own in registers, and a larger tile would spill them.
 _UNALIGNED = (MatmulConfig(64, 64, 32, num_warps=8, num_stages=2),)
-_UNALIGNED_FLOAT32 = (MatmulConfig(32, 64, 16, num_warps=8, num_stages=2),)
+_UNALIGNED_FLOAT32 = (
+    MatmulConfig(32, 64, 16, num_warps=8, num_stages=2, spills_keeping=(9,)),
+    # No pointers of a next tile, so that exponentials can be stored on sm_90.
+    MatmulConfig(32, 64, 16, num_warps=8, num_stages=1, spills_on=(10,)),
+)
 # 64 KB for executing compiled kernels on a CPU, where time goes with the number of threads.
 _CPU = (MatmulConfig(32, 64, 32, num_warps=4, num_stages=1, group_n=4),)
 
 
 @functools.cache
-def matmul_configs(dtype: torch.dtype, precision: str, aligned: bool, chip: Limits) -> tuple[MatmulConfig, ...]:
-    """Tiles of the kernels with a matmul that fit a chip; the first is taken where nothing may be timed."""
+def matmul_configs(
+    dtype: torch.dtype, precision: str, aligned: bool, chip: Limits, keeps: bool = False
+) -> tuple[MatmulConfig, ...]:
+    """Tiles of the kernels with a matmul that fit a chip; the first is taken where nothing may be timed.
+
+    `keeps`: of stage 1 where it stores exponentials, or would if a gradient were wanted.
+    """
     if not aligned:
         configs = _UNALIGNED_FLOAT32 if dtype == torch.float32 else _UNALIGNED
     elif dtype == torch.float32:
@@ -155,14 +167,15 @@ def matmul_configs(dtype: torch.dtype, precision: str, aligned: bool, chip: Limi
         configs = _HOPPER
     else:
         configs = _CONSUMER if chip.major >= 12 else _NVIDIA
-    return tuple(config for config in configs if config.fits(chip, dtype.itemsize)) or configs[-1:]
+    return tuple(config for config in configs if config.fits(chip, dtype.itemsize, keeps)) or configs[-1:]
 
 
-def matmul_candidates(x_ND: Tensor, weight_VD: Tensor) -> tuple[MatmulConfig, ...]:
+def matmul_candidates(x_ND: Tensor, weight_VD: Tensor, keeps: bool = False) -> tuple[MatmulConfig, ...]:
     """`matmul_configs` of x_ND, contiguous, and weight_VD on the device where they are."""
     if not x_ND.is_cuda:
         return _CPU
-    return matmul_configs(x_ND.dtype, input_precision(), rows_aligned(x_ND, weight_VD), _limits(x_ND.device))
+    aligned = rows_aligned(x_ND, weight_VD)
+    return matmul_configs(x_ND.dtype, input_precision(), aligned, _limits(x_ND.device), keeps)
 
 
 @functools.cache

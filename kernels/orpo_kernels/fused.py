@@ -6,7 +6,7 @@
 They are custom operators so that torch.compile sees one node with known shapes: how many rows count, and all that
 depends on it, stays inside. E rows are described, N <= E of them count; arrays that are saved for
 backward have E places of which the first N are used, and N itself travels in a CPU tensor. Kept exponentials (kept.py)
-are flat buffers whose sizes R, E and the budget decide: of a padded batch more rows are described than count.
+are flat buffers whose sizes R, E and the budget decide.
 
 Letters: R hidden states, E described rows, N kept rows, P pairs, S = 2P sequences, D hidden size, V vocabulary.
 """
@@ -112,7 +112,7 @@ def linear_orpo(
         rows = that_count(rows)
     check_targets(rows.targets_N, weight_VD.shape[0])
     x_ND, size = hidden_RD[rows.rows_N], rows_E.shape[0]
-    tiles = schedule.kept_tiles(min(size, hidden_RD.shape[0]), x_ND, weight_VD, logits_budget, backend)
+    tiles = schedule.kept_tiles(size, hidden_RD, weight_VD, logits_budget, backend)
     columns = kept_columns(x_ND.shape[0], weight_VD.shape[0], tiles)
     be = load_form(backend, x_ND, rows.targets_N, head, strip_bytes, columns)
     dtype = accumulation_dtype(hidden_RD, weight_VD)
@@ -167,8 +167,7 @@ def _(hidden_RD, weight_VD, bias_V, rows_E, targets_E, *_, pairs, needs, logits_
     wants, size = Needs(*needs), rows_E.shape[0]
     dtype = accumulation_dtype(hidden_RD, weight_VD)
     recompute = schedule.recomputes(wants, logits_budget, backend)
-    few = min(size, hidden_RD.shape[0])
-    tiles = schedule.kept_tiles(few, hidden_RD, weight_VD, logits_budget, backend) if recompute else 0
+    tiles = schedule.kept_tiles(size, hidden_RD, weight_VD, logits_budget, backend) if recompute else 0
 
     def floats(*shape: int) -> Tensor:
         return hidden_RD.new_empty(shape, dtype=dtype)

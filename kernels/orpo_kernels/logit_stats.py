@@ -38,8 +38,9 @@ def fold_logits(z_NV, offs_v, end, targets_N, max_N, sum_N, target_N):
     new_max_N = tl.maximum(max_N, tl.max(z_NV, 1))
     # While a row has seen no finite logit its maximum is -inf, and -inf - -inf is NaN.
     shift_N = tl.where(new_max_N == float("-inf"), 0.0, new_max_N)
+    sum_N = sum_N * tl.exp(max_N - shift_N)
     e_NV = tl.exp(z_NV - shift_N[:, None])
-    sum_N = sum_N * tl.exp(max_N - shift_N) + tl.sum(e_NV, 1)
+    sum_N += tl.sum(e_NV, 1)
     return new_max_N, sum_N, target_N, shift_N, e_NV
 
 
@@ -177,7 +178,7 @@ def logit_stats(
     are: partial sums, and with them the last bits of the loss, depend on where a launch ends.
     """
     assert x_ND.is_contiguous() and targets_N.is_contiguous() and x_ND.dtype == head.weight_VD.dtype
-    candidates = configs.matmul_candidates(x_ND, head.weight_VD)
+    candidates = configs.matmul_candidates(x_ND, head.weight_VD, keeps=columns > 0)
     few_ND, few_N = x_ND[:TIMED_ROWS], targets_N[:TIMED_ROWS]
 
     def launch(config: configs.MatmulConfig) -> None:

@@ -41,12 +41,15 @@ def uses_bins(logits_budget: int, backend: str) -> bool:
     return logits_budget > 0 and backend == "torch"
 
 
-def kept_tiles(rows: int, x_ND: Tensor, weight_VD: Tensor, logits_budget: int, backend: str) -> int:
-    """Row tiles of exponentials for that many rows; 0 for a backend that keeps none."""
+def kept_tiles(described: int, hidden_RD: Tensor, weight_VD: Tensor, logits_budget: int, backend: str) -> int:
+    """Row tiles of exponentials for so many described rows; 0 for a backend that keeps none.
+
+    Of a padded batch more rows are described than there are hidden states, and fewer count.
+    """
     if logits_budget == 0 or not keeps_exponentials(backend):
         return 0
-    dtype = torch.promote_types(x_ND.dtype, weight_VD.dtype)
-    return row_tiles(rows, weight_VD.shape[0], dtype.itemsize, logits_budget)
+    dtype = torch.promote_types(hidden_RD.dtype, weight_VD.dtype)
+    return row_tiles(min(described, hidden_RD.shape[0]), weight_VD.shape[0], dtype.itemsize, logits_budget)
 
 
 def forward(
