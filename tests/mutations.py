@@ -35,7 +35,7 @@ MUTATIONS = [
         "logit_stats.py",
         ("columns past the end count", "(offs_v >= end)[None, :]", "(offs_v > end)[None, :]"),
         ("target left in the sum", "is_target_NV | (offs_v >= end)", "(is_target_NV & False) | (offs_v >= end)"),
-        ("missing rescale of the running sum", "sum_N * tl.exp(max_N - shift_N) + tl.sum", "sum_N + tl.sum"),
+        ("missing rescale of the running sum", "sum_N = sum_N * tl.exp(max_N - shift_N)", "sum_N = sum_N"),
         (
             "no guard where no logit is finite",
             'tl.where(new_max_N == float("-inf"), 0.0, new_max_N)',
