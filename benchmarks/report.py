@@ -13,7 +13,7 @@ from pathlib import Path
 from . import cost_pages, gpu_page, limits, pictures, results, tables
 from .lengths import QUANTILES
 from .run import LOSS_GROUPS
-from .tables import by_device, caption, losses, table
+from .tables import by_device, caption, held, losses, table
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -206,7 +206,7 @@ def readme_training(records: list[dict]) -> list[str]:
             r["peer"],
             f"{r['median']:.1f}",
             f"{r['ratio']:.2f}",
-            f"{r['peak_resident_bytes'] / 2**30:.1f}" if r.get("peak_resident_bytes") else "",
+            held(r),
         ]
         for r in steps
     ]

@@ -204,18 +204,24 @@ def long_table(records: list[dict]) -> str:
     return table(["who", "longest pair, tokens a sequence", "ended at"], rows)
 
 
+def held(record: dict) -> str:
+    """GiB that a training process held: allocated on its GPU, or resident."""
+    held_bytes = record.get("peak_bytes") or record.get("peak_resident_bytes")
+    return f"{held_bytes / 2**30:.1f}" if held_bytes else ""
+
+
 def training_table(records: list[dict]) -> str:
     """Time, pairs per second and memory of each trainer."""
     header = ["model", "data", "batch", "dtype", "what", "who", "rounds", "median (20 to 80 %)", "times as fast as TRL"]
     return table(
-        [*header, "pairs/s", "resident, GiB"],
+        [*header, "pairs/s", "held, GiB"],
         [
             [
                 *(str(r[name]) for name in ("head", "data", "pairs", "dtype", "kind", "peer", "rounds")),
                 f"{r['median']:.3g} s ({r['q20']:.3g} to {r['q80']:.3g})",
                 f"{r['ratio']:.2f}",
                 f"{r['pairs_per_second']:.2f}",
-                f"{r['peak_resident_bytes'] / 2**30:.1f}" if r.get("peak_resident_bytes") else "",
+                held(r),
             ]
             for r in records
         ],

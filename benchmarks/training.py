@@ -11,8 +11,8 @@ FOLDER is any local copy of a causal language model with its tokenizer, for exam
 are random words as many as real answers have (lengths.py). All trainers get the same rows, the same batch size, the
 same start and the same order. They take turns, each for some steps from the same weights; a time is that of one
 optimizer step, its batches already made (the whole run has their making in it). Before any time stands, ours has to
-give TRL's loss at the first step. Memory is the most that a process of its own held resident over the same steps,
-interpreter, weights and optimizer included.
+give TRL's loss at the first step. Memory is the most that a process of its own held over the same steps, weights and
+optimizer included: on a CPU resident, with the interpreter, on a GPU allocated there.
 bfloat16 is `bf16=True`, mixed precision over float32 weights, for all. `(strips)` is `logits_budget=0`.
 """
 
@@ -96,24 +96,30 @@ def train(trainer: Any) -> tuple[list[float], float, float]:
     return [b - a for a, b in zip(begins, ends, strict=True)], whole, first
 
 
-def peak_resident(kind: str, source: dict[str, Any], batch: int, longest: int, dtype: str) -> int:
-    """Most bytes that a process of its own holds resident while it trains on the rows; 0 where /proc is not Linux's."""
+def peak_alone(kind: str, source: dict[str, Any], batch: int, longest: int, dtype: str) -> dict[str, int]:
+    """Most bytes that a process of its own holds while it trains on the rows: "peak_bytes" of a GPU, or
+    "peak_resident_bytes" (0 where /proc is not Linux's)."""
     # A fork would start with this process's memory.
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_train_alone, (kind, source, batch, longest, dtype, torch.get_num_threads()))
 
 
-def _train_alone(kind: str, source: dict[str, Any], batch: int, longest: int, dtype: str, threads: int) -> int:
+def _train_alone(
+    kind: str, source: dict[str, Any], batch: int, longest: int, dtype: str, threads: int
+) -> dict[str, int]:
     torch.set_num_threads(threads)
     model, tokenizer, rows = load_all(**source)
     with tempfile.TemporaryDirectory() as out:
         train(make_trainer(kind, model, tokenizer, rows, out, batch, longest, dtype))
+    if torch.cuda.is_available():
+        return {"peak_bytes": torch.cuda.max_memory_allocated()}
     try:
         with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+            resident = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     except (OSError, StopIteration):
-        return 0
+        resident = 0
+    return {"peak_resident_bytes": resident}
 
 
 def measure(
@@ -154,7 +160,7 @@ def measure(
         off = abs(losses[kind] - losses["trl orpo"])
         if kind.startswith("ours") and off > SAME_LOSS[dtype] * abs(losses["trl orpo"]):
             raise ValueError(f"first loss of {kind} is {losses[kind]}, of TRL's ORPOTrainer {losses['trl orpo']}")
-    held = {kind: peak_resident(kind, source, batch, longest, dtype) for kind in kinds} if memory else {}
+    held = {kind: peak_alone(kind, source, batch, longest, dtype) for kind in kinds} if memory else {}
     words = f"random words, {share} % prompt" if share is not None else "random words of real lengths"
     shape = {
         "head": os.path.basename(os.path.normpath(folder)) if folder else "1M parameters",
@@ -177,7 +183,7 @@ def measure(
             "pairs_per_second": (batch if what == "training step" else batch * steps)
             / summary(times[kind][what])["median"],
             "first_loss": losses[kind],
-            "peak_resident_bytes": held.get(kind),
+            **held.get(kind, {}),
             **stamp(),
         }
         for what in ("training step", "whole run")

@@ -103,8 +103,7 @@ def run_orpo(
     for name, value in (("num_nll_tokens", num_nll_tokens), ("num_pairs", num_pairs)):
         if value is not None and not value > 0:
             raise ValueError(f"{name} has to be above 0, got {value}")
-    if logits_budget is not None and logits_budget < 0:
-        raise ValueError(f"logits_budget has to be at least 0 bytes, got {logits_budget}")
+    check_budget(logits_budget)
 
     # Before autocast: under no_grad its copy of a trained head requires no gradient, and evaluation would not take
     # training's way.
@@ -179,6 +178,12 @@ def check_head(
         raise ValueError(f"logit_softcap has to be above 0 and finite, got {softcap}")
     if strip_bytes is not None and strip_bytes < 1:
         raise ValueError(f"strip_bytes has to be at least 1, got {strip_bytes}")
+
+
+def check_budget(logits_budget: int | None) -> None:
+    """Refuse a budget below 0."""
+    if logits_budget is not None and logits_budget < 0:
+        raise ValueError(f"logits_budget has to be at least 0 bytes, got {logits_budget}")
 
 
 def check_labels(hidden: Tensor, labels: Tensor, nll_labels: Tensor | None, name: str = "labels") -> None:

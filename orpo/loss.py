@@ -5,13 +5,14 @@ Letters: P pairs, T positions, D hidden size, V vocabulary, N rows; equations ar
 
 from __future__ import annotations
 
-from orpo_kernels.backends import choose_backend, resolve_strip
+from orpo_kernels.backends import choose_backend, resolve_budget, resolve_strip
 from orpo_kernels.rows import Rows, rows_from_labels
 from torch import Tensor
 
 from ._core import (
     ORPOOutput,
     autocast,
+    check_budget,
     check_device,
     check_head,
     check_integers,
@@ -78,9 +79,10 @@ def orpo_loss(
         num_pairs: the same for the mean over pairs.
         logits_budget: most bytes kept between the logits and their gradient: tiles of logits on CPU, exponentials in
             the operands' dtype with Triton. 0: none, all logits are recomputed strip by strip in backward (8 N V D
-            FLOPs instead of 6; with Triton in between where the budget holds a part). Default: 1 GiB with Triton,
-            512 MiB on CPU, where a head that needs no gradient keeps none and has every logit computed once (4 N V D).
-            The loss differs between budgets by rounding.
+            FLOPs instead of 6; with Triton in between where the budget holds a part). A head that needs no gradient has
+            every logit computed once (4 N V D), with Triton where the budget holds 1024 rows of them. Default: 1 GiB
+            with Triton, 512 MiB on CPU, there none for a head that needs no gradient. The loss differs between budgets
+            by rounding.
         strip_bytes: size of one vocabulary strip of recomputed logits. Default: 128 MiB on accelerators, 32 MiB on CPU,
             where a wider one is no faster.
         backend: "triton", "torch", or None: torch on CPU tensors, in float64 and where triton is not installed, Triton
@@ -171,6 +173,7 @@ def token_logprobs(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    logits_budget: int | None = None,
     strip_bytes: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -183,6 +186,8 @@ def token_logprobs(
         hidden: (N, D).
         weight: (V, D).
         targets: (N,) int32 or int64 in [0, V).
+        logits_budget: most bytes of exponentials kept until backward, with Triton, as in `orpo_loss`; each call whose
+            backward is still to come keeps its own. On a CPU none are.
         bias, logit_scale, logit_softcap, strip_bytes, backend: as in `orpo_loss`.
 
     Returns:
@@ -199,9 +204,11 @@ def token_logprobs(
         raise ValueError(f"targets of shape {tuple(targets.shape)} does not fit hidden of shape {tuple(hidden.shape)}")
     check_integers("targets", targets, hidden)
     check_head(hidden, weight, bias, logit_softcap, strip_bytes)
+    check_budget(logits_budget)
     head_frozen = is_frozen(weight, bias)
     hidden, weight, bias = autocast(hidden, weight, bias)
-    backend = choose_backend(backend, hidden.device.type, hidden.dtype, weight.dtype)
+    place = hidden.device.type, hidden.dtype, weight.dtype
+    backend = choose_backend(backend, *place)
     logp, *_ = linear_logprobs(
         hidden,
         weight,
@@ -209,6 +216,7 @@ def token_logprobs(
         targets.long(),
         logit_scale=float(logit_scale),
         logit_softcap=None if logit_softcap is None else float(logit_softcap),
+        logits_budget=resolve_budget(logits_budget, backend, *place, weight.shape[0], head_frozen),
         strip_bytes=resolve_strip(strip_bytes, hidden.device.type),
         backend=backend,
         needs=wanted_gradients(hidden, weight, bias),

@@ -35,6 +35,7 @@ CHECKS = (
             "kernels",
             "tests/test_fused.py::test_float32_is_exact",
             "tests/test_kernel_kept.py",
+            "tests/test_kernel_blocks.py",
         ],
     ),
     ("executed", ["--kernels=simt", "-m", "kernels", "tests/test_fused.py::test_float32_is_exact"]),

@@ -151,6 +151,11 @@ MUTATIONS = [
         ("kept: more columns than there is room for", "columns // _STEP * _STEP", "-(-columns // _STEP) * _STEP"),
     ),
     *_in(
+        "schedule.py",
+        ("blocks: gradient of the first rows", "add_matmul(u_ND[first:last],", "add_matmul(u_ND[: last - first],"),
+        ("blocks: targets of the first rows", "targets_N[first:last]", "targets_N[: last - first]"),
+    ),
+    *_in(
         "logit_stats.py",
         ("kept: targets of the first columns", "targets_N - first if first else targets_N", "targets_N"),
         (

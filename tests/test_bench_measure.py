@@ -12,7 +12,7 @@ from benchmarks.gate import KINDS
 from benchmarks.measure import measure_case, peak_memory, stamp
 from benchmarks.peers import PEERS
 from benchmarks.step_profile import OTHER, attribute
-from benchmarks.training import make_trainer, peak_resident
+from benchmarks.training import make_trainer, peak_alone
 from benchmarks.training_data import SHARED_TOTAL, load, synthetic_pairs
 
 
@@ -48,7 +48,7 @@ def test_pairs_of_a_given_share_of_prompt():
 def test_resident_memory_is_that_of_a_process_of_its_own():
     ballast = torch.ones(2**28)
     source = dict(folder=None, data=None, count=4, longest=200, share=None)
-    peak = peak_resident("ours padded", source, batch=2, longest=200, dtype="float32")
+    peak = peak_alone("ours padded", source, batch=2, longest=200, dtype="float32")["peak_resident_bytes"]
     # More than torch alone, and not this process's gigabyte, which a fork would bring along.
     assert 2**27 < peak < 4 * ballast.numel()
 

@@ -78,3 +78,5 @@ def test_token_logprobs_refuses():
         token_logprobs(x, w, torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"token 5, .* 5 rows"):
         token_logprobs(x, w, torch.tensor([0, 5, 1]))
+    with pytest.raises(ValueError, match=r"logits_budget .* got -1"):
+        token_logprobs(x, w, torch.tensor([0, 2, 1]), logits_budget=-1)

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import schedule
 from .form import load_form
 from .head import Head, Needs
-from .kept import Kept, buffers, kept_columns
+from .kept import Kept, buffers
 from .matmul import accumulation_dtype, matmul, operator_body, saved_dtype, widened_matmul
 from .rows import Rows, check_sequences, check_targets, that_count
 
@@ -112,9 +112,8 @@ def linear_orpo(
         rows = that_count(rows)
     check_targets(rows.targets_N, weight_VD.shape[0])
     x_ND, size = hidden_RD[rows.rows_N], rows_E.shape[0]
-    tiles = schedule.kept_tiles(size, hidden_RD, weight_VD, logits_budget, backend)
-    columns = kept_columns(x_ND.shape[0], weight_VD.shape[0], tiles)
-    be = load_form(backend, x_ND, rows.targets_N, head, strip_bytes, columns)
+    keep = schedule.keeping(x_ND, size, hidden_RD, weight_VD, logits_budget, backend, head_frozen)
+    be = load_form(backend, x_ND, rows.targets_N, head, strip_bytes, keep.columns)
     dtype = accumulation_dtype(hidden_RD, weight_VD)
     if schedule.uses_bins(logits_budget, backend):
         # Each bin counts its own rows alone. As floating point: an integer tensor would turn what it divides into
@@ -122,16 +121,16 @@ def linear_orpo(
         num_nll_tokens = num_nll_tokens or rows.in_nll_N.sum(dtype=dtype).clamp(min=1)
         num_pairs = num_pairs or _count_pairs(rows).to(dtype).clamp(min=1)
     settings = dict(beta=beta, nll_weight=nll_weight, num_nll_tokens=num_nll_tokens, num_pairs=num_pairs)
-    exps, maxima = buffers(x_ND, tiles if wants.any else 0, torch.promote_types(x_ND.dtype, weight_VD.dtype))
-    kept = Kept(columns, exps, maxima) if wants.any and columns else None
+    exps, maxima = buffers(x_ND, keep.tiles if wants.any else 0, torch.promote_types(x_ND.dtype, weight_VD.dtype))
+    kept = Kept(keep.columns, exps, maxima) if wants.any and keep.columns else None
     logp_N, lse_N, result, grads = schedule.forward(
-        be, x_ND, rows, head, settings, wants, head_frozen, logits_budget, strip_bytes, columns, kept
+        be, x_ND, rows, head, settings, wants, head_frozen, logits_budget, strip_bytes, keep, kept
     )
 
     counts, index_2E = torch.tensor([0, 0]), rows.rows_N.new_empty(0)
     token_3E, dx_RD, dw_VD, db_V = (logp_N.new_empty(0) for _ in range(4))
     if schedule.recomputes(wants, logits_budget, backend):
-        counts = torch.tensor([x_ND.shape[0], columns])
+        counts = torch.tensor([x_ND.shape[0], keep.columns])
         index_2E = _pad(torch.stack([rows.rows_N, rows.targets_N]), size)
         token_3E = _pad(torch.stack([logp_N, lse_N, result.coef_N]), size)
     elif wants.any:

@@ -12,19 +12,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .head import evened
+
 # Columns that share one maximum; every tile of stage 1 is a multiple of it. 4 bytes beside 64 exponentials.
 TILE = 64
 # Kept columns end where a tile of stage 1 does, so that none is computed for a few columns.
 _STEP = 256
 # The least part of the exponentials that is worth to be kept: one in so many.
 _SHARE = 8
+# The fewest rows of a block (`block_rows`): each reads the whole head, and fewer do not fill a card.
+_BLOCK_ROWS = 1024
 # float16 exponentials keep entries down to 4e-12 of the row's running maximum with this.
 _FLOAT16_SCALE = 2.0**14
 
 
 @dataclass(frozen=True)
+class Keeping:
+    """What is kept: exponentials of the first `columns` columns, of blocks of `block` rows, one after the other.
+
+    `tiles` row tiles have room for it. A block of 0 is all rows at once.
+    """
+
+    columns: int
+    tiles: int
+    block: int = 0
+
+
+@dataclass(frozen=True)
 class Kept:
-    """exps (N, C) with rows `stride` apart, and max_TN, in flat buffers."""
+    """exps (N, C) with rows `stride` apart, and max_TN, in flat buffers; larger ones may hold fewer rows."""
 
     columns: int
     exps: Tensor
@@ -55,6 +71,16 @@ def kept_columns(rows: int, vocabulary: int, tiles: int) -> int:
     """Columns of which `rows` rows fit into `tiles` row tiles: whole steps of 256, or the whole vocabulary."""
     columns = tiles // max(1, rows) * TILE
     return vocabulary if columns >= vocabulary else columns // _STEP * _STEP
+
+
+def block_rows(rows: int, vocabulary: int, element_bytes: int, budget: int) -> int:
+    """Rows of a block whose exponentials `budget` bytes hold over the whole vocabulary.
+
+    For a head without gradients: it has used a block's exponentials up before the next one's. 0 where the budget holds
+    less than 1024 rows, and not all of them.
+    """
+    held = budget // (-(-vocabulary // TILE) * (TILE * element_bytes + 4))
+    return evened(rows, held) if held >= min(rows, _BLOCK_ROWS) else 0
 
 
 def buffers(like: Tensor, tiles: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import schedule
 from .form import load_form
 from .head import Head, Needs
+from .kept import Kept, buffers, kept_columns
 from .matmul import accumulation_dtype, operator_body
 from .rows import check_targets
 
@@ -27,26 +28,40 @@ def linear_logprobs(
     *,
     logit_scale: float,
     logit_softcap: float | None,
+    logits_budget: int,
     strip_bytes: int,
     backend: str,
     needs: list[bool],
     head_frozen: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logp_N, and for backward lse_N and, where only x needs a gradient, u_ND with dlogp_n/dx_n = scale * u_n."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logp_N, and for backward lse_N and, where only x needs a gradient, u_ND with dlogp_n/dx_n = scale * u_n, else
+    the exponentials that are kept (exps and maxima, kept.py)."""
     check_targets(targets_N, weight_VD.shape[0])
     targets_N = targets_N.contiguous()
     head, wants = Head(weight_VD, bias_V, logit_scale, logit_softcap), Needs(*needs)
-    be = load_form(backend, x_ND, targets_N, head, strip_bytes)
-    (logp_N, lse_N), u_ND = schedule.token_stats(be, x_ND, targets_N, head, wants, head_frozen, strip_bytes)
-    return logp_N, lse_N, logp_N.new_empty(0) if u_ND is None else u_ND
+    keep = schedule.keeping(x_ND, x_ND.shape[0], x_ND, weight_VD, logits_budget, backend, head_frozen)
+    be = load_form(backend, x_ND, targets_N, head, strip_bytes, keep.columns)
+    dtype = torch.promote_types(x_ND.dtype, weight_VD.dtype)
+    exps, maxima = buffers(x_ND, keep.tiles if wants.any else 0, dtype)
+    kept = Kept(keep.columns, exps, maxima) if wants.any and keep.columns else None
+    (logp_N, lse_N), u_ND = schedule.token_stats(be, x_ND, targets_N, head, wants, head_frozen, strip_bytes, keep, kept)
+    if not wants.head:
+        kept, (exps, maxima) = None, buffers(x_ND, 0, dtype)
+    return logp_N, lse_N, logp_N.new_empty(0) if u_ND is None else u_ND, exps, maxima
 
 
 @linear_logprobs.register_fake
-def _(x_ND, weight_VD, bias_V, targets_N, *, needs, **_):
+def _(x_ND, weight_VD, bias_V, targets_N, *, needs, logits_budget, backend, **_):
     dtype, wants = accumulation_dtype(x_ND, weight_VD), Needs(*needs)
     keeps_u = wants.any and not wants.head
     rows = x_ND.new_empty(x_ND.shape[0], dtype=dtype)
-    return rows, torch.empty_like(rows), x_ND.new_empty(x_ND.shape if keeps_u else 0, dtype=dtype)
+    tiles = schedule.kept_tiles(x_ND.shape[0], x_ND, weight_VD, logits_budget, backend) if wants.head else 0
+    return (
+        rows,
+        torch.empty_like(rows),
+        x_ND.new_empty(x_ND.shape if keeps_u else 0, dtype=dtype),
+        *buffers(x_ND, tiles, torch.promote_types(x_ND.dtype, weight_VD.dtype)),
+    )
 
 
 @torch.library.custom_op("orpo::linear_logprobs_backward", mutates_args=())
@@ -60,6 +75,8 @@ def linear_logprobs_backward(
     logp_N: Tensor,
     lse_N: Tensor,
     u_ND: Tensor,
+    exps: Tensor,
+    maxima: Tensor,
     *,
     logit_scale: float,
     logit_softcap: float | None,
@@ -73,8 +90,9 @@ def linear_logprobs_backward(
         dx_ND = (u_ND * (logit_scale * grad_N[:, None])).to(x_ND.dtype)
         return dx_ND, logp_N.new_empty(0), logp_N.new_empty(0)
     head, targets_N = Head(weight_VD, bias_V, logit_scale, logit_softcap), targets_N.contiguous()
+    columns = kept_columns(x_ND.shape[0], weight_VD.shape[0], maxima.shape[0])
     grads = schedule.backward_by_strips(
-        load_form(backend, x_ND, targets_N, head, strip_bytes),
+        load_form(backend, x_ND, targets_N, head, strip_bytes, columns),
         x_ND,
         targets_N,
         logp_N,
@@ -83,6 +101,7 @@ def linear_logprobs_backward(
         head,
         wants,
         strip_bytes,
+        Kept(columns, exps, maxima) if columns else None,
     )
     return (
         grads.x_ND.to(x_ND.dtype) if wants.hidden else logp_N.new_empty(0),
@@ -103,7 +122,8 @@ def _save_for_backward(ctx, inputs, keyword_only_inputs, output) -> None:
     # Autograd would make an (N, D) tensor of zeros for u_ND, which has no gradient.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, *output)
-    ctx.settings = {name: value for name, value in keyword_only_inputs.items() if name != "head_frozen"}
+    dropped = ("head_frozen", "logits_budget")
+    ctx.settings = {name: value for name, value in keyword_only_inputs.items() if name not in dropped}
     ctx.mark_non_differentiable(*output[1:])
 
 

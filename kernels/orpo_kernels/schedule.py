@@ -9,7 +9,7 @@ Costs in units of N*V*D FLOPs, a plain forward and backward being 6:
     torch    bins: gradients are made while their tile is alive      6     at most `logits_budget` alive (bins.py)
 
 With weight and bias frozen there is no backward: dX is made in the forward, at 2 less, in torch without a second look
-at any logit, since it follows the running maximum.
+at any logit, since it follows the running maximum, with Triton from a block of rows' exponentials after the other's.
 
 Letters: N kept rows, D hidden size, V vocabulary, C kept columns.
 """
@@ -25,8 +25,8 @@ from torch import Tensor
 from . import bins
 from .form import keeps_exponentials
 from .head import Gradients, Head, Needs, strip_width, strips
-from .kept import Kept, row_tiles
-from .matmul import add_matmul
+from .kept import TILE, Keeping, Kept, block_rows, kept_columns, row_tiles
+from .matmul import accumulation_dtype, add_matmul
 from .reference import Objective
 from .rows import Rows
 
@@ -52,6 +52,20 @@ def kept_tiles(described: int, hidden_RD: Tensor, weight_VD: Tensor, logits_budg
     return row_tiles(min(described, hidden_RD.shape[0]), weight_VD.shape[0], dtype.itemsize, logits_budget)
 
 
+def keeping(
+    x_ND: Tensor, described: int, hidden_RD: Tensor, weight_VD: Tensor, logits_budget: int, backend: str, frozen: bool
+) -> Keeping:
+    """What is kept of these rows, with a gradient; without one they go the same way. `frozen`: the head is."""
+    n, v = x_ND.shape[0], weight_VD.shape[0]
+    tiles = kept_tiles(described, hidden_RD, weight_VD, logits_budget, backend)
+    if frozen and logits_budget > 0 and keeps_exponentials(backend):
+        # Nothing of it reaches backward, so that the rows that count decide, however many are described.
+        dtype = torch.promote_types(x_ND.dtype, weight_VD.dtype)
+        if block := block_rows(n, v, dtype.itemsize, logits_budget):
+            return Keeping(v, block * -(-v // TILE), block)
+    return Keeping(kept_columns(n, v, tiles), tiles)
+
+
 def forward(
     backend: ModuleType,
     x_ND: Tensor,
@@ -62,18 +76,18 @@ def forward(
     head_frozen: bool,
     logits_budget: int,
     strip_bytes: int,
-    columns: int = 0,
+    keep: Keeping,
     kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor | None, Objective, Gradients]:
     """Stages 1 and 2, and stage 3 where it can be done at once: (logp_N, lse_N, objective, gradients).
 
     lse_N is None under a budget of tiles; gradients are complete, for an upstream gradient of 1, unless `recomputes`.
-    `kept` is filled with the exponentials of the first `columns` columns.
+    `kept` is filled with the exponentials that `keep` says.
     """
     if backend.TILES and logits_budget > 0:
         logp_N, gradients = bins.forward(backend, x_ND, rows, head, settings, needs, logits_budget)
         return logp_N, None, backend.objective(logp_N, rows, **settings), gradients
-    stats, u_ND = token_stats(backend, x_ND, rows.targets_N, head, needs, head_frozen, strip_bytes, columns, kept)
+    stats, u_ND = token_stats(backend, x_ND, rows.targets_N, head, needs, head_frozen, strip_bytes, keep, kept)
     objective = backend.objective(stats[0], rows, **settings)
     dx_ND = None if u_ND is None else u_ND.mul_(head.scale * objective.coef_N[:, None])
     return *stats, objective, Gradients(x_ND=dx_ND)
@@ -87,7 +101,7 @@ def token_stats(
     needs: Needs,
     head_frozen: bool,
     strip_bytes: int,
-    columns: int = 0,
+    keep: Keeping,
     kept: Kept | None = None,
 ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
     """((logp_N, lse_N), u_ND): stage 1 by strips, and dlogp/dx before the logit scale where the head is frozen.
@@ -98,13 +112,20 @@ def token_stats(
     if wants_u and backend.TILES:
         *stats, u_ND = backend.frozen_head_stats_and_grad(x_ND, targets_N, head, strip_bytes)
         return tuple(stats), u_ND
-    stats = logp_N, lse_N = backend.token_stats(x_ND, targets_N, head, strip_bytes, columns, kept)
-    if not wants_u:
+    parts, n = [], x_ND.shape[0]
+    u_ND = x_ND.new_zeros(x_ND.shape, dtype=accumulation_dtype(x_ND, head.weight_VD)) if wants_u else None
+    for first, last in strips(n, keep.block or n) if n else ((0, 0),):
+        part = x_ND[first:last], targets_N[first:last]
+        stats = backend.token_stats(*part, head, strip_bytes, keep.columns, kept)
+        parts.append(stats)
+        if u_ND is None:
+            continue
+        for _, _, g_NW, weight_WD in _strips_of_g(backend, *part, *stats, head, strip_bytes, kept):
+            add_matmul(u_ND[first:last], g_NW, weight_WD)
+            del g_NW, weight_WD
+    stats = logp_N, _ = parts[0] if len(parts) == 1 else tuple(torch.cat(t) for t in zip(*parts, strict=True))
+    if u_ND is None:
         return stats, None
-    u_ND = x_ND.new_zeros(x_ND.shape, dtype=logp_N.dtype)
-    for _, _, g_NW, weight_WD in _strips_of_g(backend, x_ND, targets_N, logp_N, lse_N, head, strip_bytes, kept):
-        add_matmul(u_ND, g_NW, weight_WD)
-        del g_NW, weight_WD
     dtype = backend.compute_dtype(x_ND.dtype, head.weight_VD.dtype)
     return stats, u_ND.mul_(backend.grad_coefficient(torch.ones_like(logp_N), logp_N, dtype)[:, None])
 
