@@ -5,7 +5,7 @@ Letters: P pairs, T positions, D hidden size, V vocabulary, N rows; equations ar
 
 from __future__ import annotations
 
-from orpo_kernels.backends import choose_backend, resolve_budget, resolve_strip
+from orpo_kernels.backends import LOGITS_BUDGET, choose_backend, resolve_strip
 from orpo_kernels.rows import Rows, rows_from_labels
 from torch import Tensor
 
@@ -80,7 +80,7 @@ def orpo_loss(
         logits_budget: most bytes kept between the logits and their gradient: tiles of logits on CPU, exponentials in
             the operands' dtype with Triton. 0: none, all logits are recomputed strip by strip in backward (8 N V D
             FLOPs instead of 6; with Triton in between where the budget holds a part). A head that needs no gradient has
-            every logit computed once (4 N V D), with Triton where the budget holds 1024 rows of them. Default: 1 GiB
+            every logit computed once (4 N V D), with Triton where the budget holds all or 1024 rows. Default: 1 GiB
             with Triton, 512 MiB on CPU, there none for a head that needs no gradient. The loss differs between budgets
             by rounding.
         strip_bytes: size of one vocabulary strip of recomputed logits. Default: 128 MiB on accelerators, 32 MiB on CPU,
@@ -186,8 +186,9 @@ def token_logprobs(
         hidden: (N, D).
         weight: (V, D).
         targets: (N,) int32 or int64 in [0, V).
-        logits_budget: most bytes of exponentials kept until backward, with Triton, as in `orpo_loss`; each call whose
-            backward is still to come keeps its own. On a CPU none are.
+        logits_budget: most bytes of exponentials kept with Triton, as in `orpo_loss`. Default: 0, since each call whose
+            backward is still to come would keep its own, and 1 GiB where weight and bias need no gradient, which
+            leaves none of it behind. On a CPU none are kept.
         bias, logit_scale, logit_softcap, strip_bytes, backend: as in `orpo_loss`.
 
     Returns:
@@ -209,6 +210,8 @@ def token_logprobs(
     hidden, weight, bias = autocast(hidden, weight, bias)
     place = hidden.device.type, hidden.dtype, weight.dtype
     backend = choose_backend(backend, *place)
+    if logits_budget is None:
+        logits_budget = LOGITS_BUDGET if head_frozen else 0
     logp, *_ = linear_logprobs(
         hidden,
         weight,
@@ -216,7 +219,7 @@ def token_logprobs(
         targets.long(),
         logit_scale=float(logit_scale),
         logit_softcap=None if logit_softcap is None else float(logit_softcap),
-        logits_budget=resolve_budget(logits_budget, backend, *place, weight.shape[0], head_frozen),
+        logits_budget=logits_budget,
         strip_bytes=resolve_strip(strip_bytes, hidden.device.type),
         backend=backend,
         needs=wanted_gradients(hidden, weight, bias),

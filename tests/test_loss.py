@@ -131,7 +131,8 @@ def test_only_the_loss_is_differentiable():
             part.sum().backward()
 
 
-def test_compiles_as_one_graph():
+@pytest.mark.parametrize("dynamic", [None, True], ids=["", "sizes are symbols"])
+def test_compiles_as_one_graph(dynamic):
     problem = make_problem().requiring_grad()
 
     def step(hidden, weight, labels):
@@ -141,7 +142,8 @@ def test_compiles_as_one_graph():
     eager.backward()
     grads = problem.hidden.grad.clone(), problem.weight.grad.clone()
     problem.requiring_grad()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(problem.hidden, problem.weight, problem.labels)
+    compile_options = dict(fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    compiled = torch.compile(step, **compile_options)(problem.hidden, problem.weight, problem.labels)
     compiled.backward()
     torch.testing.assert_close(compiled, eager)
     torch.testing.assert_close((problem.hidden.grad, problem.weight.grad), grads)

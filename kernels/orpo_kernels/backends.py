@@ -42,7 +42,6 @@ def choose_backend(name: str | None, device: str, hidden_dtype: torch.dtype, wei
     return name
 
 
-@torch.compiler.assume_constant_result
 def resolve_budget(
     logits_budget: int | None,
     backend: str,
@@ -59,8 +58,14 @@ def resolve_budget(
         # Tiles save the head's gradient a second computation of the logits. A frozen head has none, and goes through
         # each strip once.
         logits_budget = CPU_LOGITS_BUDGET if device == "cpu" and not head_frozen else 0
-    row_bytes = vocabulary * load_backend(backend).tile_element_bytes(hidden_dtype, weight_dtype)
+    row_bytes = vocabulary * _tile_element_bytes(hidden_dtype, weight_dtype)
     return logits_budget if logits_budget >= row_bytes else 0
+
+
+# Not the vocabulary, which is a symbol where a graph is compiled for any weight.
+@torch.compiler.assume_constant_result
+def _tile_element_bytes(hidden_dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
+    return load_backend("torch").tile_element_bytes(hidden_dtype, weight_dtype)
 
 
 def resolve_strip(strip_bytes: int | None, device: str) -> int:

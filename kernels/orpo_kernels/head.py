@@ -62,17 +62,13 @@ def strip_width(rows: int, vocabulary: int, element_bytes: int, strip_bytes: int
 
     At least one column, so that a strip of more rows than `strip_bytes` has room for is still computed.
     """
-    return evened(vocabulary, max(1, strip_bytes // max(1, rows * element_bytes)))
-
-
-def evened(total: int, most: int) -> int:
-    """The size of each part (the last may be smaller), so that parts of at most `most` are about as large."""
-    if most >= total:
-        return total
+    widest = max(1, strip_bytes // max(1, rows * element_bytes))
+    if widest >= vocabulary:
+        return vocabulary
     # Matmul libraries lose a large part of their speed on widths that are not multiples of a tile.
-    tile = next((t for t in (128, 16) if most >= t), 1)
-    parts = -(-total // (most // tile * tile))
-    return -(-total // (parts * tile)) * tile
+    tile = next((t for t in (128, 16) if widest >= t), 1)
+    strips = -(-vocabulary // (widest // tile * tile))
+    return -(-vocabulary // (strips * tile)) * tile
 
 
 def strips(vocabulary: int, width: int) -> Iterator[tuple[int, int]]:

@@ -12,15 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .head import evened
-
 # Columns that share one maximum; every tile of stage 1 is a multiple of it. 4 bytes beside 64 exponentials.
 TILE = 64
 # Kept columns end where a tile of stage 1 does, so that none is computed for a few columns.
 _STEP = 256
 # The least part of the exponentials that is worth to be kept: one in so many.
 _SHARE = 8
-# The fewest rows of a block (`block_rows`): each reads the whole head, and fewer do not fill a card.
+# Rows that a budget has to hold for blocks (`block_rows`): each of them reads the whole head.
 _BLOCK_ROWS = 1024
 # float16 exponentials keep entries down to 4e-12 of the row's running maximum with this.
 _FLOAT16_SCALE = 2.0**14
@@ -76,11 +74,15 @@ def kept_columns(rows: int, vocabulary: int, tiles: int) -> int:
 def block_rows(rows: int, vocabulary: int, element_bytes: int, budget: int) -> int:
     """Rows of a block whose exponentials `budget` bytes hold over the whole vocabulary.
 
-    For a head without gradients: it has used a block's exponentials up before the next one's. 0 where the budget holds
-    less than 1024 rows, and not all of them.
+    For a head without gradients: it has used a block's exponentials up before the next one's. Blocks are of about the
+    same size. 0 where there are no rows, or the budget holds less than 1024 and not all of them.
     """
     held = budget // (-(-vocabulary // TILE) * (TILE * element_bytes + 4))
-    return evened(rows, held) if held >= min(rows, _BLOCK_ROWS) else 0
+    if rows == 0 or held < min(rows, _BLOCK_ROWS):
+        return 0
+    even = -(-rows // -(-rows // held))
+    # Whole tiles of a matrix instruction, where that does not take more than there is room for.
+    return min(held, rows, -(-even // 16) * 16)
 
 
 def buffers(like: Tensor, tiles: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

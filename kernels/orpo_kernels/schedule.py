@@ -57,12 +57,13 @@ def keeping(
 ) -> Keeping:
     """What is kept of these rows, with a gradient; without one they go the same way. `frozen`: the head is."""
     n, v = x_ND.shape[0], weight_VD.shape[0]
-    tiles = kept_tiles(described, hidden_RD, weight_VD, logits_budget, backend)
     if frozen and logits_budget > 0 and keeps_exponentials(backend):
         # Nothing of it reaches backward, so that the rows that count decide, however many are described.
+        described = n
         dtype = torch.promote_types(x_ND.dtype, weight_VD.dtype)
         if block := block_rows(n, v, dtype.itemsize, logits_budget):
             return Keeping(v, block * -(-v // TILE), block)
+    tiles = kept_tiles(described, hidden_RD, weight_VD, logits_budget, backend)
     return Keeping(kept_columns(n, v, tiles), tiles)
 
 
