@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 
 from . import pictures
 from .cases import HEADS
@@ -121,17 +123,51 @@ def loss_table(records: list[dict]) -> str:
 FIGURES = {"median": lambda r: f"{r['median']:.3g} s", "peak_bytes": lambda r: f"{r['peak_bytes'] / 2**20:,.0f} MiB"}
 
 
-def losses(
-    records: list[dict], margin: float = 1.05, figure: str = "median", forms: tuple[str, ...] = OURS
-) -> list[str]:
-    """One line for each case in which a peer's `figure` is below that of all `forms` of ours by more than `margin`."""
+def measured_cases(records: list[dict]) -> list[list[dict]]:
+    """The peers that were timed on the same case, on the same machine; one list for each case."""
     cases: dict[tuple, list[dict]] = {}
     for r in records:
         if r["status"] == "measured":
             names = ("group", "head", "pairs", "positions", "prompt", "padded", "V", "dtype", "kind", "device")
             cases.setdefault(tuple(r.get(name) for name in names), []).append(r)
+    return list(cases.values())
+
+
+def summary_table(records: list[dict], margin: float = 1.05) -> str:
+    """How often each form of ours is the fastest and the smallest, both within `margin`, and how it stands to TRL."""
+    found: dict[tuple[str, str, str], list[tuple[float, float, float, float]]] = {}
+    for rows in measured_cases(records):
+        peers = {r["peer"]: r for r in rows}
+        others = [r for r in rows if r["peer"] not in OURS]
+        for form in OURS:
+            if form not in peers or "trl" not in peers:
+                continue
+            mine, trl = peers[form], peers["trl"]
+            beside = [mine[name] / min(r[name] for r in others) for name in ("median", "peak_bytes")]
+            ratios = trl["median"] / mine["median"], mine["peak_bytes"] / trl["peak_bytes"]
+            found.setdefault((mine["kind"], mine["dtype"], form), []).append((*beside, *ratios))
+
+    def spread(values: list[float], digits: int) -> str:
+        return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+    rows = []
+    for kind, dtype, form in itertools.product(KINDS, ("float32", "bfloat16"), OURS):
+        if cases := found.get((kind, dtype, form)):
+            times, sizes, faster, share = zip(*cases, strict=True)
+            fastest, smallest = (sum(value <= margin for value in values) for values in (times, sizes))
+            of = len(cases)
+            against_trl = spread(faster, 1), spread([100 * value for value in share], 0)
+            rows.append([KINDS[kind], dtype, form, f"{fastest} of {of}", f"{smallest} of {of}", *against_trl])
+    header = ["what", "dtype", "who", "fastest", "smallest", "times as fast as TRL", "% of TRL's memory"]
+    return table(header, rows)
+
+
+def losses(
+    records: list[dict], margin: float = 1.05, figure: str = "median", forms: tuple[str, ...] = OURS
+) -> list[str]:
+    """One line for each case in which a peer's `figure` is below that of all `forms` of ours by more than `margin`."""
     lines = []
-    for rows in cases.values():
+    for rows in measured_cases(records):
         ours, others = [r for r in rows if r["peer"] in forms], [r for r in rows if r["peer"] not in OURS]
         if not ours or not others:
             continue

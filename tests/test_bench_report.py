@@ -51,6 +51,19 @@ def test_a_faster_peer_is_named_with_both_times():
     assert tables.losses([*rows, {**ROW, "peer": "trl", "median": 1.5, "device": "y"}]) == []
 
 
+def test_the_summary_counts_cases_won_and_lost():
+    first = [{**ROW, "peer": "ours", "median": 2.0, "peak_bytes": 10}, {**ROW, "peer": "trl", "median": 4.0}]
+    second = [{**row, "prompt": 6, "median": 2.2} for row in first]
+    second.append({**second[1], "peer": "cce", "median": 2.0, "peak_bytes": 9})
+    (line,) = tables.summary_table([*first, *second]).splitlines()[2:]
+    # 10 % slower than CCE on the second, 11 % larger.
+    share = f"{100 * 10 / 2**20:.0f}"
+    cells = ["float32", "ours", "1 of 2", "1 of 2", "1.5 (1.0 to 2.0)", f"{share} ({share} to {share})"]
+    assert line == f"| forward and backward | {' | '.join(cells)} |"
+    # Without TRL beside it a case does not count.
+    assert tables.summary_table(second[::2]).count("\n") == 1
+
+
 def test_the_reason_for_losing_fits_every_case_in_which_we_lose():
     stored = report.load_all()
     lines = tables.losses([r for group in report.LOSS_GROUPS for r in stored[group]])
