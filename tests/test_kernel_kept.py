@@ -102,6 +102,37 @@ def test_the_compiler_is_told_the_sizes(budget, weight_dtype, kernel_device):
 
 
 @pytest.mark.kernels
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("budget", [BUDGETS["some"], BUDGETS["all"]], ids=["some", "all"])
+def test_a_weight_stored_by_columns(budget, frozen, kernel_device):
+    """Entries one after the other along the vocabulary, as of a transposed parameter."""
+    problem = make_problem(V=V, device=kernel_device)
+    problem.weight = problem.weight.detach().T.contiguous().T
+    assert problem.weight.stride() == (1, V)
+    problem.requiring_grad(weight=not frozen)
+    out = _run(problem, budget)
+    out.loss.backward()
+    truth, dh, dw, _ = problem.truth()
+    assert relative_error(out.loss, truth.loss) < 2e-6
+    assert relative_error(problem.hidden.grad, dh) < 1e-6
+    assert frozen or relative_error(problem.weight.grad, dw) < 1e-6
+
+
+@pytest.mark.kernels
+@budgets
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+def test_no_row_counts(frozen, budget, kernel_device):
+    problem = make_problem(V=V, device=kernel_device)
+    problem.labels.fill_(-100)
+    problem.nll_labels = None
+    problem.requiring_grad(weight=not frozen)
+    out = _run(problem, budget)
+    out.loss.backward()
+    assert out.loss == 0
+    assert not any(gradient.any() for gradient in _gradients(problem)) and len(_gradients(problem)) == 2 - frozen
+
+
+@pytest.mark.kernels
 def test_backward_twice_gives_the_same_gradients(kernel_device):
     problem = make_problem(V=V, device=kernel_device).requiring_grad()
     loss = _run(problem, BUDGETS["some"]).loss
