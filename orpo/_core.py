@@ -12,7 +12,7 @@ import torch
 from orpo_kernels import reference
 from orpo_kernels.backends import choose_backend, resolve_budget, resolve_strip
 from orpo_kernels.matmul import mean_rows
-from orpo_kernels.rows import Rows
+from orpo_kernels.rows import Rows, that_count
 from torch import Tensor
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -81,7 +81,7 @@ def run_orpo(
     hidden: Tensor,
     weight: Tensor,
     rows: Rows,
-    all_rows_count: bool,
+    from_labels: bool,
     *,
     lm_head_bias: Tensor | None,
     beta: float,
@@ -108,6 +108,10 @@ def run_orpo(
     # Before autocast: under no_grad its copy of a trained head requires no gradient, and evaluation would not take
     # training's way.
     head_frozen = is_frozen(weight, lm_head_bias)
+    # A graph has no size that depends on labels: there the operator finds the rows that count, in room for all.
+    all_rows_count = not (from_labels and torch.compiler.is_compiling())
+    if from_labels and all_rows_count:
+        rows = that_count(rows)
     hidden, weight, bias = autocast(hidden, weight, lm_head_bias)
     place = hidden.device.type, hidden.dtype, weight.dtype
     backend = choose_backend(backend, *place)
@@ -125,6 +129,8 @@ def run_orpo(
         num_pairs=None if num_pairs is None else float(num_pairs),
         pairs=rows.pairs,
         all_rows_count=all_rows_count,
+        # Labels are read sequence by sequence.
+        check_order=not from_labels,
         beta=float(beta),
         nll_weight=float(nll_weight),
         logit_scale=float(logit_scale),

@@ -165,6 +165,7 @@ def test_opcheck(budget, needs):
             num_pairs=None,
             pairs=rows.pairs,
             all_rows_count=True,
+            check_order=True,
             beta=0.1,
             nll_weight=1.0,
             logit_scale=1.0,

@@ -90,9 +90,9 @@ def test_the_compiler_is_told_the_sizes(budget, weight_dtype, kernel_device):
     tensors = [problem.hidden.detach().flatten(0, 1), problem.weight.detach().to(weight_dtype), None]
     tensors += [rows.rows_N, rows.targets_N, rows.sequence_N, rows.in_response_N, rows.in_nll_N]
     settings = dict(
-        num_nll_tokens=None, num_pairs=None, pairs=rows.pairs, all_rows_count=False, beta=0.1, nll_weight=1.0,
-        logit_scale=1.0, logit_softcap=None, logits_budget=budget, strip_bytes=20_000, backend="triton-fused",
-        needs=[True, True, False], head_frozen=False,
+        num_nll_tokens=None, num_pairs=None, pairs=rows.pairs, all_rows_count=False, check_order=False, beta=0.1,
+        nll_weight=1.0, logit_scale=1.0, logit_softcap=None, logits_budget=budget, strip_bytes=20_000,
+        backend="triton-fused", needs=[True, True, False], head_frozen=False,
     )  # fmt: skip
     real = fused.linear_orpo(*tensors, **settings)
     with FakeTensorMode() as mode:
@@ -191,6 +191,16 @@ def test_no_more_is_kept_than_the_budget(budget, monkeypatch):
     _run(problem, budget)
     held = sum(t.nbytes for pair in made for t in pair)
     assert held <= budget and (held == 0) == (budget in (BUDGETS["none"], BUDGETS["too little"]))
+
+
+@pytest.mark.kernels(modes=("interpret",))
+def test_a_padded_batch_keeps_no_more_than_its_rows_that_count(monkeypatch):
+    made, original = [], fused.buffers
+    monkeypatch.setattr(fused, "buffers", lambda *arguments: made.append(original(*arguments)) or made[-1])
+    problem = make_problem(V=V).requiring_grad()
+    _run(problem, 2**30)
+    counted = problem.rows.rows_N.numel()
+    assert [t.numel() for t in made[0]] == [counted * 640, counted * 10] and counted < problem.labels.numel()
 
 
 def test_who_keeps(monkeypatch):

@@ -4,9 +4,9 @@
     orpo::linear_orpo_backward upstream gradient     -> dX, dW, db                       Eq. 8
 
 They are custom operators so that torch.compile sees one node with known shapes: how many rows count, and all that
-depends on it, stays inside. E rows are described, N <= E of them count; arrays that are saved for
-backward have E places of which the first N are used, and N itself travels in a CPU tensor. Kept exponentials (kept.py)
-are flat buffers whose sizes R, E and the budget decide.
+depends on it, stays inside. E rows are described, N <= E of them count (fewer only where labels are read in a graph);
+arrays that are saved for backward have E places of which the first N are used, and N itself travels in a CPU tensor.
+Kept exponentials (kept.py) are flat buffers whose sizes R, E and the budget decide.
 
 Letters: R hidden states, E described rows, N kept rows, P pairs, S = 2P sequences, D hidden size, V vocabulary.
 """
@@ -25,6 +25,8 @@ from .rows import Rows, check_sequences, check_targets, that_count
 
 
 def _pad(values: Tensor, size: int) -> Tensor:
+    if values.shape[-1] == size:
+        return values
     return torch.nn.functional.pad(values, (0, size - values.shape[-1]))
 
 
@@ -72,6 +74,7 @@ def linear_orpo(
     num_pairs: float | None,
     pairs: int,
     all_rows_count: bool,
+    check_order: bool,
     beta: float,
     nll_weight: float,
     logit_scale: float,
@@ -105,10 +108,9 @@ def linear_orpo(
     # Contiguous: kernels step through them one element after the other.
     arrays = (t.contiguous() for t in (rows_E, targets_E, sequence_E, in_response_E, in_nll_E))
     rows = Rows(*arrays, pairs)
-    if all_rows_count:
+    if check_order:
         check_sequences(rows)
-    else:
-        # Made from labels, sequence by sequence.
+    if not all_rows_count:
         rows = that_count(rows)
     check_targets(rows.targets_N, weight_VD.shape[0])
     x_ND, size = hidden_RD[rows.rows_N], rows_E.shape[0]
