@@ -12,7 +12,7 @@ import torch
 from orpo_kernels import reference
 from orpo_kernels.backends import choose_backend, resolve_budget, resolve_strip
 from orpo_kernels.matmul import mean_rows
-from orpo_kernels.rows import Rows, that_count
+from orpo_kernels.rows import Rows, can_be_counted, that_count
 from torch import Tensor
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -108,9 +108,9 @@ def run_orpo(
     # Before autocast: under no_grad its copy of a trained head requires no gradient, and evaluation would not take
     # training's way.
     head_frozen = is_frozen(weight, lm_head_bias)
-    # A graph has no size that depends on labels: there the operator finds the rows that count, in room for all.
-    all_rows_count = not (from_labels and torch.compiler.is_compiling())
+    all_rows_count = not from_labels or can_be_counted(rows)
     if from_labels and all_rows_count:
+        # Otherwise the operator does, and what it saves has room for all positions.
         rows = that_count(rows)
     hidden, weight, bias = autocast(hidden, weight, lm_head_bias)
     place = hidden.device.type, hidden.dtype, weight.dtype
@@ -229,7 +229,7 @@ def check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors as a Linear would see them under the active autocast; float64 is left alone, as there."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -1,10 +1,12 @@
 """The public loss as its user calls it: against TRL's and Liger's definitions."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from problems import make_problem, relative_error
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orpo import FusedLinearORPOLoss, odds_ratio_loss, orpo_loss, token_logprobs
 
@@ -147,6 +149,17 @@ def test_compiles_as_one_graph(dynamic):
     compiled.backward()
     torch.testing.assert_close(compiled, eager)
     torch.testing.assert_close((problem.hidden.grad, problem.weight.grad), grads)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_sizes_without_numbers(device):
+    """Estimates of memory run a step on tensors that have no data."""
+    with torch.device(device), FakeTensorMode() if device == "cpu" else nullcontext():
+        hidden, weight = (torch.empty(*shape, requires_grad=True) for shape in ((4, 9, 8), (31, 8)))
+        out = orpo_loss(hidden, weight, torch.empty(4, 9, dtype=torch.int64))
+        out.loss.backward()
+    assert out.loss.shape == () and out.chosen_logps.shape == (2,)
+    assert hidden.grad.shape == hidden.shape and weight.grad.shape == weight.shape
 
 
 def test_seed_data_set_trains():

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,12 @@ def check_targets(targets: Tensor, vocabulary: int) -> None:
     else:
         inside = (low >= 0) & (high < vocabulary)
         torch._assert_async(inside, f"labels holds a token outside the {vocabulary} rows of lm_head_weight")
+
+
+def can_be_counted(rows: Rows) -> bool:
+    """Whether it can be known now how many rows count: not in a graph, nor of tensors that stand for sizes alone."""
+    mask_N = rows.in_response_N
+    return not (torch.compiler.is_compiling() or mask_N.is_meta or isinstance(mask_N, FakeTensor))
 
 
 def that_count(rows: Rows) -> Rows:
