@@ -71,7 +71,7 @@ class FusedLinearORPOLoss(torch.nn.Module):
             _input,
             lin_weight,
             rows_from_labels(target, nll_target, self.ignore_index, shift=False),
-            True,
+            from_labels=True,
             lm_head_bias=bias,
             beta=self.beta,
             nll_weight=float(self.compute_nll_loss),

@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from benchmarks import gpu_page, report, results, tables
-from benchmarks.cases import CASES, Case
-from benchmarks.measure import measure_case
 from benchmarks.peers import PEERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,58 +114,6 @@ def test_lengths_drawn_have_the_shares_of_the_data():
     assert sum(batches) / len(batches) == pytest.approx(0.46, abs=0.04)
     with pytest.raises(ValueError, match="longest is 10; the shortest pair has 15"):
         lengths.draw(1, longest=10)
-
-
-def test_a_wrong_peer_gets_no_time():
-    eager = PEERS["torch eager"]
-
-    def wrong(batch, beta):
-        return 1.01 * eager(batch, beta)
-
-    records = measure_case(CASES["tiny padded"], torch.float32, {"right": eager, "wrong": wrong}, ["step"], 1)
-    status = {r["peer"]: r for r in records}
-    assert status["right"]["status"] == "measured" and status["right"]["error_dw"] < 1e-5
-    assert status["wrong"]["status"] == "wrong" and "median" not in status["wrong"]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_loss_without_its_odds_ratio_gets_no_time(dtype):
-    peers = {"right": PEERS["ours"], "likelihood alone": lambda batch, beta: PEERS["ours"](batch, 0.0)}
-    records = measure_case(Case("h", 4, 64, 32, 64, 5000), dtype, peers, ["step", "evaluation"], 1)
-    status = {(r["peer"], r["kind"]): r["status"] for r in records}
-    assert status == {
-        ("right", "step"): "measured",
-        ("right", "evaluation"): "measured",
-        ("likelihood alone", "step"): "wrong",
-        ("likelihood alone", "evaluation"): "wrong",
-    }
-
-
-def test_a_peer_that_is_wrong_in_one_kind_alone_gets_no_time_there():
-    ours = PEERS["ours"]
-
-    def wrong_without_grad(batch, beta):
-        return ours(batch, beta) * (1.0 if torch.is_grad_enabled() else 1.01)
-
-    def wrong_with_a_frozen_head(batch, beta):
-        # The loss is right, its gradient is not.
-        loss = ours(batch, beta)
-        return loss if batch.weight.requires_grad else 2 * loss - loss.detach()
-
-    def fails_without_grad(batch, beta):
-        loss = ours(batch, beta)
-        return loss if loss.requires_grad else loss.backward()
-
-    peers = {f.__name__: f for f in (wrong_without_grad, wrong_with_a_frozen_head, fails_without_grad)}
-    records = measure_case(CASES["tiny"], torch.float32, peers, ["step", "evaluation", "frozen"], 1)
-    status = {(r["peer"], r["kind"]): r["status"].split(":")[0] for r in records}
-    assert {key for key, value in status.items() if value != "measured"} == {
-        ("wrong_without_grad", "evaluation"),
-        ("wrong_with_a_frozen_head", "frozen"),
-        ("fails_without_grad", "evaluation"),
-    }
-    assert status["fails_without_grad", "evaluation"] == "failed"
-    assert status["wrong_without_grad", "evaluation"] == status["wrong_with_a_frozen_head", "frozen"] == "wrong"
 
 
 def test_without_a_gpu_the_command_says_so_and_ends_well(capsys):

@@ -46,7 +46,7 @@ def linear_logprobs(
     kept = Kept(keep.columns, exps, maxima) if wants.any and keep.columns else None
     (logp_N, lse_N), u_ND = schedule.token_stats(be, x_ND, targets_N, head, wants, head_frozen, strip_bytes, keep, kept)
     if not wants.head:
-        kept, (exps, maxima) = None, buffers(x_ND, 0, dtype)
+        exps, maxima = buffers(x_ND, 0, dtype)
     return logp_N, lse_N, logp_N.new_empty(0) if u_ND is None else u_ND, exps, maxima
 
 
