@@ -180,6 +180,12 @@ def losses(
     return lines
 
 
+def losses_of_the_default(records: list[dict], figure: str = "median") -> list[str]:
+    """The lines of `losses` for `ours` alone, of cases in which `ours (strips)` does not lose."""
+    cases = [rows for rows in measured_cases(records) if not losses(rows, figure=figure)]
+    return [line for rows in cases for line in losses(rows, figure=figure, forms=("ours",))]
+
+
 def exponent(points: list[tuple[float, float]]) -> float:
     """b of y = a x^b, by least squares of the logarithms."""
     logs = [(math.log(x), math.log(y)) for x, y in points]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,20 +31,26 @@ class SharedPrefixMask:
             that saw nothing would be NaN.
         position_BT: int64, position within the sequence.
         longest: tokens of the longest sequence, a Python number: reading it off a device would stall it.
+        tokens: those that are no padding, a Python number too.
     """
 
     branch_BT: Tensor
     position_BT: Tensor
     longest: int
+    tokens: int
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SharedPrefixMask:
         """The same mask on `device`."""
         branch_BT, position_BT = (t.to(device, non_blocking=non_blocking) for t in (self.branch_BT, self.position_BT))
-        return SharedPrefixMask(branch_BT, position_BT, self.longest)
+        return replace(self, branch_BT=branch_BT, position_BT=position_BT)
 
     def pin_memory(self) -> SharedPrefixMask:
         """The same mask in page-locked memory. torch's DataLoader calls this by name."""
-        return SharedPrefixMask(self.branch_BT.pin_memory(), self.position_BT.pin_memory(), self.longest)
+        return replace(self, branch_BT=self.branch_BT.pin_memory(), position_BT=self.position_BT.pin_memory())
+
+    def sum(self) -> int:
+        """`tokens`. Trainer calls this by name for ``include_num_input_tokens_seen="non_padding"``."""
+        return self.tokens
 
     def visible(self, window: int | None = None) -> Tensor:
         """bool (B, T, T), [b, q, k]: token q sees token k."""

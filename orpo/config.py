@@ -235,8 +235,11 @@ class ORPOConfig(TrainingArguments):
             refuse_cut_gradients(bool(self.fsdp or self.deepspeed))
         if self.use_liger_kernel:
             # Liger's own cross-entropy would replace the forward that the loss is attached to.
-            own = {"fused_linear_cross_entropy": False, "cross_entropy": False}
-            self.liger_kernel_config = {**(self.liger_kernel_config or {}), **own}
+            given, own = self.liger_kernel_config or {}, ("fused_linear_cross_entropy", "cross_entropy")
+            for name in own:
+                if given.get(name):
+                    warnings.warn(f"liger_kernel_config: {name} is switched off, its loss is not ORPO's", stacklevel=4)
+            self.liger_kernel_config = {**given, **dict.fromkeys(own, False)}
         self._check_evaluation()
         _ = self.limits
 

@@ -171,7 +171,7 @@ class SharedLayout:
         return {
             "input_ids": torch.from_numpy(input_ids),
             "position_ids": position_BT,
-            "attention_mask": SharedPrefixMask(torch.from_numpy(branch), position_BT, longest),
+            "attention_mask": SharedPrefixMask(torch.from_numpy(branch), position_BT, longest, sum(lengths)),
             "orpo": builder.build(example.get("pair_id", -1) for example in examples),
         }
 

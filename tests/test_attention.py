@@ -13,7 +13,7 @@ POSITIONS = [[0, 1, 2, 3, 4, 3, 4, 5], [0, 1, 1, 0, 1, 1, 0, 1]]
 
 
 def make_mask():
-    return SharedPrefixMask(torch.tensor(BRANCHES, dtype=torch.int32), torch.tensor(POSITIONS), longest=6)
+    return SharedPrefixMask(torch.tensor(BRANCHES, dtype=torch.int32), torch.tensor(POSITIONS), longest=6, tokens=14)
 
 
 def brute_force(window=None):

@@ -1,5 +1,6 @@
 """benchmarks.measure and step_profile: memory does not depend on what was measured before, time goes to its part."""
 
+import itertools
 import subprocess
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import torch
 from benchmarks import limits, results, run
 from benchmarks.cases import TINY, Case, make_batch
 from benchmarks.gate import KINDS
-from benchmarks.measure import measure_case, peak_memory, stamp
+from benchmarks.measure import interleaved, measure_case, peak_memory, stamp
 from benchmarks.peers import PEERS
 from benchmarks.step_profile import OTHER, attribute
 from benchmarks.training import make_trainer, peak_alone
@@ -33,6 +34,24 @@ def test_order_of_peers_does_not_change_their_memory():
     peaks = [r["peak_bytes"] for r in records]
     gradient = 4 * case.vocabulary * case.hidden_size
     assert max(peaks) - min(peaks) < gradient / 10
+
+
+def test_nobody_always_follows_the_same_peer():
+    """Who follows one that frees much memory finds it warm."""
+
+    def calls(rounds):
+        seen = []
+        seconds = interleaved(
+            {name: lambda name=name: seen.append(name) or len(seen) for name in "abcde"}, rounds, lambda f: f()
+        )
+        return seen, seconds
+
+    seen, seconds = calls(5)
+    assert all(sorted(seen[i : i + 5]) == list("abcde") for i in range(0, 25, 5))
+    assert all(seen[at - 1] == name for name, times in seconds.items() for at in times)
+    before = {name: {a for a, b in itertools.pairwise(seen) if b == name} for name in "abcde"}
+    assert all(len(names) > 1 for names in before.values())
+    assert calls(5) == (seen, seconds)
 
 
 def test_pairs_of_a_given_share_of_prompt():

@@ -87,6 +87,16 @@ def test_the_reason_for_more_memory_fits_every_case_in_which_another_has_less():
     assert all(", bfloat16, " in line and "no bfloat16)" in line for line in lines)
 
 
+def test_the_reasons_for_the_default_fit_every_case_in_which_it_alone_loses():
+    stored = report.load_all()
+    everything = [r for group in report.LOSS_GROUPS for r in stored[group]]
+    slower = tables.losses_of_the_default(everything)
+    assert slower and all("forward, with a graph: " in line or ", evaluation: " in line for line in slower)
+    larger = tables.losses_of_the_default(everything, "peak_bytes")
+    kinds = ("forward, with a graph: ", ", forward and backward: ")
+    assert larger and all(any(kind in line for kind in kinds) for line in larger)
+
+
 def test_a_measurement_taken_again_replaces_the_old_one(tmp_path):
     results.append("heads", [{**ROW, "peer": "ours", "median": 2.0}], tmp_path)
     results.append("heads", [{**ROW, "peer": "ours", "median": 1.0, "seconds": [1.0]}], tmp_path)
@@ -204,6 +214,9 @@ def test_a_picture_shows_the_machine_on_which_most_of_its_group_was_measured():
 def test_the_default_form_alone_loses_more_often():
     rows = [{**ROW, "peer": peer, "median": t} for peer, t in (("ours", 3.0), ("ours (strips)", 1.0), ("trl", 2.0))]
     assert tables.losses(rows) == [] and len(tables.losses(rows, forms=("ours",))) == 1
+    assert tables.losses_of_the_default(rows) == tables.losses(rows, forms=("ours",))
+    rows[1]["median"] = 2.5
+    assert tables.losses(rows) and tables.losses_of_the_default(rows) == []
 
 
 @pytest.mark.parametrize("trl", ["trl", "trl orpo"])

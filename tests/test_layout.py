@@ -140,7 +140,7 @@ def test_shared_has_the_prompt_once_and_both_answers_behind_it():
     ]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 3, 4, 0]]
     assert batch["attention_mask"].branch_BT.tolist() == [[3, 4, 4, 5, 5, 5, 5, 5, 5], [0, 0, 0, 1, 1, 1, 2, 2, 6]]
-    assert batch["attention_mask"].longest == 7
+    assert batch["attention_mask"].longest == 7 and batch["attention_mask"].to("meta").sum() == 17
 
 
 def test_short_pairs_fill_a_row_together():

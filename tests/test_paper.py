@@ -45,6 +45,14 @@ def test_a_page_without_a_section_is_refused():
         report.page("no markers")
 
 
+def test_runs_of_two_plans_are_not_reported_as_one(quick, tmp_path):
+    first, second, *_ = map(json.loads, (quick / "quick.jsonl").read_text().splitlines())
+    second["settings"]["learning_rate"] *= 2
+    (tmp_path / "demo.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
+    with pytest.raises(ValueError, match=r"demo\.jsonl holds runs with different settings"):
+        report.sections(tmp_path)
+
+
 def test_every_run_is_stored_with_its_forward_passes(quick):
     records = {r["run"]: r for r in train.load("quick", quick)}
     assert list(records) == list(train.RUNS)

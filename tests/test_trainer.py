@@ -129,6 +129,19 @@ def test_evaluation_weighs_tokens_and_pairs(tmp_path):
     assert {f"eval_one_{name}" for name in METRICS} <= metrics.keys()
 
 
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+def test_tokens_seen_are_those_that_are_no_padding(layout, tmp_path):
+    """SEVEN's answers end with EOS, which is no padding; a shared prompt is seen once."""
+    counted = {"include_num_input_tokens_seen": "non_padding", "per_device_train_batch_size": 7, "max_steps": 1}
+    trainer = make_trainer(tmp_path, layout=layout, **counted)
+    trainer.train()
+    pairs = list(trainer.train_dataset)
+    expected = sum(len(p["chosen_input_ids"]) + len(p["rejected_input_ids"]) for p in pairs)
+    if layout == "shared":
+        expected -= sum(p["chosen_prompt_length"] for p in pairs)
+    assert trainer.state.num_input_tokens_seen == expected
+
+
 def test_compute_metrics_sees_log_probabilities(tmp_path):
     def share(prediction):
         assert prediction.predictions.shape == (7, 2)

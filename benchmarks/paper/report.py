@@ -85,13 +85,25 @@ def ratios_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def finished(name: str, folder: Path) -> list[dict]:
+    """The runs of a series.
+
+    Raises:
+        ValueError: they are of several plans, of which there is no common spread over seeds.
+    """
+    records = load(name, folder)
+    if any(r["settings"] != records[0]["settings"] for r in records):
+        raise ValueError(f"{folder / name}.jsonl holds runs with different settings; keep one plan's in a file")
+    return records
+
+
 def sections(folder: Path = RESULTS) -> dict[str, str]:
     """Name of a marked section -> its text."""
     return {
         "equations": equations.table(equations.run()),
         "ratios": ratios_table(folder),
         "costs": costs_table(folder),
-        **{name: runs_table(load(name, folder)) for name in SERIES},
+        **{name: runs_table(finished(name, folder)) for name in SERIES},
     }
 
 
@@ -110,7 +122,7 @@ def page(text: str, folder: Path = RESULTS) -> str:
 
 
 def main(folder: Path = RESULTS) -> None:
-    series = {title: load(name, folder) for name, title in SERIES.items()}
+    series = {title: finished(name, folder) for name, title in SERIES.items()}
     for name, runs in PICTURES.items():
         print(draw_curves(series, runs, folder / name))
     PAGE.write_text(page(PAGE.read_text(), folder))
