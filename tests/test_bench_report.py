@@ -93,7 +93,7 @@ def test_the_reasons_for_the_default_fit_every_case_in_which_it_alone_loses():
     slower = tables.losses_of_the_default(everything)
     assert slower and all("forward, with a graph: " in line or ", evaluation: " in line for line in slower)
     larger = tables.losses_of_the_default(everything, "peak_bytes")
-    kinds = ("forward, with a graph: ", ", forward and backward: ")
+    kinds = ("forward, with a graph: ", ", forward and backward: ", "bfloat16, evaluation: ")
     assert larger and all(any(kind in line for kind in kinds) for line in larger)
 
 
