@@ -134,15 +134,15 @@ def pages(stored: dict[str, list[dict]]) -> str:
         "Cases in which another is more than 5 % faster than both of our forms.",
         "\n".join(losses(everything)) or "None was measured.",
         *([WHY] if losses(everything) else []),
-        "Cases in which it is faster than the default form (`ours`), and not than `ours (strips)`:",
+        "Cases in which another is more than 5 % faster than the default form (`ours`), and not than `ours (strips)`:",
         "\n".join(losses_of_the_default(everything)) or "None was measured.",
         WHY_SLOWER_BY_DEFAULT,
         "## Where another takes less memory",
         "Likewise; `ours (strips)` is the smaller form.",
         "\n".join(losses(everything, figure="peak_bytes")) or "None was measured.",
         *([WHY_LARGER] if losses(everything, figure="peak_bytes") else []),
-        "Cases in which it takes less than the default form, which keeps up to 512 MiB of logits on a CPU, and not "
-        "less than `ours (strips)`:",
+        "Cases in which another takes less than the default form, which keeps up to 512 MiB of logits on a CPU, and "
+        "not less than `ours (strips)`:",
         "\n".join(losses_of_the_default(everything, "peak_bytes")) or "None was measured.",
         WHY_LARGER_BY_DEFAULT,
     ]
