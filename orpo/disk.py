@@ -11,8 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainerCallback
 
@@ -62,15 +60,13 @@ def checkpoint_bytes(model: nn.Module, args: Any) -> int:
     weights = sum(count * p.element_size() for count, p in saved)
     if args.save_only_model:
         return weights
-    # Not args.fsdp and args.deepspeed, which accelerate launch leaves empty.
-    kind = AcceleratorState().distributed_type
     # FSDP and DeepSpeed save the weights once for from_pretrained and once for themselves.
-    copies = 2 if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) else 1
-    return copies * weights + sum(count * _state_bytes(p, args, kind) for count, p in trained)
+    copies = 2 if args.fsdp or args.deepspeed else 1
+    return copies * weights + sum(count * _state_bytes(p, args) for count, p in trained)
 
 
-def _state_bytes(parameter: nn.Parameter, args: Any, kind: DistributedType) -> float:
-    if kind == DistributedType.DEEPSPEED:
+def _state_bytes(parameter: nn.Parameter, args: Any) -> float:
+    if args.deepspeed:
         # Two states and the weight, all in float32.
         return 12
     name = args.optim.value
