@@ -60,12 +60,11 @@ WHY = (
     "inside the matmul's accumulator first, which the CPU library does by one more write and read of the logits, "
     "and that is what makes a log-probability 11 to 31 times as exact (see Accuracy). Then, CCE's passes over the "
     "logits are one loop, made by the C++ compiler that it needs at run time; ours are torch's own operations, one "
-    "after the other, over blocks of rows that stay in cache. In float32 little is left to win: 98 % of ours in front "
-    "of Gemma-2's head, 89 % in front of OPT's, are three calls of the library's matmul, which CCE makes too (torch's "
-    "profiler, 75 and 25 % prompt). Differences of a tenth have changed sign from one run to the next. Up to commit "
-    "6fe3f16 rounds had a fixed order, in which CCE came after Liger and found the memory that it had freed warm: in "
-    "front of Llama-3's head (AMD EPYC, AVX2) it took 1.80 s for an evaluation and ours 2.17, with an order of each "
-    "round's own 2.19 and 2.08."
+    "after the other, over blocks of rows that stay in cache. In float32 little is left to win: torch's profiler gives "
+    "98 % of ours in front of Gemma-2's head (AMD EPYC, AVX2, 75 % prompt), and 89 % in front of OPT's (25 %), to the "
+    "library's three matmuls, which CCE calls too. Differences of a tenth have changed sign from one run to the next. "
+    "Up to commit 6fe3f16 CCE always came right after Liger, whose freed memory is warm: Llama-3's evaluation took it "
+    "1.80 s and ours 2.17; without Liger 1.99 and 2.01, in mixed orders 2.19 and 2.08 (AMD EPYC, AVX2)."
 )
 
 # Names the machines, so that a reader need not know which commit came first; a test asserts that there are such rows.
@@ -74,7 +73,7 @@ LIGER_EVALUATION = (
     "the hidden states' gradient in evaluation too, a third of its matmuls; elsewhere it computes only the head's."
 )
 
-# Of what each line of these two lists is, a test asserts that it is one of those named here.
+# A test asserts that every line of the two lists is of a kind that is named here.
 WHY_SLOWER_BY_DEFAULT = (
     "Why: `forward, with a graph` of the default makes the gradients too, which backward then has for nothing: what "
     "both take together is `forward and backward`. And its evaluation multiplies 1,024 rows with the whole vocabulary, "
@@ -110,6 +109,11 @@ TABLES = {
 }
 
 
+def _named(words: str, lines: list[str], why: str) -> list[str]:
+    """A list of cases under its introduction, and the reason for them where there are any."""
+    return [words, "\n".join(lines) or "None was measured.", *([why] if lines else [])]
+
+
 def pages(stored: dict[str, list[dict]]) -> str:
     """RESULTS.md."""
     everything = [r for group in LOSS_GROUPS for r in stored[group]]
@@ -131,20 +135,21 @@ def pages(stored: dict[str, list[dict]]) -> str:
         "cases. `ours` is the default, `ours (strips)` is `logits_budget=0`.",
         tables.summary_table(everything),
         "## Where we lose",
-        "Cases in which another is more than 5 % faster than both of our forms.",
-        "\n".join(losses(everything)) or "None was measured.",
-        *([WHY] if losses(everything) else []),
-        "Cases in which another is more than 5 % faster than the default form (`ours`), and not than `ours (strips)`:",
-        "\n".join(losses_of_the_default(everything)) or "None was measured.",
-        WHY_SLOWER_BY_DEFAULT,
+        *_named("Cases in which another is more than 5 % faster than both of our forms.", losses(everything), WHY),
+        *_named(
+            "Cases in which another is more than 5 % faster than the default form (`ours`), and not than "
+            "`ours (strips)`:",
+            losses_of_the_default(everything),
+            WHY_SLOWER_BY_DEFAULT,
+        ),
         "## Where another takes less memory",
-        "Likewise; `ours (strips)` is the smaller form.",
-        "\n".join(losses(everything, figure="peak_bytes")) or "None was measured.",
-        *([WHY_LARGER] if losses(everything, figure="peak_bytes") else []),
-        "Cases in which another takes less than the default form, which keeps up to 512 MiB of logits on a CPU, and "
-        "not less than `ours (strips)`:",
-        "\n".join(losses_of_the_default(everything, "peak_bytes")) or "None was measured.",
-        WHY_LARGER_BY_DEFAULT,
+        *_named("Likewise; `ours (strips)` is the smaller form.", losses(everything, figure="peak_bytes"), WHY_LARGER),
+        *_named(
+            "Cases in which another takes less than the default form, which keeps up to 512 MiB of logits on a CPU, "
+            "and not less than `ours (strips)`:",
+            losses_of_the_default(everything, "peak_bytes"),
+            WHY_LARGER_BY_DEFAULT,
+        ),
     ]
     for group, title in TITLES.items():
         records = stored[group]

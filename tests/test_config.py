@@ -122,12 +122,16 @@ def test_every_field_is_an_option_with_help(tmp_path, capsys):
     assert "--nll_span" in capsys.readouterr().out
 
 
+def test_ligers_own_cross_entropy_is_switched_off_with_a_word(tmp_path):
+    with pytest.warns(UserWarning, match="liger_kernel_config: cross_entropy is switched off"):
+        config = make(tmp_path, use_liger_kernel=True, liger_kernel_config={"cross_entropy": True})
+    assert config.liger_kernel_config == {"fused_linear_cross_entropy": False, "cross_entropy": False}
+
+
 def test_ligers_kernels_leave_the_forward_alone(tmp_path):
     """Its cross-entropy would replace the forward that takes the loss's rows."""
     apply = pytest.importorskip("liger_kernel.transformers").apply_liger_kernel_to_llama
     given = {"rope": False, "rms_norm": False}
-    with pytest.warns(UserWarning, match="liger_kernel_config: cross_entropy is switched off"):
-        make(tmp_path, use_liger_kernel=True, liger_kernel_config={"cross_entropy": True})
     config = make(tmp_path, use_liger_kernel=True, liger_kernel_config=given).liger_kernel_config
     assert config == {"rope": False, "rms_norm": False, "fused_linear_cross_entropy": False, "cross_entropy": False}
     model = make_model("llama")

@@ -131,7 +131,7 @@ def test_evaluation_weighs_tokens_and_pairs(tmp_path):
 
 @pytest.mark.parametrize("layout", ["padded", "shared"])
 def test_tokens_seen_are_those_that_are_no_padding(layout, tmp_path):
-    """SEVEN's answers end with EOS, which is no padding; a shared prompt is seen once."""
+    """A shared prompt is seen once."""
     counted = {"include_num_input_tokens_seen": "non_padding", "per_device_train_batch_size": 7, "max_steps": 1}
     trainer = make_trainer(tmp_path, layout=layout, **counted)
     trainer.train()

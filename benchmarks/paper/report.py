@@ -85,8 +85,8 @@ def ratios_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def finished(name: str, folder: Path) -> list[dict]:
-    """The runs of a series.
+def of_one_plan(name: str, folder: Path) -> list[dict]:
+    """The finished runs of a series.
 
     Raises:
         ValueError: they are of several plans, of which there is no common spread over seeds.
@@ -103,7 +103,7 @@ def sections(folder: Path = RESULTS) -> dict[str, str]:
         "equations": equations.table(equations.run()),
         "ratios": ratios_table(folder),
         "costs": costs_table(folder),
-        **{name: runs_table(finished(name, folder)) for name in SERIES},
+        **{name: runs_table(of_one_plan(name, folder)) for name in SERIES},
     }
 
 
@@ -122,7 +122,7 @@ def page(text: str, folder: Path = RESULTS) -> str:
 
 
 def main(folder: Path = RESULTS) -> None:
-    series = {title: finished(name, folder) for name, title in SERIES.items()}
+    series = {title: of_one_plan(name, folder) for name, title in SERIES.items()}
     for name, runs in PICTURES.items():
         print(draw_curves(series, runs, folder / name))
     PAGE.write_text(page(PAGE.read_text(), folder))
