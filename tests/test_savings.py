@@ -162,7 +162,7 @@ def test_default_budget_by_device_and_head():
     assert resolve_budget(None, "torch", "cpu", *at, head_frozen=True) == 0
     assert resolve_budget(None, "torch", "cuda", *at, head_frozen=False) == 0
     assert resolve_budget(2**20, "torch", "cpu", *at, head_frozen=True) == 2**20
-    problem = make_problem(8, 128, 8, 5003).requiring_grad(weight=False)
+    problem = make_problem(8, 128, 8, 20_011).requiring_grad(weight=False)
     _, frozen, _ = measure(lambda: loss_of(problem).backward())
     _, trained, _ = measure(lambda: loss_of(problem.requiring_grad()).backward())
     assert frozen <= 2**25 < trained
@@ -177,6 +177,41 @@ def test_tiles_stay_within_the_budget_whatever_the_batch(pairs):
     assert largest <= budget + ROUND
 
 
+@pytest.mark.parametrize("pairs", [1, 2, 7, 30, 400])
+@pytest.mark.parametrize("capacity", [40, 150, 1000, 10**6])
+@pytest.mark.parametrize("wanted", [60, 300, None])
+def test_bins_hold_whole_pairs_in_order_and_are_even(pairs, capacity, wanted):
+    problem = make_problem(pairs, T, 4, 11)
+    counts = torch.bincount(problem.rows.sequence_N, minlength=2 * pairs)
+    sizes = (counts[:pairs] + counts[pairs:]).tolist()
+    seen, bins = torch.zeros(problem.rows.rows_N.numel(), dtype=torch.int64), make_bins(problem.rows, capacity, wanted)
+    firsts = []
+    for bin_ in bins:
+        slices = bin_.slices or tuple(slice(run.first, run.last) for runs in bin_.answers for run in runs)
+        held = [s.stop - s.start for s in slices]
+        of_pairs = {int(s) % pairs for part in slices for s in problem.rows.sequence_N[part]}
+        assert sum(held) == sum(sizes[i] for i in of_pairs)
+        assert sum(held) <= capacity if bin_.slices else max(held) <= capacity and len(of_pairs) == 1
+        if bin_.slices and len(of_pairs) > 1:
+            assert wanted is None or sum(held) <= wanted + max(sizes[i] for i in of_pairs) / 2
+        firsts.append(min(of_pairs, default=-1))
+        for part in slices:
+            seen[part] += 1
+    assert seen.eq(1).all() and firsts == sorted(firsts)
+    if wanted and capacity > 2 * wanted and max(sizes) <= wanted / 2:
+        assert len(bins) <= 1.1 * sum(sizes) / wanted + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_large_budget_is_not_filled_where_the_sum_of_products_needs_no_wider_copy(dtype, bfloat16_cpu):
+    problem = make_problem(P=24, T=121, D=16, V=4001, dtype=dtype).requiring_grad()
+    n, element = problem.rows.rows_N.numel(), torch_backend.tile_element_bytes(dtype, dtype)
+    assert n > 4 * torch_backend.CHUNK_ROWS
+    _, largest, _ = measure(lambda: loss_of(problem, logits_budget=2**30).backward())
+    tile = n if dtype == torch.bfloat16 else torch_backend.CHUNK_ROWS
+    assert 0.8 * tile * 4001 * element < largest <= tile * 4001 * element
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_one_memory_serves_all_tiles(trained):
     """Fresh memory for each would cost its first touch again."""
@@ -188,19 +223,20 @@ def test_one_memory_serves_all_tiles(trained):
     assert len([size for size in events if size > budget // 4]) == 1
 
 
+@pytest.mark.parametrize("pairs, positions", [(10, 121), (1, 1152)], ids=["many pairs", "one pair"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_evaluation_holds_one_chunk_of_a_tile_and_has_trainings_bits(dtype, bfloat16_cpu):
-    """2,300 rows are three chunks, the last one smaller."""
-    problem = make_problem(P=10, T=121, D=16, V=4001, dtype=dtype, softcap=30.0).requiring_grad()
+def test_evaluation_holds_one_chunk_of_a_tile_and_has_trainings_bits(dtype, pairs, positions, bfloat16_cpu):
+    """2,300 rows are three chunks, the last one smaller; in float32 those of many pairs are three bins."""
+    problem = make_problem(P=pairs, T=positions, D=16, V=4001, dtype=dtype, softcap=30.0).requiring_grad()
     n = problem.rows.rows_N.numel()
-    assert 2 * torch_backend._CHUNK_ROWS < n < 3 * torch_backend._CHUNK_ROWS and n % 3
+    assert 2 * torch_backend.CHUNK_ROWS < n < 3 * torch_backend.CHUNK_ROWS and n % 3
     budget = 2**30
     trained = loss_of(problem, logits_budget=budget)
     with torch.no_grad():
         _, largest, _ = measure(lambda: loss_of(problem, logits_budget=budget))
         evaluated = loss_of(problem, logits_budget=budget)
     element = torch_backend.tile_element_bytes(dtype, dtype)
-    assert largest <= torch_backend._CHUNK_ROWS * 4001 * element < n * 4001 * element
+    assert largest <= torch_backend.CHUNK_ROWS * 4001 * element < n * 4001 * element
     assert torch.equal(evaluated, trained)
     trained.backward()
     truth, dh, dw, _ = problem.truth()

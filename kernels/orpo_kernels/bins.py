@@ -43,27 +43,35 @@ class Bin:
     answers: tuple[tuple[Run, ...], ...] = ()
 
 
-def make_bins(rows: Rows, capacity: int) -> list[Bin]:
-    """Bins of at most `capacity` rows. Reads row counts and, for oversized pairs, masks on the host."""
+def make_bins(rows: Rows, capacity: int, wanted: int | None = None) -> list[Bin]:
+    """Bins of at most `capacity` rows, and about as few, and as even, as bins of `wanted` rows would be.
+
+    Reads row counts and, for oversized pairs, masks on the host.
+    """
     p = rows.pairs
     counts = torch.bincount(rows.sequence_N, minlength=2 * p).tolist()
     starts = [0]
     for count in counts:
         starts.append(starts[-1] + count)
     bins: list[Bin] = []
-    first = 0
+    first, left = 0, starts[-1]
     while first < p:
+        target = left / -(-left // wanted) if wanted and left else capacity
         last, size = first, 0
-        while last < p and size + counts[last] + counts[p + last] <= capacity:
-            size += counts[last] + counts[p + last]
+        while last < p:
+            pair = counts[last] + counts[p + last]
+            # A pair that would end further above the target than the bin is below it opens the next bin.
+            if size + pair > capacity or (size and size + pair / 2 > target):
+                break
+            size += pair
             last += 1
         if last > first:
             bins.append(Bin(slices=(slice(starts[first], starts[last]), slice(starts[p + first], starts[p + last]))))
-            first = last
         else:
             answers = (tuple(_runs(rows, starts[s], starts[s + 1], capacity)) for s in (first, p + first))
             bins.append(Bin(answers=tuple(answers)))
-            first += 1
+            last, size = first + 1, counts[first] + counts[p + first]
+        first, left = last, left - size
     return bins
 
 
@@ -147,7 +155,10 @@ def forward(
     dx_ND = x_ND.new_zeros(x_ND.shape, dtype=dtype) if needs.hidden else None
     total = HeadGradient(needs, saved_dtype(head.weight_VD))
 
-    bins = make_bins(rows, capacity)
+    # Larger tiles only take longer to touch. But a sum in a wider dtype than the head's gradient, as bfloat16 needs it
+    # from the third bin on, would be larger than the logits that smaller tiles save.
+    wanted = backend.CHUNK_ROWS if saved_dtype(head.weight_VD) == dtype else None
+    bins = make_bins(rows, capacity, wanted)
     memory = backend.tile_memory(max(map(_rows_of_a_tile, bins), default=0), x_ND, head, with_grad=needs.any)
     for bin_ in bins:
         if not needs.any:
