@@ -191,7 +191,8 @@ def test_bins_hold_whole_pairs_in_order_and_are_even(pairs, capacity, wanted):
         held = [s.stop - s.start for s in slices]
         of_pairs = {int(s) % pairs for part in slices for s in problem.rows.sequence_N[part]}
         assert sum(held) == sum(sizes[i] for i in of_pairs)
-        assert sum(held) <= capacity if bin_.slices else max(held) <= capacity and len(of_pairs) == 1
+        assert sum(held) <= capacity if bin_.slices else max(held) <= min(capacity, wanted or capacity)
+        assert bin_.slices or len(of_pairs) == 1
         if bin_.slices and len(of_pairs) > 1:
             assert wanted is None or sum(held) <= wanted + max(sizes[i] for i in of_pairs) / 2
         firsts.append(min(of_pairs, default=-1))
@@ -200,6 +201,14 @@ def test_bins_hold_whole_pairs_in_order_and_are_even(pairs, capacity, wanted):
     assert seen.eq(1).all() and firsts == sorted(firsts)
     if wanted and capacity > 2 * wanted and max(sizes) <= wanted / 2:
         assert len(bins) <= 1.1 * sum(sizes) / wanted + 1
+
+
+def test_an_oversized_pair_is_cut_into_even_runs():
+    problem = make_problem(1, 1203, 4, 11, prompt_in_nll=False)
+    (bin_,) = make_bins(problem.rows, 1100, 1024)
+    runs = [[run.last - run.first for run in answer] for answer in bin_.answers]
+    # 1,203 tokens less prompts of 1 and 2, and padding of 0 and 1: one run of the most rows would leave one of 178.
+    assert runs == [[601, 601], [600, 600]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

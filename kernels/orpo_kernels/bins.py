@@ -13,6 +13,7 @@ Letters: P pairs, S = 2P sequences, N kept rows, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -46,6 +47,8 @@ class Bin:
 def make_bins(rows: Rows, capacity: int, wanted: int | None = None) -> list[Bin]:
     """Bins of at most `capacity` rows, and about as few, and as even, as bins of `wanted` rows would be.
 
+    A pair above the capacity is a bin of its own, in runs of at most both.
+
     Reads row counts and, for oversized pairs, masks on the host.
     """
     p = rows.pairs
@@ -68,21 +71,22 @@ def make_bins(rows: Rows, capacity: int, wanted: int | None = None) -> list[Bin]
         if last > first:
             bins.append(Bin(slices=(slice(starts[first], starts[last]), slice(starts[p + first], starts[p + last]))))
         else:
-            answers = (tuple(_runs(rows, starts[s], starts[s + 1], capacity)) for s in (first, p + first))
+            most = min(capacity, wanted or capacity)
+            answers = (tuple(_runs(rows, starts[s], starts[s + 1], most)) for s in (first, p + first))
             bins.append(Bin(answers=tuple(answers)))
             last, size = first + 1, counts[first] + counts[p + first]
         first, left = last, left - size
     return bins
 
 
-def _runs(rows: Rows, first: int, last: int, capacity: int) -> Iterator[Run]:
-    """Rows [first, last) cut where a mask changes and at `capacity`."""
-    response, nll = rows.in_response_N[first:last].tolist(), rows.in_nll_N[first:last].tolist()
-    start = 0
-    for i in range(1, last - first + 1):
-        if i == last - first or (response[i], nll[i]) != (response[start], nll[start]) or i - start == capacity:
-            yield Run(first + start, first + i, response[start], nll[start])
-            start = i
+def _runs(rows: Rows, first: int, last: int, most: int) -> Iterator[Run]:
+    """Rows [first, last) cut where a mask changes, and each such stretch into as few even runs as `most` rows allow."""
+    masks = list(zip(rows.in_response_N[first:last].tolist(), rows.in_nll_N[first:last].tolist(), strict=True))
+    for (response, nll), stretch in itertools.groupby(range(first, last), key=lambda i: masks[i - first]):
+        held = list(stretch)
+        size = -(-len(held) // -(-len(held) // most))
+        for start in range(held[0], held[-1] + 1, size):
+            yield Run(start, min(start + size, held[-1] + 1), response, nll)
 
 
 class HeadGradient:
