@@ -81,8 +81,9 @@ WHY_SLOWER_BY_DEFAULT = (
 )
 WHY_LARGER_BY_DEFAULT = (
     "Why: the default buys its time, a quarter of the FLOPs, with logits that wait for their gradient, and a forward "
-    "with a graph holds the finished gradients. In front of a small head these logits are the largest thing there is. "
-    "Evaluation holds those of up to 1,024 rows, and in bfloat16 the float32 copies of the few that it sweeps."
+    "with a graph holds the finished gradients. In front of a small head these logits are the largest thing there is: "
+    "up to commit a46467d all that the budget held, in float32 since then those of about 1,024 rows, as few as in "
+    "evaluation. In bfloat16 evaluation also holds float32 copies of the few rows that it sweeps."
 )
 
 # Of every line of that list, a test asserts that it is such a CPU's.
@@ -145,7 +146,7 @@ def pages(stored: dict[str, list[dict]]) -> str:
         "## Where another takes less memory",
         *_named("Likewise; `ours (strips)` is the smaller form.", losses(everything, figure="peak_bytes"), WHY_LARGER),
         *_named(
-            "Cases in which another takes less than the default form, which keeps up to 512 MiB of logits on a CPU, "
+            "Cases in which another takes less than the default form, which keeps logits on a CPU, at most 512 MiB, "
             "and not less than `ours (strips)`:",
             losses_of_the_default(everything, "peak_bytes"),
             WHY_LARGER_BY_DEFAULT,
