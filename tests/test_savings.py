@@ -177,40 +177,6 @@ def test_tiles_stay_within_the_budget_whatever_the_batch(pairs):
     assert largest <= budget + ROUND
 
 
-@pytest.mark.parametrize("pairs", [1, 2, 7, 30, 400])
-@pytest.mark.parametrize("capacity", [40, 150, 1000, 10**6])
-@pytest.mark.parametrize("wanted", [60, 300, None])
-def test_bins_hold_whole_pairs_in_order_and_are_even(pairs, capacity, wanted):
-    problem = make_problem(pairs, T, 4, 11)
-    counts = torch.bincount(problem.rows.sequence_N, minlength=2 * pairs)
-    sizes = (counts[:pairs] + counts[pairs:]).tolist()
-    seen, bins = torch.zeros(problem.rows.rows_N.numel(), dtype=torch.int64), make_bins(problem.rows, capacity, wanted)
-    firsts = []
-    for bin_ in bins:
-        slices = bin_.slices or tuple(slice(run.first, run.last) for runs in bin_.answers for run in runs)
-        held = [s.stop - s.start for s in slices]
-        of_pairs = {int(s) % pairs for part in slices for s in problem.rows.sequence_N[part]}
-        assert sum(held) == sum(sizes[i] for i in of_pairs)
-        assert sum(held) <= capacity if bin_.slices else max(held) <= min(capacity, wanted or capacity)
-        assert bin_.slices or len(of_pairs) == 1
-        if bin_.slices and len(of_pairs) > 1:
-            assert wanted is None or sum(held) <= wanted + max(sizes[i] for i in of_pairs) / 2
-        firsts.append(min(of_pairs, default=-1))
-        for part in slices:
-            seen[part] += 1
-    assert seen.eq(1).all() and firsts == sorted(firsts)
-    if wanted and capacity > 2 * wanted and max(sizes) <= wanted / 2:
-        assert len(bins) <= 1.1 * sum(sizes) / wanted + 1
-
-
-def test_an_oversized_pair_is_cut_into_even_runs():
-    problem = make_problem(1, 1203, 4, 11, prompt_in_nll=False)
-    (bin_,) = make_bins(problem.rows, 1100, 1024)
-    runs = [[run.last - run.first for run in answer] for answer in bin_.answers]
-    # 1,203 tokens less prompts of 1 and 2, and padding of 0 and 1: one run of the most rows would leave one of 178.
-    assert runs == [[601, 601], [600, 600]]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_large_budget_is_not_filled_where_the_sum_of_products_needs_no_wider_copy(dtype, bfloat16_cpu):
     problem = make_problem(P=24, T=121, D=16, V=4001, dtype=dtype).requiring_grad()

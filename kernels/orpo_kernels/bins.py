@@ -5,8 +5,8 @@ it holds whole pairs. A pair too large for the budget is cut into runs of rows. 
 one unknown factor, so their g^T x is summed without it and scaled when the pair is complete: two more (V, D)
 accumulators instead of a second computation of the logits.
 
-The bins depend on the rows and the budget alone, not on which gradients are wanted, so that the loss under no_grad and
-in training is the same number bit for bit.
+The bins depend on the rows, the budget and the dtypes alone, not on which gradients are wanted, so that the loss under
+no_grad and in training is the same number bit for bit.
 
 Letters: P pairs, S = 2P sequences, N kept rows, D hidden size, V vocabulary.
 """
@@ -14,6 +14,7 @@ Letters: P pairs, S = 2P sequences, N kept rows, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -44,10 +45,10 @@ class Bin:
     answers: tuple[tuple[Run, ...], ...] = ()
 
 
-def make_bins(rows: Rows, capacity: int, wanted: int | None = None) -> list[Bin]:
+def make_bins(rows: Rows, capacity: int, wanted: float = math.inf) -> list[Bin]:
     """Bins of at most `capacity` rows, and about as few, and as even, as bins of `wanted` rows would be.
 
-    A pair above the capacity is a bin of its own, in runs of at most both.
+    A pair above `wanted` is a bin of its own. One above `capacity` is cut into runs, each within both.
 
     Reads row counts and, for oversized pairs, masks on the host.
     """
@@ -59,7 +60,7 @@ def make_bins(rows: Rows, capacity: int, wanted: int | None = None) -> list[Bin]
     bins: list[Bin] = []
     first, left = 0, starts[-1]
     while first < p:
-        target = left / -(-left // wanted) if wanted and left else capacity
+        target = left / max(1, -(-left // wanted))
         last, size = first, 0
         while last < p:
             pair = counts[last] + counts[p + last]
@@ -71,7 +72,7 @@ def make_bins(rows: Rows, capacity: int, wanted: int | None = None) -> list[Bin]
         if last > first:
             bins.append(Bin(slices=(slice(starts[first], starts[last]), slice(starts[p + first], starts[p + last]))))
         else:
-            most = min(capacity, wanted or capacity)
+            most = min(capacity, wanted)
             answers = (tuple(_runs(rows, starts[s], starts[s + 1], most)) for s in (first, p + first))
             bins.append(Bin(answers=tuple(answers)))
             last, size = first + 1, counts[first] + counts[p + first]
@@ -161,7 +162,7 @@ def forward(
 
     # Larger tiles only take longer to touch. But a sum in a wider dtype than the head's gradient, as bfloat16 needs it
     # from the third bin on, would be larger than the logits that smaller tiles save.
-    wanted = backend.CHUNK_ROWS if saved_dtype(head.weight_VD) == dtype else None
+    wanted = backend.CHUNK_ROWS if saved_dtype(head.weight_VD) == dtype else math.inf
     bins = make_bins(rows, capacity, wanted)
     memory = backend.tile_memory(max(map(_rows_of_a_tile, bins), default=0), x_ND, head, with_grad=needs.any)
     for bin_ in bins:
