@@ -39,6 +39,8 @@ def record(benchmark) -> Callable[[str, list[float], dict], None]:
 
     def give(group: str, seconds: list[float], figures: dict) -> None:
         benchmark.group = group
+        # Without a mode it warns that nobody used it.
+        benchmark._mode = "interleaved rounds"
         statistics = benchmark._make_stats(iterations=1)
         for value in seconds:
             statistics.update(value)

@@ -2,7 +2,9 @@
 
     pip install '.[bench]'
     python -m benchmarks.loss --case smollm2 --dtype float32
-    python -m benchmarks.loss --case smollm2 --dtype bfloat16 --rounds 5 --peers 'ours,trl,liger' --kinds step,frozen
+    python -m benchmarks.loss --case Mistral-7B-v0.3 --pairs 1 --positions 512 --prompt-share 0.25 --kinds step,frozen
+    python -m benchmarks.loss --model FOLDER --dtype bfloat16 --rounds 5 --peers 'ours,trl,liger'
+    python -m benchmarks.loss --vocabulary 128256 --hidden-size 2048
 
 First the error of loss, hidden-state gradient and weight gradient against float64; a result that is further off than
 its dtype explains gets no time. Then rounds in which the peers take turns: medians, the spread, and how many times
@@ -16,9 +18,9 @@ import argparse
 
 import torch
 
-from .cases import CASES, HEADS, head_case
+from .cases import CASES, CPU_BATCH, HEADS, Case
 from .gate import KINDS
-from .measure import measure_case, stamp
+from .measure import emulates_bfloat16, measure_case, stamp
 from .peers import PEERS, available
 
 
@@ -41,11 +43,56 @@ def table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def size_of_head(model: str) -> tuple[int, int]:
+    """(V, D) of the matrix behind a model's head, by its configuration."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    # OPT-350M's head follows a projection to half of its hidden size.
+    return config.vocab_size, getattr(config, "word_embed_proj_dim", config.hidden_size)
+
+
+def chosen_case(arguments: argparse.Namespace) -> Case:
+    """The case that the options name or spell out.
+
+    Raises:
+        ValueError: they name two, or half of one, or a batch that is none.
+    """
+    given = {name: getattr(arguments, name) for name in ("pairs", "positions", "prompt_share")}
+    given = {name: value for name, value in given.items() if value is not None}
+    spelled = arguments.vocabulary is not None, arguments.hidden_size is not None
+    if sum((arguments.case is not None, arguments.model is not None, any(spelled))) > 1:
+        raise ValueError("give one of --case, --model, and --vocabulary with --hidden-size")
+    if any(spelled) and not all(spelled):
+        raise ValueError("--vocabulary and --hidden-size go together")
+    if any(spelled):
+        name, head = "custom", (arguments.vocabulary, arguments.hidden_size)
+    elif arguments.model is not None:
+        name, head = arguments.model, size_of_head(arguments.model)
+    elif (name := arguments.case or "smollm2") in HEADS:
+        head = HEADS[name]
+    elif given:
+        raise ValueError(f"{name} has a batch of its own, and takes no {', no '.join(given)}; heads do: {list(HEADS)}")
+    else:
+        return CASES[name]
+    default_pairs, default_positions = CPU_BATCH.get(name, (4, 256))
+    pairs, positions = given.get("pairs", default_pairs), given.get("positions", default_positions)
+    prompt = round(given.get("prompt_share", 0.5) * positions)
+    if min(pairs, *head) < 1 or positions < 2 or not 0 <= prompt < positions:
+        raise ValueError("a batch has a pair, two positions, and a prompt that leaves one of them to the answer")
+    return Case(name, pairs, positions, prompt, *reversed(head))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=(*CASES, *HEADS), default="smollm2")
-    parser.add_argument("--prompt-share", type=float, default=0.5, help="for a case that is a head's name")
+    parser.add_argument("--case", choices=(*CASES, *HEADS), help="a batch, or a model's head (default: smollm2)")
+    parser.add_argument("--model", help="name or folder of a model: vocabulary and hidden size of its head")
+    parser.add_argument("--vocabulary", type=int, help="with --hidden-size: any other head")
+    parser.add_argument("--hidden-size", type=int)
+    parser.add_argument("--pairs", type=int, help="of a head (default: 4, of a named one fewer if it is large)")
+    parser.add_argument("--positions", type=int, help="prompt and answer of a sequence (default: 256, likewise)")
+    parser.add_argument("--prompt-share", type=float, help="of the positions (default: 0.5)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--kinds", default="step,evaluation", help=f"comma-separated, of {', '.join(KINDS)}")
     parser.add_argument("--rounds", type=int, default=5)
@@ -55,15 +102,19 @@ def main() -> None:
     for given, known in ((names, PEERS), (arguments.kinds.split(","), KINDS)):
         if unknown := set(given) - set(known):
             parser.error(f"{sorted(unknown)} given; there are {list(known)}")
+    try:
+        case = chosen_case(arguments)
+    except ValueError as error:
+        parser.error(str(error))
     missing = [name for name in names if not available(name)]
     if missing:
         print(f"not installed, left out: {', '.join(missing)} (pip install '.[bench]')")
-    case = CASES.get(arguments.case) or head_case(arguments.case, arguments.prompt_share)
-    print(f"{case}: {case.rows} of {2 * case.pairs * case.positions} rows count\n{stamp()}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.dtype == "bfloat16" and emulates_bfloat16():
+        print("this CPU has no instructions for bfloat16 and emulates them: most peers may take minutes a call")
+    print(f"{case}: {case.rows} of {2 * case.pairs * case.positions} rows count\n{stamp()}", flush=True)
     peers = {name: PEERS[name] for name in names if name not in missing}
     kinds = arguments.kinds.split(",")
-    print(table(measure_case(case, getattr(torch, arguments.dtype), peers, kinds, arguments.rounds, device)))
+    print(table(measure_case(case, getattr(torch, arguments.dtype), peers, kinds, arguments.rounds)))
 
 
 if __name__ == "__main__":

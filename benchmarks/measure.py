@@ -65,6 +65,11 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def emulates_bfloat16() -> bool:
+    """Whether a matmul in bfloat16 takes most peers minutes here: a CPU without instructions for it."""
+    return default_device() == "cpu" and not multiplies_bfloat16()
+
+
 def synchronize() -> None:
     """Wait for the accelerator, if there is one."""
     if torch.cuda.is_available():

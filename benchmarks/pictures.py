@@ -93,7 +93,7 @@ def heads(records: list[dict], path: Path, caption: str) -> None:
         axis.set_xticklabels(names, fontsize=8)
         axis.grid(axis="y", alpha=0.3)
     axes[0, 0].legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.32), frameon=False)
-    axes[-1, 0].set_xlabel(caption, fontsize=8)
+    axes[-1, 0].set_xlabel(textwrap.fill(caption, 150), fontsize=8)
     _save(figure, path, records)
 
 

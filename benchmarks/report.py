@@ -205,8 +205,8 @@ def readme_block(stored: dict[str, list[dict]]) -> str:
     lost = len(losses(records))
     cases = len({(r["head"], r["dtype"], r["kind"]) for r in timed})
     text = (
-        f"Loss and gradients (forward and backward), half of each sequence prompt, on {caption(records)}; medians of, "
-        "after `pip install '.[bench]'`, "
+        "Loss and gradients (forward and backward), half of each sequence prompt; "
+        f"{tables.caption_by_dtype(records)}. Medians of, after `pip install '.[bench]'`, "
         f'`python -m benchmarks.run --group heads --peers "{",".join(tables.peers_of(records))}"`. `ours (strips)` is '
         "`logits_budget=0`; `cce` is its torch.compile form, its only one on a CPU. Of these, another is more than 5 % "
         f"faster than both of ours in {lost} of {cases} cases, evaluation included: "
@@ -264,13 +264,17 @@ PICTURES = {"heads": pictures.heads, "prompt_share": pictures.shares, "growth": 
 
 
 def shown_in(group: str, stored: dict[str, list[dict]]) -> list[dict]:
-    """What a group's picture and the README show: one machine, that on which most of it was measured.
+    """What a group's picture and the README show: of each dtype one machine, that on which most of it was measured.
 
     The shares of prompt include the half, which is measured with the heads.
     """
-    device = most_measured(stored[group])[0]["device"]
     records = [*(stored["heads"] if group == "prompt_share" else []), *stored[group]]
-    return [r for r in records if r["device"] == device]
+    shown = []
+    # A machine without instructions for bfloat16 measures float32 alone.
+    for dtype in dict.fromkeys(r["dtype"] for r in stored[group]):
+        device = most_measured([r for r in stored[group] if r["dtype"] == dtype])[0]["device"]
+        shown += [r for r in records if (r["dtype"], r["device"]) == (dtype, device)]
+    return shown
 
 
 def most_measured(records: list[dict]) -> list[dict]:
@@ -289,7 +293,7 @@ def main() -> None:
     for group, draw in PICTURES.items():
         if any("ratio" in r for r in stored[group]):
             records = shown_in(group, stored)
-            draw(records, results.FOLDER / f"{group}.png", caption(records))
+            draw(records, results.FOLDER / f"{group}.png", tables.caption_by_dtype(records))
     if stored["cost"]:
         cost_pages.plot(stored["cost"], results.FOLDER / "cost.png")
     if stored["heads"]:

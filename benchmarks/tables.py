@@ -36,6 +36,14 @@ def caption(records: list[dict]) -> str:
     return "; ".join(f"{where}, commit {' and '.join(sorted(commits[where]))}" for where in sorted(commits))
 
 
+def caption_by_dtype(records: list[dict]) -> str:
+    """`caption`; where dtypes were measured on different machines, that of each."""
+    if len({r["device"] for r in records}) == 1:
+        return caption(records)
+    dtypes = sorted({r["dtype"] for r in records}, reverse=True)
+    return "; ".join(f"{d} on {caption([r for r in records if r['dtype'] == d])}" for d in dtypes)
+
+
 def by_device(records: list[dict]) -> list[list[dict]]:
     """The records of each machine, in the order in which machines were first measured."""
     return [[r for r in records if r["device"] == device] for device in dict.fromkeys(r["device"] for r in records)]

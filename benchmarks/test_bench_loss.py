@@ -3,7 +3,8 @@
     pytest benchmarks --quick                        tiny shapes, does it run and is it right
     pytest benchmarks -k 'SmolLM2 and step'          one head, forward and backward
 
-A peer that is wrong or fails is reported as failed, without a time.
+Only what is selected is measured; all of it takes hours. A peer that is wrong or fails is reported as failed, without
+a time.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from .cases import Case
 from .gate import KINDS
-from .measure import measure_case
+from .measure import emulates_bfloat16, measure_case
 from .peers import PEERS, available
 
 
@@ -22,17 +24,33 @@ def measured() -> dict:
     return {}
 
 
+def selected(items: list[pytest.Item], case: Case, dtype: str) -> tuple[list[str], list[str]]:
+    """Kinds and peers, in their order, that the tests left by `-k` ask of a case and dtype."""
+    asked = [item.callspec.params for item in items if getattr(item, "originalname", "") == "test_loss"]
+    asked = [p for p in asked if (p["case"], p["dtype"]) == (case, dtype)]
+    kinds, peers = {p["kind"] for p in asked}, {p["peer"] for p in asked}
+    return [k for k in KINDS if k in kinds], [p for p in PEERS if p in peers and available(p)]
+
+
 @pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"], scope="module")
-def test_loss(case, dtype, kind, peer, measured, rounds, record):
+def test_loss(case, dtype, kind, peer, measured, rounds, record, request, capsys):
     if not available(peer):
         pytest.skip(f"{peer} is not installed (pip install '.[bench]')")
+    quick = request.config.getoption("--quick")
+    if dtype == "bfloat16" and not quick and emulates_bfloat16():
+        # A case makes hundreds of calls.
+        pytest.skip("this CPU emulates bfloat16, minutes a call: python -m benchmarks.run has one short case")
     if (case, dtype) not in measured:
         # One case at a time: the largest heads' weights and gradients are gigabytes.
         measured.clear()
-        peers = {name: function for name, function in PEERS.items() if available(name)}
-        records = measure_case(case, getattr(torch, dtype), peers, KINDS, rounds)
+        kinds, names = selected(request.session.items, case, dtype)
+        if not quick:
+            # Minutes pass before a case has its first result.
+            with capsys.disabled():
+                print(f"\n{case.name} {dtype}: {', '.join(kinds)} of {len(names)} peers, {rounds} rounds", flush=True)
+        records = measure_case(case, getattr(torch, dtype), {name: PEERS[name] for name in names}, kinds, rounds)
         measured[case, dtype] = {(r["kind"], r["peer"]): r for r in records}
     result = measured[case, dtype][kind, peer]
     assert result["status"] == "measured", result["status"]

@@ -211,6 +211,21 @@ def test_a_picture_shows_the_machine_on_which_most_of_its_group_was_measured():
     assert {r["device"] for r in report.shown_in("heads", stored)} == {"x"}
 
 
+def test_each_dtype_has_its_machine_in_a_picture():
+    """One that emulates bfloat16 measures float32 alone, and its newer figures are shown beside older ones."""
+    versions = dict.fromkeys(("threads", "torch", "trl", "liger-kernel", "cut-cross-entropy"), "1")
+    heads = [{**ROW, **versions, "dtype": d, "device": "x", "commit": "old"} for d in ("float32", "bfloat16")]
+    heads.append({**ROW, **versions, "dtype": "float32", "device": "y", "commit": "new"})
+    stored = {"heads": heads, "prompt_share": [{**heads[-1], "prompt": 0}]}
+    shown = report.shown_in("heads", stored)
+    assert [(r["dtype"], r["device"]) for r in shown] == [("float32", "y"), ("bfloat16", "x")]
+    said = tables.caption_by_dtype(shown)
+    assert said.startswith("float32 on y, ") and "commit new; bfloat16 on x, " in said and said.endswith("commit old")
+    assert tables.caption_by_dtype(heads[:2]) == tables.caption(heads[:2])
+    # The half of a dtype whose other shares nobody measured is no curve.
+    assert {r["dtype"] for r in report.shown_in("prompt_share", stored)} == {"float32"}
+
+
 def test_the_default_form_alone_loses_more_often():
     rows = [{**ROW, "peer": peer, "median": t} for peer, t in (("ours", 3.0), ("ours (strips)", 1.0), ("trl", 2.0))]
     assert tables.losses(rows) == [] and len(tables.losses(rows, forms=("ours",))) == 1
