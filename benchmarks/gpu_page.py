@@ -102,7 +102,8 @@ def page(stored: dict[str, list[dict]]) -> list[str]:
 def readme(records: list[dict]) -> list[str]:
     """Paragraph and table of the README."""
     text = (
-        f"On a GPU, forward and backward ({caption(records)}). `ours` keeps up to 1 GiB of exponentials for backward, "
+        f"On a GPU, forward and backward ({caption(records)}; each peer alone, one after the other). "
+        "`ours` keeps up to 1 GiB of exponentials for backward, "
         "`ours (strips)` is `logits_budget=0`. Small heads wait for the host, and there a compiled loss is faster: "
         "[RESULTS.md](benchmarks/RESULTS.md) has evaluation, frozen heads and the other peers."
     )

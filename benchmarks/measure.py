@@ -66,7 +66,7 @@ def default_device() -> str:
 
 
 def emulates_bfloat16() -> bool:
-    """Whether a matmul in bfloat16 takes most peers minutes here: a CPU without instructions for it."""
+    """Whether a step in bfloat16 takes most peers minutes here: a CPU without instructions for it."""
     return default_device() == "cpu" and not multiplies_bfloat16()
 
 

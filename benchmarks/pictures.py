@@ -109,6 +109,9 @@ def shares(records: list[dict], path: Path, caption: str) -> None:
     for axis, dtype in zip(axes[0], dtypes, strict=True):
         for i, peer in enumerate(peers):
             mine = [r for r in timed if (r["dtype"], r["peer"]) == (dtype, peer)]
+            if not mine:
+                # Each dtype may be another machine's, with other peers.
+                continue
             ratios = ratios_by_share(mine)
             # Side by side, or the dots of one peer would hide another's.
             aside = 1.2 * (i - (len(peers) - 1) / 2)

@@ -6,8 +6,11 @@ import itertools
 import math
 import statistics
 
+import torch
+
 from . import pictures
 from .cases import HEADS
+from .gate import LIMITS
 
 KINDS = {
     "step": "forward and backward",
@@ -42,6 +45,17 @@ def caption_by_dtype(records: list[dict]) -> str:
         return caption(records)
     dtypes = sorted({r["dtype"] for r in records}, reverse=True)
     return "; ".join(f"{d} on {caption([r for r in records if r['dtype'] == d])}" for d in dtypes)
+
+
+def beyond_limits(records: list[dict]) -> str:
+    """Who was timed under a wider gate than today's, and would have no time now."""
+    said = []
+    for r in in_order([r for r in records if r["status"] == "measured"]):
+        if r["error_loss"] > (limit := LIMITS[getattr(torch, r["dtype"])][0]):
+            batch = f"{r['head']}, {r['pairs']} x {r['positions']}, {r['dtype']}"
+            said.append(f"{r['peer']} ({batch}: loss off by {r['error_loss']:.1e}, limit {limit:.0e})")
+    named = "; ".join(dict.fromkeys(said))
+    return f" Timed under a wider gate, and refused by today's: {named}." if named else ""
 
 
 def by_device(records: list[dict]) -> list[list[dict]]:

@@ -40,8 +40,7 @@ def test_loss(case, dtype, kind, peer, measured, rounds, record, request, capsys
         pytest.skip(f"{peer} is not installed (pip install '.[bench]')")
     quick = request.config.getoption("--quick")
     if dtype == "bfloat16" and not quick and emulates_bfloat16():
-        # A case makes hundreds of calls.
-        pytest.skip("this CPU emulates bfloat16, minutes a call: python -m benchmarks.run has one short case")
+        pytest.skip("this CPU emulates bfloat16, minutes a call: python -m benchmarks.run --group bfloat16 is short")
     if (case, dtype) not in measured:
         # One case at a time: the largest heads' weights and gradients are gigabytes.
         measured.clear()

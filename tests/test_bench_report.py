@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_page, report, results, tables
+from benchmarks.gate import LIMITS
 from benchmarks.peers import PEERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -224,6 +225,27 @@ def test_each_dtype_has_its_machine_in_a_picture():
     assert tables.caption_by_dtype(heads[:2]) == tables.caption(heads[:2])
     # The half of a dtype whose other shares nobody measured is no curve.
     assert {r["dtype"] for r in report.shown_in("prompt_share", stored)} == {"float32"}
+
+
+def test_who_todays_gate_would_refuse_is_named():
+    """RESULTS.md says that all that was timed agrees with float64."""
+    limit = LIMITS[torch.bfloat16][0]
+    row = {**ROW, "peer": "trl", "dtype": "bfloat16", "error_loss": 2 * limit}
+    assert f"trl (h, 1 x 8, bfloat16: loss off by {2 * limit:.1e}" in tables.beyond_limits([row])
+    assert tables.beyond_limits([{**row, "error_loss": limit}, {**row, "status": "wrong"}]) == ""
+    stored = [r for group in report.LOSS_GROUPS for r in report.load_all()[group] if r["status"] == "measured"]
+    beyond = [r for r in stored if r["error_loss"] > LIMITS[getattr(torch, r["dtype"])][0]]
+    text = (ROOT / "benchmarks" / "RESULTS.md").read_text()
+    assert all(f"{r['peer']} ({r['head']}, {r['pairs']} x {r['positions']}, {r['dtype']}" in text for r in beyond)
+    # Ours is never among them.
+    assert not any(r["peer"].startswith("ours") for r in beyond)
+
+
+def test_the_readme_says_which_rows_had_a_fixed_order():
+    """Rounds are in mixed orders after 6fe3f16."""
+    rows = [r for r in report.shown_in("heads", report.load_all()) if r["status"] == "measured"]
+    assert {r["commit"] for r in rows if r["dtype"] == "bfloat16"} == {"331b40d"}
+    assert not {r["commit"] for r in rows if r["dtype"] == "float32"} & {"331b40d", "6fe3f16"}
 
 
 def test_the_default_form_alone_loses_more_often():
