@@ -47,6 +47,36 @@ def test_only_instructions_for_bfloat16_count(machine, capabilities, expected, m
         torch_logits.multiplies_bfloat16.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "dtype", "rows"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16, 256),
+        ({"bf16": True}, torch.bfloat16, 256),
+        ({"avx512_bf16": True, "amx_bf16": True}, torch.bfloat16, 1024),
+        ({"avx512_bf16": True}, torch.float32, 1024),
+        ({"avx512_bf16": True}, torch.float64, 1024),
+    ],
+)
+def test_rows_of_one_matmul(capabilities, dtype, rows, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    torch_logits.chunk_rows.cache_clear()
+    try:
+        assert torch_logits.chunk_rows(dtype) == rows
+    finally:
+        torch_logits.chunk_rows.cache_clear()
+
+
+@pytest.mark.parametrize("n", [0, 1, 512, 1300])
+def test_a_widened_product_has_no_narrow_copy_of_its_size(n):
+    a, b = torch.randn(n, 64).bfloat16(), torch.randn(64, 4096).bfloat16()
+    product = matmul.matmul(a, b, torch.float32)
+    assert product.dtype == torch.float32 and product.shape == (n, 4096)
+    assert n == 0 or relative_error(product, a.double() @ b.double()) < 2**-8
+    if n > 512:
+        _, largest, peak = measure(lambda: matmul.matmul(a, b, torch.float32))
+        assert largest == product.nbytes and peak < product.nbytes + 600 * 4096 * 2
+
+
 def test_the_dtype_of_the_matmuls(bfloat16_cpu):
     narrow, wide = torch.bfloat16, torch.float32
     assert torch_logits.compute_dtype(narrow, narrow) == (narrow if bfloat16_cpu else wide)

@@ -17,11 +17,8 @@ from . import reference
 from .head import Head, strip_width, strips
 from .matmul import accumulation_dtype, add_matmul, converted_parts
 from .rows import Rows
-from .torch_logits import LogitStrip, compute_dtype, row_blocks, tile_element_bytes
-
-# Rows of a tile to one matmul, and of a bin where the head's gradients are summed in their own dtype: with fewer the
-# weight is packed too often, with more nothing is faster. Without a gradient a tile's memory is that of one chunk.
-CHUNK_ROWS = 1024
+from .torch_logits import CHUNK_ROWS as CHUNK_ROWS
+from .torch_logits import LogitStrip, chunk_rows, compute_dtype, row_blocks, tile_element_bytes
 
 # Logits of a tile stay alive until gradients are made of them: in bins, and in one pass where the head is frozen.
 TILES = True
@@ -91,7 +88,7 @@ def tile_memory(rows: int, x_ND: Tensor, head: Head, with_grad: bool) -> Tensor:
     Without it every tile's is fresh, and the first touch of fresh memory costs a tenth of the matmul.
     """
     dtype = compute_dtype(x_ND.dtype, head.weight_VD.dtype)
-    return x_ND.new_empty(rows if with_grad else min(rows, CHUNK_ROWS), head.weight_VD.shape[0], dtype=dtype)
+    return x_ND.new_empty(rows if with_grad else min(rows, chunk_rows(dtype)), head.weight_VD.shape[0], dtype=dtype)
 
 
 def _tile_blocks(
@@ -102,7 +99,7 @@ def _tile_blocks(
     The same matmuls either way: their shapes decide how they round.
     """
     (n, _), v = x_ND.shape, head.weight_VD.shape[0]
-    size = -(-n // max(1, -(-n // CHUNK_ROWS)))
+    size = -(-n // max(1, -(-n // chunk_rows(memory_NV.dtype))))
     for start in range(0, n, size or 1):
         chunk = slice(start, min(start + size, n))
         out = memory_NV[chunk] if keep else memory_NV[: chunk.stop - start]
