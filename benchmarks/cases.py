@@ -65,10 +65,16 @@ class Case:
         return sum(total - 1 for _, total in halves[0]) + sum(total - max(p, 1) for p, total in halves[1])
 
 
-def head_case(head: str, prompt_share: float, pairs: int | None = None, positions: int | None = None) -> Case:
-    """A batch without padding in front of the head of a real model."""
-    vocabulary, hidden_size = HEADS[head]
-    default_pairs, default_positions = CPU_BATCH[head]
+def head_case(
+    head: str,
+    prompt_share: float,
+    pairs: int | None = None,
+    positions: int | None = None,
+    size: tuple[int, int] | None = None,
+) -> Case:
+    """A batch without padding in front of the head of a real model, or of `size` (V, D) under any name."""
+    vocabulary, hidden_size = size or HEADS[head]
+    default_pairs, default_positions = CPU_BATCH.get(head, (4, 256))
     positions = positions or default_positions
     return Case(head, pairs or default_pairs, positions, round(prompt_share * positions), hidden_size, vocabulary)
 

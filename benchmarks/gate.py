@@ -12,6 +12,8 @@ from .cases import Batch
 from .peers import Peer
 
 BETA = 0.1
+# Logits of the reference to make at once: float64, half a GiB, of which four or five copies are alive.
+BLOCK_LOGITS = 2**26
 # Relative errors beyond which a result is wrong, not rounded: loss, and the larger of both gradients. Without its odds
 # ratio, which weighs 0.1, a loss would be off by 9e-3 and a gradient by 7e-2.
 LIMITS = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (5e-3, 2e-2), torch.float16: (2e-3, 2e-2)}
@@ -71,10 +73,30 @@ def exact(batch: Batch) -> tuple[reference.Objective, torch.Tensor, torch.Tensor
         pairs=pairs,
     )
     x = batch.hidden.detach().flatten(0, 1)[rows.rows_N].double()
-    result, dx, dw, _ = reference.orpo(x, batch.weight.detach().double(), rows, beta=BETA)
+    result, dx, dw = by_blocks(x, batch.weight.detach().double(), rows, max(1, BLOCK_LOGITS // len(batch.weight)))
     whole = torch.zeros(batch.hidden.shape, dtype=torch.float32, device=x.device)
     whole.flatten(0, 1)[rows.rows_N] = dx.float()
     return result, whole, dw.float()
+
+
+def by_blocks(
+    x: torch.Tensor, weight: torch.Tensor, rows: Rows, size: int
+) -> tuple[reference.Objective, torch.Tensor, torch.Tensor]:
+    """The reference's objective, dX and dW, with the logits of `size` rows alive at a time, and computed twice."""
+    blocks = [slice(first, first + size) for first in range(0, len(x), size)]
+
+    def stats(block: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        z = reference.logits(x[block], weight)
+        return z, *reference.token_stats(z, rows.targets_N[block])
+
+    result = reference.objective(torch.cat([stats(block)[1] for block in blocks]), rows, beta=BETA)
+    dx, dw = torch.empty_like(x), torch.zeros_like(weight)
+    for block in blocks:
+        z, logp, lse = stats(block)
+        g = reference.logit_grad(z, logp, lse, rows.targets_N[block]).mul_(result.coef_N[block, None])
+        dx[block] = g @ weight
+        dw.addmm_(g.T, x[block])
+    return result, dx, dw
 
 
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:

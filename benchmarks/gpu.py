@@ -23,12 +23,23 @@ from pathlib import Path
 
 import torch
 
+from .cases import HEADS as ALL_HEADS
 from .cases import TINY, Case, head_case
 from .measure import measure_case, stamp, synchronize, wall_clock
 from .peers import BUDGET, PEERS, available, ours_within
 
 HEADS = ("OPT-350M", "SmolLM2-135M", "Phi-2", "Mistral-7B-v0.3", "Llama-3-8B", "Qwen2.5-0.5B", "Gemma-2-2B")
 PAIRS, POSITIONS, PROMPT_SHARE = 4, 1024, 0.5
+# What the cards of roofline.py call themselves. Others of the same family (PCIe, NVL, GH200, a MIG slice, 40 GB) have
+# other peaks.
+CARDS = {
+    "NVIDIA A100-SXM4-80GB": "A100",
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H200": "H200",
+    "NVIDIA B200": "B200",
+    "AMD Instinct MI300X": "MI300X",
+    "AMD Instinct MI300X OAM": "MI300X",
+}
 LABELS = {"step": "forward and backward", "forward": "forward", "evaluation": "evaluation", "frozen": "frozen head"}
 
 
@@ -51,13 +62,12 @@ def roofline_seconds(row: dict, device: str) -> float | None:
     from .roofline import ACCELERATORS
 
     units = {"step": 6, "frozen": 4, "forward": 2, "evaluation": 2}[row["kind"]]
-    # MI300X reports itself as "AMD Instinct MI300X ...", the others as "NVIDIA H100 80GB HBM3" and the like.
-    for name, card in ACCELERATORS.items():
-        if name in device:
-            # Each of the units / 2 products reads or writes the weight once, two bytes an element.
-            weight = row["V"] * row["D"]
-            return max(units * row["rows"] * weight / card.flops, units * weight / card.bandwidth)
-    return None
+    if device not in CARDS:
+        return None
+    card = ACCELERATORS[CARDS[device]]
+    # Each of the units / 2 products reads or writes the weight once, two bytes an element.
+    weight = row["V"] * row["D"]
+    return max(units * row["rows"] * weight / card.flops, units * weight / card.bandwidth)
 
 
 def run_tests(device: str) -> int:
@@ -88,6 +98,9 @@ def plot(records: list[dict], path: Path) -> None:
     from .pictures import colour_of
 
     timed = [r for r in records if r["status"] == "measured" and not r["peer"].startswith(BUDGET)]
+    if not timed:
+        print("Nobody was timed, so there is no picture.")
+        return
     kinds, heads = list(dict.fromkeys(r["kind"] for r in timed)), list(dict.fromkeys(r["head"] for r in timed))
     peers = list(dict.fromkeys(r["peer"] for r in timed))
     figure, axes = plt.subplots(len(kinds), 1, figsize=(11, 3.2 * len(kinds)), squeeze=False, sharex=True)
@@ -110,6 +123,18 @@ def plot(records: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def budgets(text: str) -> list[int]:
+    """MiB with commas.
+
+    Raises:
+        ValueError: one is no number of MiB.
+    """
+    found = [int(mib) for mib in text.split(",")]
+    if min(found) < 0:
+        raise ValueError(text)
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -117,20 +142,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny shapes")
     parser.add_argument("--heads", help="comma-separated; default: " + ", ".join(HEADS))
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--budgets", default="", help="also ours with these logits_budget, MiB with commas")
+    parser.add_argument(
+        "--budgets", default=[], type=budgets, help="also ours with these logits_budget, MiB with commas"
+    )
     parser.add_argument("--skip-tests", action="store_true")
     options = parser.parse_args(arguments)
+    # All of it before the tests, which take minutes.
+    if options.quick and options.heads:
+        parser.error("--quick has a tiny head of its own, and would ignore --heads")
+    heads = options.heads.split(",") if options.heads else HEADS
+    if unknown := [head for head in heads if head not in ALL_HEADS]:
+        parser.error(f"--heads names {unknown[0]!r}; there are {', '.join(ALL_HEADS)}")
+    if options.rounds < 1:
+        parser.error(f"--rounds is {options.rounds}; it is at least 1")
+    if options.device == "cpu" and torch.cuda.is_available():
+        parser.error("memory and stamp would be the GPU's: hide it with CUDA_VISIBLE_DEVICES= to measure on the CPU")
     if options.device == "cuda" and not torch.cuda.is_available():
         print("No GPU here: torch.cuda.is_available() is False. Nothing was run; --device cpu --quick tries the path.")
         return 0
     if not options.skip_tests and (status := run_tests(options.device)):
         print("The kernel tests failed here, so nothing was timed.")
         return status
-    heads = options.heads.split(",") if options.heads else HEADS
     cases: list[Case] = [TINY] if options.quick else [head_case(h, PROMPT_SHARE, PAIRS, POSITIONS) for h in heads]
     clock = event_clock if options.device == "cuda" else wall_clock
     peers = {name: function for name, function in PEERS.items() if available(name)}
-    peers |= {f"{BUDGET}{mib} MiB": ours_within(int(mib) * 2**20) for mib in filter(None, options.budgets.split(","))}
+    peers |= {f"{BUDGET}{mib} MiB": ours_within(mib * 2**20) for mib in options.budgets}
     options.out.mkdir(parents=True, exist_ok=True)
     records: list[dict] = []
     for case in cases:
@@ -142,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
                 figures = f"{1e3 * r['median']:9.2f} ms {r['peak_bytes'] / 2**20:8.0f} MiB" if "median" in r else ""
                 print(f"{r['head']:18s} {r['kind']:11s} {r['peer']:28s} {figures or r['status']}")
     plot(records, options.out / "gpu.png")
-    print(f"written: {options.out / 'gpu.csv'}, {options.out / 'gpu.png'}")
+    print(f"written to {options.out}: {', '.join(sorted(path.name for path in options.out.glob('gpu.*')))}")
     return 0
 
 

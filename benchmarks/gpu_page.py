@@ -84,7 +84,7 @@ def page(stored: dict[str, list[dict]]) -> list[str]:
         "## On a GPU",
         f"{caption(ours)}; each peer alone, one after the other. An older torch and triton than this project asks for "
         "were what the machine had. `python -m benchmarks.gpu --heads SmolLM2-135M,Llama-3-8B,Mistral-7B-v0.3 "
-        "--budgets 256,512,2048,8192` measures the same, peers taking turns.",
+        "--budgets 256,512,2048,8192 --rounds 7` measures the same, peers taking turns.",
         wide(ours, tuple(KINDS)),
         "`ours` keeps up to 1 GiB of exponentials, `ours (strips)` none. By budget, forward and backward:",
         budgets(ours),

@@ -8,7 +8,8 @@
 
 First the error of loss, hidden-state gradient and weight gradient against float64; a result that is further off than
 its dtype explains gets no time. Then rounds in which the peers take turns: medians, the spread, and how many times
-slower TRL was within the rounds. Memory is the most that a call allocates beyond its inputs. What is kept is measured
+slower TRL was by the medians; loss and gradients of every row are those of forward and backward, but where its kind has
+its own. Memory is the most that a call allocates beyond its inputs. What is kept is measured
 by `python -m benchmarks.run`.
 """
 
@@ -18,7 +19,7 @@ import argparse
 
 import torch
 
-from .cases import CASES, CPU_BATCH, HEADS, Case
+from .cases import CASES, HEADS, Case, head_case
 from .gate import KINDS
 from .measure import emulates_bfloat16, measure_case, stamp
 from .peers import PEERS, available
@@ -27,16 +28,20 @@ from .peers import PEERS, available
 def table(records: list[dict]) -> str:
     """The records of one case, one line each."""
     lines = [
-        f"{'':40s} {'s':>8s} {'20 to 80 %':>16s} {'TRL took x':>10s} {'MiB':>7s} {'loss':>8s} {'dX':>8s} {'dW':>8s}"
+        f"{'':40s} {'s':>10s} {'20 to 80 %':>24s} {'TRL took x':>10s} {'MiB':>7s} {'loss':>8s} {'dX':>8s} {'dW':>8s}"
     ]
     for r in records:
         line = f"{r['kind']:11s} {r['peer']:28s} "
         if "error_dx" in r:
             errors = " ".join(f"{r[name]:8.1e}" for name in ("error_loss", "error_dx", "error_dw"))
         if r["status"] == "measured":
-            spread = f"{r['q20']:.3f} to {r['q80']:.3f}"
+            # Four digits of whatever it is: a GPU's step is a few milliseconds.
+            spread = f"{r['q20']:.4g} to {r['q80']:.4g}"
             ratio = f"{r['ratio']:10.2f}" if "ratio" in r else " " * 10
-            line += f"{r['median']:8.3f} {spread:>16s} {ratio} {r['peak_bytes'] / 2**20:7.0f} {errors}"
+            line += f"{r['median']:10.4g} {spread:>24s} {ratio} {r['peak_bytes'] / 2**20:7.0f} {errors}"
+        elif "error_loss" in r:
+            said = (f"{r[n]:.1e}" if n in r else "-" for n in ("error_loss", "error_dx", "error_dw"))
+            line += f"{r['status']}, not timed: loss, dX, dW off by {', '.join(said)}"
         else:
             line += f"{r['status']}, not timed"
         lines.append(line)
@@ -44,43 +49,54 @@ def table(records: list[dict]) -> str:
 
 
 def size_of_head(model: str) -> tuple[int, int]:
-    """(V, D) of the matrix behind a model's head, by its configuration."""
+    """(V, D) of the matrix behind a model's head, by its configuration.
+
+    Raises:
+        ValueError: there is no such model, or it is none that writes text.
+    """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model).get_text_config()
-    # OPT-350M's head follows a projection to half of its hidden size.
-    return config.vocab_size, getattr(config, "word_embed_proj_dim", config.hidden_size)
+    try:
+        config = AutoConfig.from_pretrained(model).get_text_config()
+        # OPT-350M's head follows a projection to half of its hidden size.
+        return config.vocab_size, getattr(config, "word_embed_proj_dim", config.hidden_size)
+    except (OSError, AttributeError) as problem:
+        raise ValueError(f"--model {model}: {str(problem).splitlines()[0]}") from problem
 
 
 def chosen_case(arguments: argparse.Namespace) -> Case:
     """The case that the options name or spell out.
 
     Raises:
-        ValueError: they name two, or half of one, or a batch that is none.
+        ValueError: they name two, or half of one, or a batch that is none; or `size_of_head` has none to give.
     """
     given = {name: getattr(arguments, name) for name in ("pairs", "positions", "prompt_share")}
     given = {name: value for name, value in given.items() if value is not None}
-    spelled = arguments.vocabulary is not None, arguments.hidden_size is not None
-    if sum((arguments.case is not None, arguments.model is not None, any(spelled))) > 1:
+    sizes = {name: getattr(arguments, name) for name in ("vocabulary", "hidden_size")}
+    spelled = any(size is not None for size in sizes.values())
+    if sum((arguments.case is not None, arguments.model is not None, spelled)) > 1:
         raise ValueError("give one of --case, --model, and --vocabulary with --hidden-size")
-    if any(spelled) and not all(spelled):
-        raise ValueError("--vocabulary and --hidden-size go together")
-    if any(spelled):
-        name, head = "custom", (arguments.vocabulary, arguments.hidden_size)
+    for name, least in (("pairs", 1), ("positions", 2), ("vocabulary", 2), ("hidden_size", 1)):
+        if (value := (given | sizes).get(name)) is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it is at least {least}")
+    if spelled:
+        if None in sizes.values():
+            raise ValueError("--vocabulary and --hidden-size go together")
+        name, size = "custom", tuple(sizes.values())
     elif arguments.model is not None:
-        name, head = arguments.model, size_of_head(arguments.model)
+        name, size = arguments.model, size_of_head(arguments.model)
     elif (name := arguments.case or "smollm2") in HEADS:
-        head = HEADS[name]
+        size = None
     elif given:
-        raise ValueError(f"{name} has a batch of its own, and takes no {', no '.join(given)}; heads do: {list(HEADS)}")
+        options = ", no ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{name} has a batch of its own, and takes no {options}; heads do: {', '.join(HEADS)}")
     else:
         return CASES[name]
-    default_pairs, default_positions = CPU_BATCH.get(name, (4, 256))
-    pairs, positions = given.get("pairs", default_pairs), given.get("positions", default_positions)
-    prompt = round(given.get("prompt_share", 0.5) * positions)
-    if min(pairs, *head) < 1 or positions < 2 or not 0 <= prompt < positions:
-        raise ValueError("a batch has a pair, two positions, and a prompt that leaves one of them to the answer")
-    return Case(name, pairs, positions, prompt, *reversed(head))
+    case = head_case(name, given.pop("prompt_share", 0.5), **given, size=size)
+    if not 0 <= case.prompt < case.positions:
+        share = f"--prompt-share {arguments.prompt_share}"
+        raise ValueError(f"{share} of {case.positions} positions leaves none to the answer, or is below 0")
+    return case
 
 
 def main() -> None:
@@ -99,9 +115,11 @@ def main() -> None:
     parser.add_argument("--peers", help="comma-separated; default: all that are installed")
     arguments = parser.parse_args()
     names = arguments.peers.split(",") if arguments.peers else list(PEERS)
-    for given, known in ((names, PEERS), (arguments.kinds.split(","), KINDS)):
-        if unknown := set(given) - set(known):
-            parser.error(f"{sorted(unknown)} given; there are {list(known)}")
+    for option, given, known in (("--peers", names, PEERS), ("--kinds", arguments.kinds.split(","), KINDS)):
+        if unknown := sorted(set(given) - set(known)):
+            parser.error(f"{option} names {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
+    if arguments.rounds < 1:
+        parser.error(f"--rounds is {arguments.rounds}; it is at least 1")
     try:
         case = chosen_case(arguments)
     except ValueError as error:

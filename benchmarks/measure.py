@@ -8,10 +8,12 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from importlib import metadata
+from pathlib import Path
 
+import orpo_kernels
 import torch
 from orpo_kernels.torch_logits import multiplies_bfloat16
 from torch.profiler import ProfilerActivity, profile
@@ -34,18 +36,25 @@ def stamp() -> dict[str, object]:
             return ""
 
     def git(*command: str) -> str:
-        return subprocess.run(["git", *command], capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(["git", *command], capture_output=True, text=True).stdout.strip()
+        except FileNotFoundError:
+            return ""
 
     # Figures stored a moment ago are no change of what is measured.
     changed = git(
         "status", "--porcelain", "--", ":/", *(f":(top,exclude)benchmarks/{name}" for name in ("results", "RESULTS.md"))
     )
+    root = git("rev-parse", "--show-toplevel")
+    elsewhere = root and not Path(orpo_kernels.__file__).resolve().is_relative_to(Path(root).resolve())
+    commit = (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
-        "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else ""),
+        # What is measured may be an installation of any age, while the commit is that of the folder.
+        "commit": commit + (" with installed kernels" if elsewhere else ""),
     }
 
 
@@ -104,6 +113,18 @@ def wall_clock(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def orders(names: Iterable[str], rounds: int) -> Iterator[list[str]]:
+    """The names once a round, in an order of its own, the same in every run.
+
+    In a fixed one, who comes after a peer that frees much memory would always find it warm: in a virtual machine that
+    was a fifth of the time of a large head's evaluation.
+    """
+    order, shuffle = list(names), random.Random(0).shuffle
+    for _ in range(rounds):
+        shuffle(order)
+        yield list(order)
+
+
 def interleaved(
     functions: dict[str, Callable[[], object]],
     rounds: int,
@@ -111,15 +132,10 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of every function in every round, in which they take turns: a busy moment of the machine hits them all.
 
-    Each round has an order of its own, the same in every run. In a fixed one, who comes after a peer that frees much
-    memory would always find it warm: in a virtual machine that was a fifth of the time of a large head's evaluation.
-
     Run each once before: the first call compiles, and touches memory for the first time.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    order, shuffle = list(functions), random.Random(0).shuffle
-    for _ in range(rounds):
-        shuffle(order)
+    for order in orders(functions, rounds):
         for name in order:
             seconds[name].append(clock(functions[name]))
     return seconds

@@ -12,12 +12,15 @@ from pathlib import Path
 
 from . import cost_pages, gpu_page, limits, pictures, results, tables
 from .lengths import QUANTILES
+from .results import by_device, most_measured, shown_in
 from .run import LOSS_GROUPS
-from .tables import by_device, caption, held, losses, losses_of_the_default, table
+from .tables import caption, held, losses, losses_of_the_default, table
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 MARKS = ("<!-- figures: written by python -m benchmarks.report -->", "<!-- end of figures -->")
+# Commits of stored rows that were measured before each round had an order of its own.
+FIXED_ORDER = ("0f06bd1", "331b40d", "6356325", "732931b", "4b3fe3d", "6fe3f16")
 README_PEERS = ("ours", "ours (strips)", "trl", "liger", "liger compiled", "cce")
 TITLES = {
     "targets": "Sequences of 256 and 1024 tokens, 96 and 384 of them prompt",
@@ -204,6 +207,7 @@ def readme_block(stored: dict[str, list[dict]]) -> str:
     shown = [r for r in timed if r["kind"] == "step" and r["peer"] in README_PEERS]
     lost = len(losses(records))
     cases = len({(r["head"], r["dtype"], r["kind"]) for r in timed})
+    early = sorted({r["dtype"] for r in timed if r["commit"] in FIXED_ORDER})
     text = (
         "Loss and gradients (forward and backward), half of each sequence prompt; "
         f"{tables.caption_by_dtype(records)}. Medians of, after `pip install '.[bench]'`, "
@@ -211,9 +215,13 @@ def readme_block(stored: dict[str, list[dict]]) -> str:
         "`logits_budget=0`; `cce` is its torch.compile form, its only one on a CPU. Of these, another is more than 5 % "
         f"faster than both of ours in {lost} of {cases} cases, evaluation included: "
         "[benchmarks/RESULTS.md](benchmarks/RESULTS.md) names them, with all figures. Where a CPU emulates bfloat16, "
-        "add `--only float32`, or peers take minutes a step. Rows of bfloat16 are from before rounds had an order of "
-        "their own: there CCE always came after Liger, and found its freed memory warm."
+        "add `--only float32`, or peers take minutes a step."
     )
+    if early:
+        text += (
+            f" Rows of {' and '.join(early)} are from before rounds had an order of their own: there CCE always came "
+            "after Liger, and found its freed memory warm."
+        )
     picture = "![speed against TRL, by head](benchmarks/results/heads.png)"
     parts = [picture, text, tables.wide_table(shown), *readme_training(stored["training"])]
     return "\n\n".join([MARKS[0], *gpu_page.readme(stored["gpu"]), *parts, MARKS[1]])
@@ -229,8 +237,9 @@ def readme_training(records: list[dict]) -> list[str]:
     rounds = max(r["rounds"] for r in steps)
     text = (
         f"Training steps of {steps[0]['head']} on `{steps[0]['data']}`, {steps[0]['pairs']} pairs a batch, on "
-        f"{caption(steps)}; medians of {rounds} rounds, each the mean of the second and third step, batches already "
-        f'made, `python -m benchmarks.training --model FOLDER --data FILE --rounds {rounds} --kinds "{kinds}"`. '
+        f"{caption(steps)}; medians (20 to 80 %) of {rounds} rounds, each the mean of the second and third step, "
+        f"batches already made, `python -m benchmarks.training --model FOLDER --data FILE --rounds {rounds} "
+        f'--kinds "{kinds}"`. '
         "`trl sft` is TRL's SFTTrainer on the chosen answers alone. Resident is what a whole process holds."
     )
     header = ["dtype", "trainer", "step, s", "times as fast as TRL's ORPOTrainer", "resident, GiB"]
@@ -238,7 +247,7 @@ def readme_training(records: list[dict]) -> list[str]:
         [
             r["dtype"],
             r["peer"],
-            f"{r['median']:.1f}",
+            f"{r['median']:.1f} ({r['q20']:.1f} to {r['q80']:.1f})",
             f"{r['ratio']:.2f}",
             held(r),
         ]
@@ -263,30 +272,6 @@ def load_all(folder: Path = results.FOLDER) -> dict[str, list[dict]]:
 
 
 PICTURES = {"heads": pictures.heads, "prompt_share": pictures.shares, "growth": pictures.growth}
-
-
-def shown_in(group: str, stored: dict[str, list[dict]]) -> list[dict]:
-    """What a group's picture and the README show: of each dtype one machine, that on which most of it was measured.
-
-    The shares of prompt include the half, which is measured with the heads.
-    """
-    records = [*(stored["heads"] if group == "prompt_share" else []), *stored[group]]
-    shown = []
-    # A machine without instructions for bfloat16 measures float32 alone.
-    for dtype in dict.fromkeys(r["dtype"] for r in stored[group]):
-        device = most_measured([r for r in stored[group] if r["dtype"] == dtype])[0]["device"]
-        shown += [r for r in records if (r["dtype"], r["device"]) == (dtype, device)]
-    return shown
-
-
-def most_measured(records: list[dict]) -> list[dict]:
-    """The records of the machine that has most cases of them; of two that have as many, the one measured last."""
-
-    def cases(part: list[dict]) -> int:
-        # Not its rows: one machine may have been measured with more peers.
-        return len({tuple(r.get(name) for name in results.KEY if name != "peer") for r in part})
-
-    return max(reversed(by_device(records)), key=cases)
 
 
 def main() -> None:

@@ -46,3 +46,32 @@ def _with_ratio(record: dict, latest: Mapping[tuple, dict]) -> dict:
     trl = next((b for name in names if (b := latest.get(key_of({**record, "peer": name})))), {})
     record = {name: value for name, value in record.items() if name != "ratio"}
     return {**record, "ratio": trl["median"] / record["median"]} if {"median"} <= trl.keys() & record.keys() else record
+
+
+def by_device(records: list[dict]) -> list[list[dict]]:
+    """The records of each machine, in the order in which machines were first measured."""
+    return [[r for r in records if r["device"] == device] for device in dict.fromkeys(r["device"] for r in records)]
+
+
+def most_measured(records: list[dict]) -> list[dict]:
+    """The records of the machine that has most cases of them; of two that have as many, the one measured last."""
+
+    def cases(part: list[dict]) -> int:
+        # Not its rows: one machine may have been measured with more peers.
+        return len({tuple(r.get(name) for name in KEY if name != "peer") for r in part})
+
+    return max(reversed(by_device(records)), key=cases)
+
+
+def shown_in(group: str, stored: dict[str, list[dict]]) -> list[dict]:
+    """What a group's picture and the README show: of each dtype one machine, that on which most of it was measured.
+
+    The shares of prompt include the half, which is measured with the heads.
+    """
+    records = [*(stored["heads"] if group == "prompt_share" else []), *stored[group]]
+    shown = []
+    # A machine without instructions for bfloat16 measures float32 alone.
+    for dtype in dict.fromkeys(r["dtype"] for r in stored[group]):
+        device = most_measured([r for r in stored[group] if r["dtype"] == dtype])[0]["device"]
+        shown += [r for r in records if (r["dtype"], r["device"]) == (dtype, device)]
+    return shown

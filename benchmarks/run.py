@@ -116,12 +116,28 @@ def measure(group: str, piece: Piece, names: list[str]) -> None:
     results.append(group, records)
     for r in records:
         figures = (
-            f"{r['median']:8.3f} s  x{r.get('ratio', float('nan')):5.2f}  {r['peak_bytes'] / 2**20:7.0f} MiB"
+            f"{r['median']:8.4g} s  x{r.get('ratio', float('nan')):5.2f}  {r['peak_bytes'] / 2**20:7.0f} MiB"
             if r["status"] == "measured"
             else r["status"]
         )
         print(f"  {r['kind']:11s} {r['peer']:28s} {figures}")
     print(f"  ({time.perf_counter() - start:.0f} s)", flush=True)
+
+
+def ignored(options: argparse.Namespace) -> str | None:
+    """What to say of an option that the group would not look at."""
+    group = options.group
+    if group in LOSS_GROUPS:
+        asked, why = ("model", "data"), f"{group} measures random hidden states"
+    else:
+        asked, why = ("only", "pieces", "again"), f"it is for groups of pieces, and {group} has none"
+    if given := [name for name in asked if getattr(options, name)]:
+        return f"--{given[0]} would be ignored: {why}"
+    if group in ("long", "training") and options.peers:
+        return f"--peers would be ignored: {group} has peers of its own"
+    if group == "long" and (options.model or options.data):
+        return "--model and --data would be ignored: long measures random hidden states"
+    return None
 
 
 def main() -> None:
@@ -133,16 +149,16 @@ def main() -> None:
     parser.add_argument("--peers", help="comma-separated; default: all that are installed")
     parser.add_argument("--again", action="store_true", help="also what is measured already")
     parser.add_argument(
-        "--model",
-        default=os.environ.get("ORPO_BENCH_MODEL"),
-        help="groups training and accuracy: folder of a model (default: the variable ORPO_BENCH_MODEL)",
+        "--model", help="groups training and accuracy: folder of a model (default: the variable ORPO_BENCH_MODEL)"
     )
     parser.add_argument("--data", help="groups training and accuracy: pairs as JSONL or parquet, or a hub name")
     options = parser.parse_args()
     names = options.peers.split(",") if options.peers else [name for name in PEERS if available(name)]
-    unknown = set(names) - set(PEERS)
-    if unknown:
-        parser.error(f"--peers names {sorted(unknown)}; there are {list(PEERS)}")
+    if unknown := sorted(set(names) - set(PEERS)):
+        parser.error(f"--peers names {', '.join(map(repr, unknown))}; there are {', '.join(PEERS)}")
+    # Measured all the same, their failures would be stored as results.
+    if missing := [name for name in names if not available(name)]:
+        parser.error(f"--peers names {', '.join(missing)}, not installed here (pip install '.[bench]')")
     if options.list or not options.group:
         for group, pieces in LOSS_GROUPS.items():
             for piece in pieces:
@@ -153,9 +169,9 @@ def main() -> None:
             "training      training step and whole run"
         )
         return
-    ignored = [name for name in ("only", "pieces", "again") if getattr(options, name)]
-    if options.group not in LOSS_GROUPS and ignored:
-        parser.error(f"--{ignored[0]} is for groups of pieces, and {options.group} has none")
+    if refused := ignored(options):
+        parser.error(refused)
+    model = options.model or os.environ.get("ORPO_BENCH_MODEL")
     if options.group == "long":
         from . import limits
 
@@ -164,19 +180,22 @@ def main() -> None:
     if options.group == "accuracy":
         from . import accuracy
 
-        accuracy.run(names, options.model, options.data)
+        if options.data and not model:
+            parser.error("--data goes with --model, whose hidden states it makes")
+        accuracy.run(names, model, options.data)
         return
     if options.group == "training":
         from . import training
 
-        training.run(options.model, options.data)
-        training.run_shares(options.model)
+        training.run(model, options.data)
+        training.run_shares(model)
         return
-    pieces = [
-        piece
-        for piece in LOSS_GROUPS[options.group]
-        if options.only in str(piece) and (options.again or not is_measured(options.group, piece, names))
-    ]
+    chosen = [piece for piece in LOSS_GROUPS[options.group] if options.only in str(piece)]
+    if not chosen:
+        parser.error(f"--only {options.only!r} is in no line of {options.group}; --list shows them")
+    pieces = [p for p in chosen if options.again or not is_measured(options.group, p, names)]
+    if not pieces:
+        print("all of it is measured on this machine; --again measures it anew")
     for piece in pieces[: options.pieces]:
         measure(options.group, piece, names)
         gc.collect()

@@ -51,16 +51,13 @@ def beyond_limits(records: list[dict]) -> str:
     """Who was timed under a wider gate than today's, and would have no time now."""
     said = []
     for r in in_order([r for r in records if r["status"] == "measured"]):
-        if r["error_loss"] > (limit := LIMITS[getattr(torch, r["dtype"])][0]):
-            batch = f"{r['head']}, {r['pairs']} x {r['positions']}, {r['dtype']}"
-            said.append(f"{r['peer']} ({batch}: loss off by {r['error_loss']:.1e}, limit {limit:.0e})")
+        of_loss, of_gradients = LIMITS[getattr(torch, r["dtype"])]
+        batch = f"{r['head']}, {r['pairs']} x {r['positions']}, {r['dtype']}"
+        for name, limit in (("loss", of_loss), ("dX", of_gradients), ("dW", of_gradients)):
+            if (error := r.get(f"error_{name.lower()}", 0)) > limit:
+                said.append(f"{r['peer']} ({batch}: {name} off by {error:.1e}, limit {limit:.0e})")
     named = "; ".join(dict.fromkeys(said))
     return f" Timed under a wider gate, and refused by today's: {named}." if named else ""
-
-
-def by_device(records: list[dict]) -> list[list[dict]]:
-    """The records of each machine, in the order in which machines were first measured."""
-    return [[r for r in records if r["device"] == device] for device in dict.fromkeys(r["device"] for r in records)]
 
 
 def in_order(records: list[dict]) -> list[dict]:

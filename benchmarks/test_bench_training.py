@@ -12,15 +12,22 @@ from .training import LAYOUTS, measure
 TRAINERS = [*(f"ours {layout}" for layout in LAYOUTS), "trl orpo", "trl sft"]
 
 
+def selected(items: list[pytest.Item]) -> tuple[str, ...]:
+    """The trainers that the tests left by `-k` ask for, and TRL's, which the others are held against."""
+    asked = {item.callspec.params["trainer"] for item in items if getattr(item, "originalname", "") == "test_training"}
+    return tuple(trainer for trainer in TRAINERS if trainer in asked | {"trl orpo"})
+
+
 @pytest.fixture(scope="module")
 def measured(request: pytest.FixtureRequest) -> dict:
-    """Every trainer, taking turns."""
+    """Every trainer that `-k` left, taking turns."""
     if not available("trl"):
         pytest.skip("trl is not installed (pip install '.[bench]')")
+    kinds = selected(request.session.items)
     if request.config.getoption("--quick"):
-        records = measure(None, None, batch=2, steps=2, rounds=2, longest=200)
+        records = measure(None, None, batch=2, steps=2, rounds=2, longest=200, kinds=kinds)
     else:
-        records = measure(os.environ.get("ORPO_BENCH_MODEL"), os.environ.get("ORPO_BENCH_DATA"))
+        records = measure(os.environ.get("ORPO_BENCH_MODEL"), os.environ.get("ORPO_BENCH_DATA"), kinds=kinds)
     return {(r["kind"], r["peer"]): r for r in records}
 
 

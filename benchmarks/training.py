@@ -9,10 +9,10 @@
 FOLDER is any local copy of a causal language model with its tokenizer, for example SmolLM2-135M-Instruct as
 `hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir FOLDER` leaves it. Without `--data` the pairs
 are random words as many as real answers have (lengths.py). All trainers get the same rows, the same batch size, the
-same start and the same order. They take turns, each for some steps from the same weights; a time is that of one
-optimizer step, its batches already made (the whole run has their making in it). Before any time stands, ours has to
-give TRL's loss at the first step. Memory is the most that a process of its own held over the same steps, weights and
-optimizer included: on a CPU resident, with the interpreter, on a GPU allocated there.
+same start and the same order. They take turns, in another order each round, each for some steps from the same weights;
+a time is that of one optimizer step, its batches already made (the whole run has their making in it). Before any time
+stands, ours has to give TRL's loss at the first step. Memory is the most that a process of its own held over the same
+steps, weights and optimizer included: on a CPU resident, with the interpreter, on a GPU allocated there.
 bfloat16 is `bf16=True`, mixed precision over float32 weights, for all. `(strips)` is `logits_budget=0`.
 """
 
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from . import results
-from .measure import stamp, summary, synchronize
+from .measure import orders, stamp, summary, synchronize
 from .training_data import LONGEST, SHARED_TOTAL, load_all
 
 LAYOUTS = ("padded", "packed", "shared")
@@ -42,6 +42,8 @@ BATCH, STEPS, ROUNDS = 4, 3, 3
 # is a hundredth of it.
 SAME_LOSS = {"float32": 1e-4, "bfloat16": 2e-3}
 SHARES = (10, 30, 50, 70, 90)
+# Options that leave no room for others.
+ALONE = {"quick": "it is the small model, one round, in float32", "shares": "its pairs are random words"}
 
 
 def make_trainer(
@@ -148,8 +150,8 @@ def measure(
     model, tokenizer, rows = load_all(**source)
     times: dict[str, dict[str, list[float]]] = {kind: {"training step": [], "whole run": []} for kind in kinds}
     losses: dict[str, float] = {}
-    for _ in range(rounds):
-        for kind in kinds:
+    for order in orders(kinds, rounds):
+        for kind in order:
             with tempfile.TemporaryDirectory() as out:
                 trainer = make_trainer(kind, copy.deepcopy(model), tokenizer, rows, out, batch, longest, dtype)
                 seconds, whole, losses[kind] = train(trainer)
@@ -227,16 +229,26 @@ def keep(records: list[dict]) -> None:
     show(records)
 
 
+def shares_of(text: str, parser: argparse.ArgumentParser) -> tuple[int, ...]:
+    """Percents with commas; each leaves a token to the prompt and one to the answer."""
+    try:
+        shares = tuple(int(share) for share in text.split(","))
+    except ValueError:
+        parser.error(f"--shares is {text!r}; percents with commas, such as 10,50,90")
+    if wrong := [share for share in shares if not 1 <= share <= 99]:
+        parser.error(f"--shares holds {wrong[0]}; a share is 1 to 99 %")
+    return shares
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    own = os.environ.get("ORPO_BENCH_MODEL")
-    parser.add_argument("--model", default=own, help="folder of a model (default: the variable ORPO_BENCH_MODEL)")
+    parser.add_argument("--model", help="folder of a model (default: the variable ORPO_BENCH_MODEL)")
     parser.add_argument("--data", help="pairs as JSONL or parquet, or a hub name")
-    parser.add_argument("--dtype", default="float32,bfloat16", help="float32, bfloat16, or both with a comma")
-    parser.add_argument("--shares", default="", help="percent of prompt in random words, with commas, instead of data")
+    parser.add_argument("--dtype", help="float32 or bfloat16 (default: both, of random words float32)")
+    parser.add_argument("--shares", help="percent of prompt in random words, with commas, instead of data")
     known = (*KINDS, *(f"ours {layout}{STRIPS}" for layout in LAYOUTS))
     parser.add_argument("--kinds", help=f"with commas, of {', '.join(known)}; trl orpo always runs")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rounds", type=int, help=f"default: {ROUNDS}")
     parser.add_argument("--quick", action="store_true", help="the 1M-parameter model, two pairs a batch, two steps")
     options = parser.parse_args()
     asked = options.kinds.split(",") if options.kinds else ()
@@ -244,14 +256,23 @@ def main() -> None:
         parser.error(f"--kinds holds {wrong[0]!r}, which is none of {', '.join(known)}")
     # The others are held against it.
     kinds = {"kinds": tuple(dict.fromkeys([*asked, "trl orpo"]))} if asked else {}
-    dtypes = tuple(options.dtype.split(","))
+    given = {name for name, value in vars(options).items() if value}
+    for one, excluded in (("quick", {"model", "data", "dtype", "shares", "rounds"}), ("shares", {"data"})):
+        if one in given and (others := sorted(given & excluded)):
+            parser.error(f"--{one} has no --{others[0]}: {ALONE[one]}")
+    if options.rounds is not None and options.rounds < 1:
+        parser.error(f"--rounds is {options.rounds}; it is at least 1")
+    dtypes = tuple(options.dtype.split(",")) if options.dtype else None
+    if wrong := sorted(set(dtypes or ()) - set(SAME_LOSS)):
+        parser.error(f"--dtype holds {wrong[0]!r}; there are {', '.join(SAME_LOSS)}")
+    settings = kinds | {"rounds": options.rounds or ROUNDS} | ({"dtypes": dtypes} if dtypes else {})
+    model = options.model or os.environ.get("ORPO_BENCH_MODEL")
     if options.quick:
         show(measure(None, None, batch=2, steps=2, rounds=1, longest=200, **kinds))
     elif options.shares:
-        shares = tuple(int(share) for share in options.shares.split(","))
-        run_shares(options.model, shares, dtypes, options.rounds, **kinds)
+        run_shares(model, shares_of(options.shares, parser), **settings)
     else:
-        run(options.model, options.data, dtypes, options.rounds, **kinds)
+        run(model, options.data, **settings)
 
 
 if __name__ == "__main__":

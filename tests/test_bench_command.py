@@ -60,18 +60,43 @@ def test_a_model_gives_the_size_of_its_head(monkeypatch, tmp_path):
         (["--vocabulary", "9"], "go together"),
         (["--hidden-size", "9", "--pairs", "2"], "go together"),
         # Until these were refused, a share of prompt was ignored here.
-        (["--prompt-share", "0.25"], "smollm2 has a batch of its own, and takes no prompt_share"),
-        (["--case", "tiny", "--pairs", "1", "--positions", "8"], "takes no pairs, no positions"),
-        (["--case", "OPT-350M", "--prompt-share", "1"], "leaves one of them to the answer"),
-        (["--case", "OPT-350M", "--prompt-share", "-0.5"], "leaves one of them to the answer"),
-        (["--case", "OPT-350M", "--pairs", "0"], "a batch has a pair"),
-        (["--vocabulary", "0", "--hidden-size", "9"], "a batch has a pair"),
+        (["--prompt-share", "0.25"], "smollm2 has a batch of its own, and takes no --prompt-share"),
+        (["--case", "tiny", "--pairs", "1", "--positions", "8"], "takes no --pairs, no --positions"),
+        (["--case", "OPT-350M", "--prompt-share", "1"], "--prompt-share 1.0 of 256 positions leaves none"),
+        (["--case", "OPT-350M", "--prompt-share", "-0.5"], "--prompt-share -0.5 of 256 positions"),
+        (["--case", "OPT-350M", "--pairs", "0"], "--pairs is 0; it is at least 1"),
+        (["--case", "OPT-350M", "--positions", "1"], "--positions is 1; it is at least 2"),
+        (["--vocabulary", "0", "--hidden-size", "9"], "--vocabulary is 0; it is at least 2"),
+        (["--vocabulary", "9", "--hidden-size", "-9"], "--hidden-size is -9; it is at least 1"),
+        (["--model", "/no/such/folder"], "--model /no/such/folder: "),
+        (["--kinds", "step,steps"], "--kinds names 'steps'; there are forward, "),
+        (["--rounds", "0"], "--rounds is 0; it is at least 1"),
     ],
 )
 def test_what_is_no_batch_is_refused(monkeypatch, capsys, options, said):
     with pytest.raises(SystemExit):
         case_of(monkeypatch, *options)
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0])
+def test_seconds_keep_their_digits_whatever_the_machine(scale):
+    row = dict(kind="step", error_loss=1e-6, error_dx=2e-6, error_dw=3e-6)
+    row |= dict(status="measured", median=1.2344 * scale, q20=1.1 * scale, q80=1.3 * scale, peak_bytes=2**20)
+    (line,) = loss.table([{**row, "peer": "ours"}]).splitlines()[1:]
+    times = [f"{v * scale:.4g}" for v in (1.2344, 1.1, 1.3)]
+    assert line.split()[2:] == [*times[:2], "to", times[2], "1", "1.0e-06", "2.0e-06", "3.0e-06"]
+
+
+def test_who_is_not_timed_is_shown_with_the_reason():
+    rows = [
+        dict(kind="step", peer="a", status="wrong", error_loss=2e-2, error_dx=3e-3, error_dw=4e-3),
+        dict(kind="evaluation", peer="a", status="wrong", error_loss=2e-2),
+        dict(kind="step", peer="b", status="failed: RuntimeError: no"),
+    ]
+    wrong, evaluation, failed = loss.table(rows).splitlines()[1:]
+    assert wrong.endswith("wrong, not timed: loss, dX, dW off by 2.0e-02, 3.0e-03, 4.0e-03")
+    assert evaluation.endswith("off by 2.0e-02, -, -") and failed.endswith("failed: RuntimeError: no, not timed")
 
 
 def test_measures_and_prints(monkeypatch, capsys):

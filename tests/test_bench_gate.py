@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from benchmarks.cases import CASES, Case
-from benchmarks.measure import measure_case
+from benchmarks import gate
+from benchmarks.cases import CASES, Case, make_batch
+from benchmarks.measure import measure_case, peak_memory
 from benchmarks.peers import PEERS
 
 
@@ -58,3 +59,30 @@ def test_a_peer_that_is_wrong_in_one_kind_alone_gets_no_time_there():
     }
     assert status["fails_without_grad", "evaluation"] == "failed"
     assert status["wrong_without_grad", "evaluation"] == status["wrong_with_a_frozen_head", "frozen"] == "wrong"
+
+
+def test_the_truth_is_the_same_by_blocks_of_rows(monkeypatch):
+    """Whole, a long batch's float64 logits would exceed any memory, and end the run."""
+    case = CASES["tiny padded"]
+    batch = make_batch(case, torch.float32)
+    whole, blocks = [], []
+    for found, rows in ((whole, case.rows), (blocks, 7)):
+        monkeypatch.setattr(gate, "BLOCK_LOGITS", rows * case.vocabulary)
+        objective, dx, dw = gate.exact(batch)
+        found += [objective.loss, objective.mean_logp_S, dx.double(), dw.double()]
+    assert case.rows % 7
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-12) for a, b in zip(whole, blocks, strict=True))
+    # autograd through plain log-probabilities is another way to the same numbers.
+    hidden, weight = batch.hidden.double().requires_grad_(), batch.weight.double().requires_grad_()
+    loss = PEERS["torch eager"](type(batch)(hidden, weight, batch.input_ids, batch.labels, batch.nll_labels), gate.BETA)
+    loss.backward()
+    assert loss.item() == pytest.approx(whole[0].item(), rel=1e-5)
+    assert gate.relative_error(hidden.grad, whole[2]) < 1e-5 and gate.relative_error(weight.grad, whole[3]) < 1e-5
+
+
+def test_the_truth_holds_a_block_of_logits(monkeypatch):
+    batch = make_batch(Case("h", 4, 64, 0, 8, 4000), torch.float32)
+    rows = 20
+    monkeypatch.setattr(gate, "BLOCK_LOGITS", rows * 4000)
+    # All rows are 25 times as many.
+    assert peak_memory(lambda: gate.exact(batch)) < 8 * rows * 4000 * 8 + 6 * batch.weight.nbytes

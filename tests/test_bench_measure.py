@@ -96,7 +96,13 @@ def test_a_stamp_says_dirty_for_code_and_not_for_figures(tmp_path, monkeypatch):
     (tmp_path / "benchmarks/RESULTS.md").write_text("after")
     assert "dirty" not in stamp.__wrapped__()["commit"]
     (tmp_path / "code.py").write_text("after")
+    assert stamp.__wrapped__()["commit"].endswith("-dirty with installed kernels")
+    # Those of this checkout are its commit's.
+    monkeypatch.setattr("orpo_kernels.__file__", str(tmp_path / "kernels/orpo_kernels/__init__.py"))
     assert stamp.__wrapped__()["commit"].endswith("-dirty")
+    # Without git a figure still has its stamp.
+    monkeypatch.setenv("PATH", "")
+    assert stamp.__wrapped__()["commit"] == "unknown"
 
 
 def test_a_kind_by_strips_keeps_no_logits(tmp_path):
@@ -134,15 +140,6 @@ def test_a_piece_is_measured_when_every_kind_and_peer_is_stored_on_this_machine(
     for rows, expected in ((stored, True), (stored[1:], False), ([{**r, "device": "x"} for r in stored], False)):
         monkeypatch.setattr(results, "load", lambda group, rows=rows: rows)
         assert run.is_measured("heads", piece, ["ours", "trl"]) is expected
-
-
-def test_options_for_pieces_are_refused_where_there_are_none(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["run", "--group", "training", "--only", "float32"])
-    # Not refused, it would train, and store what it measured.
-    monkeypatch.setattr("benchmarks.training.run", lambda *_: pytest.fail("it trains"))
-    with pytest.raises(SystemExit):
-        run.main()
-    assert "--only is for groups of pieces, and training has none" in capsys.readouterr().err
 
 
 def test_limits_of_memory_are_a_cpus(monkeypatch):

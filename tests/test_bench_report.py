@@ -7,7 +7,6 @@ import torch
 
 from benchmarks import gpu_page, report, results, tables
 from benchmarks.gate import LIMITS
-from benchmarks.peers import PEERS
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW = dict(group="heads", head="h", pairs=1, positions=8, prompt=4, padded=False, V=10, D=4, dtype="float32",
@@ -125,38 +124,6 @@ def test_lengths_drawn_have_the_shares_of_the_data():
     assert sum(batches) / len(batches) == pytest.approx(0.46, abs=0.04)
     with pytest.raises(ValueError, match="longest is 10; the shortest pair has 15"):
         lengths.draw(1, longest=10)
-
-
-def test_without_a_gpu_the_command_says_so_and_ends_well(capsys):
-    import torch
-
-    from benchmarks import gpu
-
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    assert gpu.main([]) == 0
-    assert "No GPU here" in capsys.readouterr().out
-
-
-def test_ours_within_a_budget_is_ours_with_it(monkeypatch):
-    from benchmarks import peers
-    from benchmarks.cases import TINY, make_batch
-
-    asked, original = [], peers.orpo_loss
-    monkeypatch.setattr(peers, "orpo_loss", lambda *a, **k: asked.append(k["logits_budget"]) or original(*a, **k))
-    batch = make_batch(TINY, torch.float32)
-    found = [peers.ours_within(budget)(batch, 0.1) for budget in (0, 2**20)]
-    assert asked == [0, 2**20] and torch.equal(found[0], PEERS["ours (strips)"](batch, 0.1))
-
-
-def test_roofline_beside_the_bars_is_the_matmuls_at_the_cards_peak():
-    from benchmarks.gpu import roofline_seconds
-
-    row = dict(rows=8192, V=128256, D=4096)
-    assert roofline_seconds({**row, "kind": "step"}, "NVIDIA H100 80GB HBM3") == pytest.approx(26.1e-3, rel=1e-2)
-    one = roofline_seconds({**row, "rows": 1, "kind": "evaluation"}, "NVIDIA H100 80GB HBM3")
-    assert one == pytest.approx(2 * 128256 * 4096 / 3.35e12)
-    assert roofline_seconds({**row, "kind": "step"}, "some other card") is None
 
 
 def test_the_picture_of_prompt_shares_is_drawn(tmp_path):

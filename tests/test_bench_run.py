@@ -1,0 +1,77 @@
+"""python -m benchmarks.run: what it would ignore, or store as a failure, is refused in words."""
+
+import pytest
+
+from benchmarks import run
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """The command line, which measures nothing here: what it would measure, it notes."""
+    calls = []
+    monkeypatch.setattr(run, "measure", lambda group, piece, names: calls.append((group, str(piece), names)))
+    monkeypatch.setattr(run, "is_measured", lambda *_: False)
+    for name in ("training.run", "training.run_shares", "accuracy.run", "limits.run"):
+        monkeypatch.setattr(f"benchmarks.{name}", lambda *a, name=name: calls.append((name, *a)))
+    monkeypatch.delenv("ORPO_BENCH_MODEL", raising=False)
+
+    def call(*options):
+        calls.clear()
+        monkeypatch.setattr("sys.argv", ["run", *options])
+        run.main()
+        return list(calls)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "options,said",
+    [
+        (["training", "--only", "float32"], "--only would be ignored: it is for groups of pieces, and training has"),
+        (["accuracy", "--again"], "--again would be ignored"),
+        (["long", "--pieces", "1"], "--pieces would be ignored"),
+        (["heads", "--model", "x"], "--model would be ignored: heads measures random hidden states"),
+        (["growth", "--data", "x"], "--data would be ignored"),
+        (["long", "--model", "x"], "--model and --data would be ignored: long measures"),
+        (["long", "--peers", "ours"], "--peers would be ignored: long has peers of its own"),
+        (["training", "--peers", "ours"], "--peers would be ignored"),
+        (["accuracy", "--data", "x"], "--data goes with --model"),
+        (["heads", "--only", "float64"], "--only 'float64' is in no line of heads"),
+        (["heads", "--peers", "ours,mine"], "--peers names 'mine'; there are ours, "),
+    ],
+)
+def test_what_would_be_ignored_is_refused(command, capsys, options, said):
+    with pytest.raises(SystemExit):
+        command("--group", *options)
+    assert said in capsys.readouterr().err
+
+
+def test_a_peer_that_is_not_installed_is_refused(command, monkeypatch, capsys):
+    monkeypatch.setattr(run, "available", lambda name: name != "cce")
+    with pytest.raises(SystemExit):
+        command("--group", "heads", "--peers", "ours,cce")
+    assert "--peers names cce, not installed here" in capsys.readouterr().err
+    # Nobody asked for it by name: what is there is measured.
+    (_, _, names), *_ = command("--group", "heads")
+    assert "ours" in names and "cce" not in names
+
+
+def test_the_model_is_that_of_the_option_or_of_the_environment(command, monkeypatch):
+    assert command("--group", "training") == [("training.run", None, None), ("training.run_shares", None)]
+    monkeypatch.setenv("ORPO_BENCH_MODEL", "env")
+    assert command("--group", "training")[1] == ("training.run_shares", "env")
+    assert command("--group", "training", "--model", "own")[0] == ("training.run", "own", None)
+    (name, _, *rest) = command("--group", "accuracy", "--data", "pairs")[0]
+    assert (name, rest) == ("accuracy.run", ["env", "pairs"])
+    # The variable is for other groups, and no reason to refuse this one.
+    assert command("--group", "long") == [("limits.run",)]
+    assert command("--group", "growth", "--pieces", "2")
+
+
+def test_only_what_is_asked_for_and_not_measured_is_measured(command, monkeypatch, capsys):
+    calls = command("--group", "heads", "--only", "Phi-2", "--peers", "ours,trl")
+    assert [(group, names) for group, _, names in calls] == [("heads", ["ours", "trl"])] * 2
+    assert all("Phi-2" in piece for _, piece, _ in calls)
+    monkeypatch.setattr(run, "is_measured", lambda *_: True)
+    assert command("--group", "heads") == [] and "--again measures it anew" in capsys.readouterr().out
+    assert len(command("--group", "heads", "--again", "--pieces", "3")) == 3
