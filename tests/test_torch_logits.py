@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from orpo_kernels import matmul, torch_logits
+from orpo_kernels import matmul, torch_backend, torch_logits
 from orpo_kernels.bins import HeadGradient
 from orpo_kernels.head import Head, Needs
 from problems import make_problem, relative_error
@@ -64,6 +64,19 @@ def test_rows_of_one_matmul(capabilities, dtype, rows, monkeypatch):
         assert torch_logits.chunk_rows(dtype) == rows
     finally:
         torch_logits.chunk_rows.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "tiles, evaluated, trained", [([382], 191, 382), ([300, 250], 250, 300), ([100, 7], 100, 100), ([], 0, 0)]
+)
+def test_memory_for_tiles_is_that_of_their_even_chunks(tiles, evaluated, trained, monkeypatch):
+    monkeypatch.setattr(torch_backend, "chunk_rows", lambda dtype: 256)
+    x, head = torch.randn(max([1, *tiles]), 8), Head(torch.randn(1000, 8))
+    for with_grad, rows in ((False, evaluated), (True, trained)):
+        assert torch_backend.tile_memory(tiles, x, head, with_grad).shape == (rows, 1000)
+    # No tile needs more.
+    for n in tiles:
+        torch_backend.tile_stats(x[:n], torch.zeros(n, dtype=torch.long), head, x.new_empty(evaluated, 1000))
 
 
 @pytest.mark.parametrize("n", [0, 1, 512, 1300])

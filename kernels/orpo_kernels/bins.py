@@ -164,7 +164,7 @@ def forward(
     # from the third bin on, would be larger than the logits that smaller tiles save.
     wanted = backend.CHUNK_ROWS if saved_dtype(head.weight_VD) == dtype else math.inf
     bins = make_bins(rows, capacity, wanted)
-    memory = backend.tile_memory(max(map(_rows_of_a_tile, bins), default=0), x_ND, head, with_grad=needs.any)
+    memory = backend.tile_memory([n for bin_ in bins for n in _tile_rows(bin_)], x_ND, head, with_grad=needs.any)
     for bin_ in bins:
         if not needs.any:
             tiles = [bin_.slices] if bin_.slices else [(slice(r.first, r.last),) for runs in bin_.answers for r in runs]
@@ -232,10 +232,11 @@ def _oversized_pair(
             total.take(answer, coef_N[main.first])
 
 
-def _rows_of_a_tile(bin_: Bin) -> int:
-    """Rows of the bin's largest tile."""
-    whole = sum(s.stop - s.start for s in bin_.slices)
-    return max([whole, *(run.last - run.first for runs in bin_.answers for run in runs)])
+def _tile_rows(bin_: Bin) -> list[int]:
+    """Rows of each of the bin's tiles."""
+    if bin_.slices:
+        return [sum(s.stop - s.start for s in bin_.slices)]
+    return [run.last - run.first for runs in bin_.answers for run in runs]
 
 
 def _take(t: Tensor, tiles: tuple[slice, ...]) -> Tensor:

@@ -8,7 +8,7 @@ Letters: N rows, D hidden size, V vocabulary, K columns of a strip.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -82,13 +82,19 @@ def token_stats(
     return stats.finish()
 
 
-def tile_memory(rows: int, x_ND: Tensor, head: Head, with_grad: bool) -> Tensor:
-    """Memory for tiles of at most `rows` rows, one after the other: their logits, or those of one chunk of rows.
+def _chunk_size(n: int, dtype: torch.dtype) -> int:
+    """Rows to one matmul of a tile of n rows: as few matmuls as `chunk_rows` allow, as even as can be."""
+    return -(-n // max(1, -(-n // chunk_rows(dtype))))
+
+
+def tile_memory(tile_rows: Iterable[int], x_ND: Tensor, head: Head, with_grad: bool) -> Tensor:
+    """Memory for tiles of so many rows each, one after the other: their logits, or those of one chunk of rows.
 
     Without it every tile's is fresh, and the first touch of fresh memory costs a tenth of the matmul.
     """
     dtype = compute_dtype(x_ND.dtype, head.weight_VD.dtype)
-    return x_ND.new_empty(rows if with_grad else min(rows, chunk_rows(dtype)), head.weight_VD.shape[0], dtype=dtype)
+    rows = max((n if with_grad else _chunk_size(n, dtype) for n in tile_rows), default=0)
+    return x_ND.new_empty(rows, head.weight_VD.shape[0], dtype=dtype)
 
 
 def _tile_blocks(
@@ -99,7 +105,7 @@ def _tile_blocks(
     The same matmuls either way: their shapes decide how they round.
     """
     (n, _), v = x_ND.shape, head.weight_VD.shape[0]
-    size = -(-n // max(1, -(-n // chunk_rows(memory_NV.dtype))))
+    size = _chunk_size(n, memory_NV.dtype)
     for start in range(0, n, size or 1):
         chunk = slice(start, min(start + size, n))
         out = memory_NV[chunk] if keep else memory_NV[: chunk.stop - start]
