@@ -8,9 +8,9 @@
 
 First the error of loss, hidden-state gradient and weight gradient against float64; a result that is further off than
 its dtype explains gets no time. Then rounds in which the peers take turns: medians, the spread, and how many times
-slower TRL was by the medians; loss and gradients of every row are those of forward and backward, but where its kind has
-its own. Memory is the most that a call allocates beyond its inputs. What is kept is measured
-by `python -m benchmarks.run`.
+slower TRL was by the medians. Errors that a kind does not have, as the gradients of an evaluation, are those of forward
+and backward. Memory is the most that a call allocates beyond its inputs. What is kept is measured by `python -m
+benchmarks.run`.
 """
 
 from __future__ import annotations

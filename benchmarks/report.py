@@ -10,17 +10,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from . import cost_pages, gpu_page, limits, pictures, results, tables
+from . import cost_pages, gpu_page, limits, lost, pictures, results, tables
 from .lengths import QUANTILES
 from .results import by_device, most_measured, shown_in
 from .run import LOSS_GROUPS
-from .tables import caption, held, losses, losses_of_the_default, table
+from .tables import caption, held, losses, table
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 MARKS = ("<!-- figures: written by python -m benchmarks.report -->", "<!-- end of figures -->")
-# Commits of stored rows that were measured before each round had an order of its own.
-FIXED_ORDER = ("0f06bd1", "331b40d", "6356325", "732931b", "4b3fe3d", "6fe3f16")
 README_PEERS = ("ours", "ours (strips)", "trl", "liger", "liger compiled", "cce")
 TITLES = {
     "targets": "Sequences of 256 and 1024 tokens, 96 and 384 of them prompt",
@@ -57,42 +55,10 @@ def wide(records: list[dict]) -> list[str]:
     ]
 
 
-# True of every line of that list, as a test asserts.
-WHY = (
-    "Why: all of these are CCE's. In bfloat16 it rounds logits where they lie; ours subtracts each row's target logit "
-    "inside the matmul's accumulator first, which the CPU library does by one more write and read of the logits, "
-    "and that is what makes a log-probability 11 to 31 times as exact (see Accuracy). Then, CCE's passes over the "
-    "logits are one loop, made by the C++ compiler that it needs at run time; ours are torch's own operations, one "
-    "after the other, over blocks of rows that stay in cache. In float32 little is left to win: torch's profiler gives "
-    "98 % of ours in front of Gemma-2's head (AMD EPYC, AVX2, 75 % prompt), and 89 % in front of OPT's (25 %), to the "
-    "library's three matmuls, which CCE calls too. Differences of a tenth have changed sign from one run to the next. "
-    "Up to commit 6fe3f16 CCE always came right after Liger, whose freed memory is warm: Llama-3's evaluation took it "
-    "1.80 s and ours 2.17; in mixed orders 2.18 and 2.25, 2.08 by strips (AMD EPYC, AVX2)."
-)
-
 # Names the machines, so that a reader need not know which commit came first; a test asserts that there are such rows.
 LIGER_EVALUATION = (
     " On the machines named AMD EPYC and Intel(R) Xeon(R) Processor, without a word in brackets, Liger was asked for "
     "the hidden states' gradient in evaluation too, a third of its matmuls; elsewhere it computes only the head's."
-)
-
-# A test asserts that every line of the two lists is of a kind that is named here.
-WHY_SLOWER_BY_DEFAULT = (
-    "Why: `forward, with a graph` of the default makes the gradients too, which backward then has for nothing: what "
-    "both take together is `forward and backward`. And its evaluation multiplies 1,024 rows with the whole vocabulary, "
-    "as training does, so that both give the same loss bit for bit; strips, which have their own bits, stay in cache."
-)
-WHY_LARGER_BY_DEFAULT = (
-    "Why: the default buys its time, a quarter of the FLOPs, with logits that wait for their gradient, and a forward "
-    "with a graph holds the finished gradients. In front of a small head these logits are the largest thing there is: "
-    "up to commit a46467d all that the budget held, in float32 since then those of about 1,024 rows, as few as in "
-    "evaluation. In bfloat16 evaluation also holds float32 copies of the few rows that it sweeps."
-)
-
-# Of every line of that list, a test asserts that it is such a CPU's.
-WHY_LARGER = (
-    "Why: where a CPU has no instructions for bfloat16, ours computes logits in float32, four bytes each; those that "
-    'take less keep two. Their times are under "A short batch in bfloat16" below.'
 )
 
 TABLES = {
@@ -113,11 +79,6 @@ TABLES = {
 }
 
 
-def _named(words: str, lines: list[str], why: str) -> list[str]:
-    """A list of cases under its introduction, and the reason for them where there are any."""
-    return [words, "\n".join(lines) or "None was measured.", *([why] if lines else [])]
-
-
 def pages(stored: dict[str, list[dict]]) -> str:
     """RESULTS.md."""
     everything = [r for group in LOSS_GROUPS for r in stored[group]]
@@ -136,24 +97,10 @@ def pages(stored: dict[str, list[dict]]) -> str:
         "## In one table",
         "In how many cases, over all heads, batches and machines, a form of ours is the fastest of all peers measured "
         "there, and in how many the smallest, both within 5 %; then the median, and the least and the most, of all "
-        "cases. `ours` is the default, `ours (strips)` is `logits_budget=0`.",
-        tables.summary_table(everything),
-        "## Where we lose",
-        *_named("Cases in which another is more than 5 % faster than both of our forms.", losses(everything), WHY),
-        *_named(
-            "Cases in which another is more than 5 % faster than the default form (`ours`), and not than "
-            "`ours (strips)`:",
-            losses_of_the_default(everything),
-            WHY_SLOWER_BY_DEFAULT,
-        ),
-        "## Where another takes less memory",
-        *_named("Likewise; `ours (strips)` is the smaller form.", losses(everything, figure="peak_bytes"), WHY_LARGER),
-        *_named(
-            "Cases in which another takes less than the default form, which keeps logits on a CPU, at most 512 MiB, "
-            "and not less than `ours (strips)`:",
-            losses_of_the_default(everything, "peak_bytes"),
-            WHY_LARGER_BY_DEFAULT,
-        ),
+        "cases. `ours` is the default, `ours (strips)` is `logits_budget=0`. Only what was measured in mixed orders "
+        "counts; what is older is in a list of its own below, and in the tables.",
+        tables.summary_table(lost.current(everything)),
+        *lost.sections(everything),
     ]
     for group, title in TITLES.items():
         records = stored[group]
@@ -205,15 +152,15 @@ def readme_block(stored: dict[str, list[dict]]) -> str:
     records = shown_in("heads", stored)
     timed = [r for r in records if r["status"] == "measured"]
     shown = [r for r in timed if r["kind"] == "step" and r["peer"] in README_PEERS]
-    lost = len(losses(records))
+    losing = len(losses(records))
     cases = len({(r["head"], r["dtype"], r["kind"]) for r in timed})
-    early = sorted({r["dtype"] for r in timed if r["commit"] in FIXED_ORDER})
+    early = sorted({r["dtype"] for r in timed if r["commit"] in lost.FIXED_ORDER})
     text = (
         "Loss and gradients (forward and backward), half of each sequence prompt; "
         f"{tables.caption_by_dtype(records)}. Medians of, after `pip install '.[bench]'`, "
         f'`python -m benchmarks.run --group heads --peers "{",".join(tables.peers_of(records))}"`. `ours (strips)` is '
         "`logits_budget=0`; `cce` is its torch.compile form, its only one on a CPU. Of these, another is more than 5 % "
-        f"faster than both of ours in {lost} of {cases} cases, evaluation included: "
+        f"faster than both of ours in {losing} of {cases} cases, evaluation included: "
         "[benchmarks/RESULTS.md](benchmarks/RESULTS.md) names them, with all figures. Where a CPU emulates bfloat16, "
         "add `--only float32`, or peers take minutes a step."
     )

@@ -6,6 +6,10 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
+
+from .gate import is_right
+
 FOLDER = Path(__file__).parent / "results"
 # What makes two records the same measurement.
 KEY = ("group", "head", "pairs", "positions", "prompt", "padded", "dtype", "kind", "peer", "device", "V", "data")
@@ -25,16 +29,28 @@ def append(group: str, records: Iterable[Mapping[str, object]], folder: Path = F
 
 
 def load(group: str, folder: Path = FOLDER) -> list[dict]:
-    """The records of `group`, each measurement once, the newest last; [] where nothing was measured."""
+    """The records of `group`, each measurement once, the newest last; [] where nothing was measured.
+
+    What was timed under a wider gate than today's is judged by today's: it loses its time.
+    """
     path = folder / f"{group}.jsonl"
     if not path.exists():
         return []
     latest: dict[tuple, dict] = {}
-    for record in map(json.loads, path.read_text().splitlines()):
+    for record in map(_judged, map(json.loads, path.read_text().splitlines())):
         # Out first: what is measured again is the newest, and stands last.
         latest.pop(key_of(record), None)
         latest[key_of(record)] = record
     return [_with_ratio(record, latest) for record in latest.values()]
+
+
+def _judged(record: dict) -> dict:
+    """The record; without its time, and "wrong", where its errors are beyond the limits of today."""
+    errors = tuple(record.get(name) for name in ("error_loss", "error_dx", "error_dw"))
+    if "median" not in record or errors[0] is None or is_right(errors, getattr(torch, record["dtype"])):
+        return record
+    times = ("median", "q20", "q80", "least", "ratio")
+    return {**{name: value for name, value in record.items() if name not in times}, "status": "wrong"}
 
 
 def _with_ratio(record: dict, latest: Mapping[tuple, dict]) -> dict:

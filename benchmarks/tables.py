@@ -48,16 +48,17 @@ def caption_by_dtype(records: list[dict]) -> str:
 
 
 def beyond_limits(records: list[dict]) -> str:
-    """Who was timed under a wider gate than today's, and would have no time now."""
+    """Who was off by more than the gate allows, by how much, and has no time."""
     said = []
-    for r in in_order([r for r in records if r["status"] == "measured"]):
+    for r in in_order([r for r in records if r["status"] == "wrong"]):
         of_loss, of_gradients = LIMITS[getattr(torch, r["dtype"])]
         batch = f"{r['head']}, {r['pairs']} x {r['positions']}, {r['dtype']}"
         for name, limit in (("loss", of_loss), ("dX", of_gradients), ("dW", of_gradients)):
-            if (error := r.get(f"error_{name.lower()}", 0)) > limit:
+            # Not "above": NaN is neither above nor below.
+            if not (error := r.get(f"error_{name.lower()}", 0)) < limit:
                 said.append(f"{r['peer']} ({batch}: {name} off by {error:.1e}, limit {limit:.0e})")
     named = "; ".join(dict.fromkeys(said))
-    return f" Timed under a wider gate, and refused by today's: {named}." if named else ""
+    return f" Wrong, and without a time: {named}." if named else ""
 
 
 def in_order(records: list[dict]) -> list[dict]:
@@ -159,14 +160,18 @@ def summary_table(records: list[dict], margin: float = 1.05) -> str:
         peers = {r["peer"]: r for r in rows}
         others = [r for r in rows if r["peer"] not in OURS]
         for form in OURS:
-            if form not in peers or "trl" not in peers:
+            if form not in peers or not others:
                 continue
-            mine, trl = peers[form], peers["trl"]
+            mine, trl = peers[form], peers.get("trl")
             beside = [mine[name] / min(r[name] for r in others) for name in ("median", "peak_bytes")]
-            ratios = trl["median"] / mine["median"], mine["peak_bytes"] / trl["peak_bytes"]
+            # TRL may be wrong there, and have no time.
+            ratios = (trl["median"] / mine["median"], mine["peak_bytes"] / trl["peak_bytes"]) if trl else (None, None)
             found.setdefault((mine["kind"], mine["dtype"], form), []).append((*beside, *ratios))
 
-    def spread(values: list[float], digits: int) -> str:
+    def spread(values: list[float | None], digits: int, scale: float = 1) -> str:
+        values = [scale * value for value in values if value is not None]
+        if not values:
+            return ""
         return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
     rows = []
@@ -175,7 +180,7 @@ def summary_table(records: list[dict], margin: float = 1.05) -> str:
             times, sizes, faster, share = zip(*cases, strict=True)
             fastest, smallest = (sum(value <= margin for value in values) for values in (times, sizes))
             of = len(cases)
-            against_trl = spread(faster, 1), spread([100 * value for value in share], 0)
+            against_trl = spread(faster, 1), spread(share, 0, 100)
             rows.append([KINDS[kind], dtype, form, f"{fastest} of {of}", f"{smallest} of {of}", *against_trl])
     header = ["what", "dtype", "who", "fastest", "smallest", "times as fast as TRL", "% of TRL's memory"]
     return table(header, rows)
