@@ -76,6 +76,16 @@ def at_every_share(timed: list[dict]) -> list[dict]:
     return [r for r in timed if r["head"] in complete]
 
 
+def reason(records: list[dict], head: str, dtype: str) -> str:
+    """Why nobody is compared with TRL in front of a head."""
+    statuses = [
+        r["status"]
+        for r in records
+        if (r["head"], r["dtype"], r["peer"], r["kind"]) == (head, dtype, "trl", "step") and r["status"] != "measured"
+    ]
+    return f"TRL: {statuses[0].split(':')[0]}" if statuses else "not measured"
+
+
 def heads(records: list[dict], path: Path, caption: str) -> None:
     """Speed of every peer relative to TRL, forward and backward, in front of every head; one panel a dtype."""
     timed = _steps(records)
@@ -88,6 +98,10 @@ def heads(records: list[dict], path: Path, caption: str) -> None:
             rows = [r for r in timed if r["dtype"] == dtype and r["peer"] == peer]
             x = [names.index(r["head"]) + (i - (len(peers) - 1) / 2) * 0.84 / len(peers) for r in rows]
             axis.bar(x, [r["ratio"] for r in rows], 0.84 / len(peers), color=colour_of(peer), label=peer)
+        for x, name in enumerate(names):
+            # A gap would look like a measurement that is missing.
+            if not any(r["head"] == name and r["dtype"] == dtype for r in timed):
+                axis.text(x, 0.1, reason(records, name, dtype), rotation=90, ha="center", va="bottom", fontsize=8)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set(title=dtype, ylabel="times as fast as TRL", xticks=range(len(names)))
         axis.set_xticklabels(names, fontsize=8)

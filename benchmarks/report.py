@@ -151,7 +151,8 @@ def readme_block(stored: dict[str, list[dict]]) -> str:
     """The README's picture and figures."""
     records = shown_in("heads", stored)
     timed = [r for r in records if r["status"] == "measured"]
-    shown = [r for r in timed if r["kind"] == "step" and r["peer"] in README_PEERS]
+    # Who is wrong stands there as such, without a time.
+    shown = [r for r in records if r["kind"] == "step" and r["peer"] in README_PEERS]
     losing = len(losses(records))
     cases = len({(r["head"], r["dtype"], r["kind"]) for r in timed})
     early = sorted({r["dtype"] for r in timed if r["commit"] in lost.FIXED_ORDER})
@@ -164,6 +165,10 @@ def readme_block(stored: dict[str, list[dict]]) -> str:
         "[benchmarks/RESULTS.md](benchmarks/RESULTS.md) names them, with all figures. Where a CPU emulates bfloat16, "
         "add `--only float32`, or peers take minutes a step."
     )
+    if any(r["status"] == "wrong" for r in shown):
+        text += (
+            " `wrong` is further from float64 than its dtype explains, by how much RESULTS.md says, and gets no time."
+        )
     if early:
         text += (
             f" Rows of {' and '.join(early)} are from before rounds had an order of their own: there CCE always came "

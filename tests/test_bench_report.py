@@ -125,6 +125,30 @@ def test_the_picture_of_prompt_shares_is_drawn(tmp_path):
     assert Image.open(tmp_path / "shares.png").info["Description"] == fingerprint(rows)
 
 
+def test_who_is_wrong_stands_in_the_readmes_table_and_in_its_picture(tmp_path, monkeypatch):
+    from benchmarks import pictures
+
+    versions = dict.fromkeys(("threads", "torch", "trl", "liger-kernel", "cut-cross-entropy", "commit"), "1")
+    rows = [
+        {**ROW, **versions, "head": head, "peer": peer, "median": 1.0, "ratio": 1.0}
+        for head in ("OPT-350M", "Phi-2")
+        for peer in ("ours", "trl")
+    ]
+    stored = {"heads": rows, "gpu": report.load_all()["gpu"], "training": []}
+    assert "wrong" not in report.readme_block(stored)
+    rows[3] = {**ROW, **versions, "head": "Phi-2", "peer": "trl", "status": "wrong"}
+    del rows[2]["ratio"]
+    block = report.readme_block(stored)
+    assert "`wrong` is further from float64" in block and "| **1** s, **1** MiB | wrong |" in block
+    assert pictures.reason(rows, "Phi-2", "float32") == "TRL: wrong"
+    assert pictures.reason(rows, "Phi-2", "bfloat16") == "not measured"
+    texts = []
+    monkeypatch.setattr("matplotlib.axes.Axes.text", lambda self, x, y, text, **_: texts.append((x, text)))
+    rows.append({**rows[2], "head": "Phi-2", "kind": "step", "dtype": "bfloat16", "ratio": 1.0})
+    pictures.heads(rows, tmp_path / "heads.png", "caption")
+    assert (1, "TRL: wrong") in texts and (0, "not measured") in texts
+
+
 def test_the_wide_table_marks_the_least_and_names_the_wrong():
     rows = [
         {**ROW, "peer": "ours", "median": 2.0, "peak_bytes": 2**21},
