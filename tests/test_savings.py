@@ -5,6 +5,7 @@ import torch
 from orpo_kernels import matmul, torch_backend, torch_logits
 from orpo_kernels.backends import resolve_budget, resolve_strip
 from orpo_kernels.bins import make_bins
+from orpo_kernels.head import Head
 from problems import make_problem, relative_error
 from torch.profiler import ProfilerActivity, profile
 
@@ -89,7 +90,7 @@ def test_rows_that_cannot_matter_cost_nothing():
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
 def test_no_allocation_is_larger_than_a_strip(frozen, dtype, bfloat16_cpu):
     # Many rows: N * V is 10 strips; what is larger than a strip may only be the gradients that were asked for. In
-    # bfloat16 elementwise work goes through float32 copies of 2 MiB, and where the CPU has AMX the library's matmul
+    # bfloat16 elementwise work goes through float32 copies of 4 MiB, and where the CPU has AMX the library's matmul
     # keeps up to 3 MB of its own, whatever the strip.
     vocabulary, strip = 40013, 2**22
     problem = make_problem(8, 128, 16, vocabulary, dtype=dtype, bias=True).requiring_grad(True, not frozen, not frozen)
@@ -200,8 +201,12 @@ def test_one_memory_serves_all_tiles(trained):
 
 @pytest.mark.parametrize("pairs, positions", [(10, 121), (1, 1152)], ids=["many pairs", "one pair"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_evaluation_holds_one_chunk_of_a_tile_and_has_trainings_bits(dtype, pairs, positions, bfloat16_cpu):
-    """2,300 rows are three chunks, the last one smaller; in float32 those of many pairs are three bins."""
+def test_evaluation_holds_one_chunk_of_a_tile_and_has_trainings_bits(
+    dtype, pairs, positions, bfloat16_cpu, monkeypatch
+):
+    """2,300 rows are three chunks of 1,024, the last one smaller; in float32 those of many pairs are three bins."""
+    # What is read of a bfloat16 chunk is a float32 block, and would be larger than the chunk.
+    monkeypatch.setattr(torch_logits, "_BLOCK_BYTES", 2**20)
     problem = make_problem(P=pairs, T=positions, D=16, V=4001, dtype=dtype, softcap=30.0).requiring_grad()
     n = problem.rows.rows_N.numel()
     assert 2 * torch_backend.CHUNK_ROWS < n < 3 * torch_backend.CHUNK_ROWS and n % 3
@@ -212,8 +217,7 @@ def test_evaluation_holds_one_chunk_of_a_tile_and_has_trainings_bits(dtype, pair
         evaluated = loss_of(problem, logits_budget=budget)
     element = torch_backend.tile_element_bytes(dtype, dtype)
     chunk = torch_logits.chunk_rows(torch_logits.compute_dtype(dtype, dtype)) * 4001 * element
-    # What is read of a bfloat16 chunk is a float32 block.
-    assert largest <= max(chunk, torch_logits._BLOCK_BYTES) < n * 4001 * element
+    assert 2**20 < largest <= chunk < n * 4001 * element
     assert torch.equal(evaluated, trained)
     trained.backward()
     truth, dh, dw, _ = problem.truth()
@@ -221,6 +225,23 @@ def test_evaluation_holds_one_chunk_of_a_tile_and_has_trainings_bits(dtype, pair
     assert relative_error(evaluated, truth.loss) < tolerance[0]
     assert relative_error(problem.hidden.grad, dh) < tolerance[1]
     assert relative_error(problem.weight.grad, dw) < tolerance[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_log_probabilities_near_zero_have_trainings_bits(dtype, bfloat16_cpu):
+    """There softplus is no identity, and rounds the last rows of a block otherwise than the others."""
+    g = torch.Generator().manual_seed(0)
+    n, d, v = 1530, 64, 20_011
+    weight, targets = torch.randn(v, d, generator=g).to(dtype), torch.randint(0, v, (n,), generator=g)
+    x = weight[targets].float() * torch.rand(n, 1, generator=g) * 24 / d + 0.1 * torch.randn(n, d, generator=g)
+    arguments = x.to(dtype), targets, Head(weight)
+    found = [
+        function(*arguments, torch_backend.tile_memory([n], *arguments[::2], with_grad))[:2]
+        for function, with_grad in ((torch_backend.tile_stats, False), (torch_backend.tile_stats_and_grad, True))
+    ]
+    logp = found[0][0]
+    assert ((logp > -0.3) & (logp < 0)).sum() > 100
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_backward_of_log_probabilities_makes_no_zeros_for_what_it_saved():

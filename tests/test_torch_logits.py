@@ -74,19 +74,27 @@ def test_memory_for_tiles_is_that_of_their_even_chunks(tiles, evaluated, trained
     x, head = torch.randn(max([1, *tiles]), 8), Head(torch.randn(1000, 8))
     for with_grad, rows in ((False, evaluated), (True, trained)):
         assert torch_backend.tile_memory(tiles, x, head, with_grad).shape == (rows, 1000)
-    # No tile needs more.
+    # No tile needs more, and one that did would not go unseen.
     for n in tiles:
-        torch_backend.tile_stats(x[:n], torch.zeros(n, dtype=torch.long), head, x.new_empty(evaluated, 1000))
+        targets, memory = torch.zeros(n, dtype=torch.long), x.new_empty(evaluated, 1000)
+        found, _ = torch_backend.tile_stats(x[:n], targets, head, memory)
+        torch.testing.assert_close(found, torch_backend.token_stats(x[:n], targets, head, 2**30)[0])
+        if n == max(tiles):
+            with pytest.raises(AssertionError):
+                torch_backend.tile_stats(x[:n], targets, head, memory[: torch_backend._chunk_size(n, x.dtype) - 1])
 
 
 @pytest.mark.parametrize("n", [0, 1, 512, 1300])
 def test_a_widened_product_has_no_narrow_copy_of_its_size(n):
     a, b = torch.randn(n, 64).bfloat16(), torch.randn(64, 4096).bfloat16()
-    product = matmul.matmul(a, b, torch.float32)
+    product = matmul.widened_matmul(a, b, torch.float32)
     assert product.dtype == torch.float32 and product.shape == (n, 4096)
     assert n == 0 or relative_error(product, a.double() @ b.double()) < 2**-8
+    total = torch.ones_like(product)
+    matmul.add_matmul(total, a, b)
+    assert torch.equal(total, product + 1)
     if n > 512:
-        _, largest, peak = measure(lambda: matmul.matmul(a, b, torch.float32))
+        _, largest, peak = measure(lambda: matmul.widened_matmul(a, b, torch.float32))
         assert largest == product.nbytes and peak < product.nbytes + 600 * 4096 * 2
 
 

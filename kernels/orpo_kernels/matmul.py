@@ -12,7 +12,7 @@ from .head import strips
 
 # Of a head in another dtype than its own, at a time: a whole copy would be the largest thing alive.
 _PART_BYTES = 16 * 2**20
-# Of a CPU's product that is widened, at a time.
+# Rows of a product that is widened, at a time: some numbers of rows (1,532, not 1,536) take oneDNN a quarter longer.
 _PIECE_ROWS = 512
 # Smallest coefficient that float16 rows are scaled up for.
 _SMALLEST = 2.0**-100
@@ -73,11 +73,7 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.dtype == torch.float16:
         # A float16 product may exceed 65504 before it is widened.
         return torch.mm(a.to(dtype), b.to(dtype))
-    # Some numbers of rows (1,532, not 1,536) take oneDNN a quarter longer whole than in pieces.
-    product = a.new_empty((a.shape[0], b.shape[1]), dtype=dtype)
-    for first in range(0, a.shape[0], _PIECE_ROWS):
-        product[first : first + _PIECE_ROWS] = torch.mm(a[first : first + _PIECE_ROWS], b)
-    return product
+    return torch.mm(a, b).to(dtype)
 
 
 def raw_logits(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
@@ -101,11 +97,17 @@ def add_matmul(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
         # In the product's own kernel: as a second one it would pass over the accumulator three times.
         torch.addmm(accumulator, a, b, out_dtype=torch.float32, out=accumulator)
     else:
-        accumulator.add_(matmul(a, b, accumulator.dtype))
+        for first, last in strips(a.shape[0], _PIECE_ROWS):
+            accumulator[first:last].add_(matmul(a[first:last], b, accumulator.dtype))
 
 
 def widened_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b in `dtype`, computed in a's dtype without a whole copy of b in it."""
+    if a.dtype == b.dtype == torch.bfloat16 != dtype and a.is_cpu:
+        product = a.new_empty((a.shape[0], b.shape[1]), dtype=dtype)
+        for first, last in strips(a.shape[0], _PIECE_ROWS):
+            product[first:last] = torch.mm(a[first:last], b)
+        return product
     if a.dtype == b.dtype:
         return matmul(a, b, dtype)
     product = a.new_zeros((a.shape[0], b.shape[1]), dtype=dtype)

@@ -59,10 +59,10 @@ class RunningStats:
         self.max_N[block] = new_max
         return rescale
 
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """(logp_N, lse_N), Eq. 2."""
-        others_N = self.max_N + self.sum_N.log()
-        return -reference.softplus(others_N - self.target_N), torch.logaddexp(others_N, self.target_N)
+    def finish(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """(logp_N, lse_N) of the rows, Eq. 2."""
+        others_N, target_N = self.max_N[rows] + self.sum_N[rows].log(), self.target_N[rows]
+        return -reference.softplus(others_N - target_N), torch.logaddexp(others_N, target_N)
 
 
 def token_stats(
@@ -117,11 +117,14 @@ def _tile_blocks(
 def tile_stats(x_ND: Tensor, targets_N: Tensor, head: Head, memory_NV: Tensor) -> tuple[Tensor, Tensor]:
     """Stage 1 on a tile over the whole vocabulary: (logp_N, lse_N), bit for bit those of `tile_stats_and_grad`."""
     stats = RunningStats(x_ND.shape[0], x_ND, accumulation_dtype(x_ND, head.weight_VD))
+    logp_N, lse_N = stats.target_N.clone(), stats.target_N.clone()
     for rows, tile, block in _tile_blocks(x_ND, targets_N, head, memory_NV, keep=False):
         z = tile.read(block)
         stats.target_N[rows] = _take_target(z, targets_N[rows], 0, tile.last)[2]
         stats.add(rows, z)
-    return stats.finish()
+        # The same rows together as with gradients: the last few of a vectorised function round otherwise.
+        logp_N[rows], lse_N[rows] = stats.finish(rows)
+    return logp_N, lse_N
 
 
 def frozen_head_stats_and_grad(
@@ -171,9 +174,7 @@ def tile_stats_and_grad(
         row, column, z_y = _take_target(z, targets_N[rows], 0, tile.last)
         stats.target_N[rows] = z_y
         stats.add(rows, z)
-        others = stats.max_N[rows] + stats.sum_N[rows].log()
-        logp_N[rows] = -reference.softplus(others - z_y)
-        lse_N[rows] = torch.logaddexp(others, z_y)
+        logp_N[rows], lse_N[rows] = stats.finish(rows)
         shift = stats.max_N[rows].masked_fill(stats.max_N[rows] == -torch.inf, 0)
         z.mul_(-torch.exp(shift - lse_N[rows])[:, None])
         z[row, column] = -torch.expm1(logp_N[rows])

@@ -78,6 +78,8 @@ class LogitStrip:
         self, x_ND: Tensor, targets_N: Tensor, head: Head, first: int, last: int, out: Tensor | None = None
     ) -> None:
         dtype = compute_dtype(x_ND.dtype, head.weight_VD.dtype)
+        # A matmul would resize what is too small, and leave its rows unread.
+        assert out is None or out.shape == (x_ND.shape[0], last - first), (out.shape, x_ND.shape, first, last)
         self.head, self.first, self.last = head, first, last
         self.z_NK = x_ND.new_empty(x_ND.shape[0], last - first, dtype=dtype) if out is None else out
         weight_KD, x_ND = head.weight_VD[first:last], x_ND.to(dtype)
