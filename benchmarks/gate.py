@@ -96,6 +96,8 @@ def by_blocks(
         g = reference.logit_grad(z, logp, lse, rows.targets_N[block]).mul_(result.coef_N[block, None])
         dx[block] = g @ weight
         dw.addmm_(g.T, x[block])
+        # Or they would be alive while the next block's are made.
+        del z, g
     return result, dx, dw
 
 

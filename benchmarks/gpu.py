@@ -88,8 +88,12 @@ def write_csv(records: list[dict], path: Path) -> None:
         writer.writerows(records)
 
 
-def plot(records: list[dict], path: Path) -> None:
-    """One panel a kind: milliseconds of each peer by head, a black line where the roofline of the card is."""
+def plot(records: list[dict], path: Path) -> bool:
+    """One panel a kind: milliseconds of each peer by head, a black line where the roofline of the card is.
+
+    Returns:
+        Whether anyone was timed, and drawn.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -99,8 +103,7 @@ def plot(records: list[dict], path: Path) -> None:
 
     timed = [r for r in records if r["status"] == "measured" and not r["peer"].startswith(BUDGET)]
     if not timed:
-        print("Nobody was timed, so there is no picture.")
-        return
+        return False
     kinds, heads = list(dict.fromkeys(r["kind"] for r in timed)), list(dict.fromkeys(r["head"] for r in timed))
     peers = list(dict.fromkeys(r["peer"] for r in timed))
     figure, axes = plt.subplots(len(kinds), 1, figsize=(11, 3.2 * len(kinds)), squeeze=False, sharex=True)
@@ -121,6 +124,7 @@ def plot(records: list[dict], path: Path) -> None:
     axes[-1, 0].set_xlabel(f"{s['device']}, torch {s['torch']}, commit {s['commit']}", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+    return True
 
 
 def budgets(text: str) -> list[int]:
@@ -177,8 +181,13 @@ def main(arguments: list[str] | None = None) -> int:
             if r["head"] == case.name:
                 figures = f"{1e3 * r['median']:9.2f} ms {r['peak_bytes'] / 2**20:8.0f} MiB" if "median" in r else ""
                 print(f"{r['head']:18s} {r['kind']:11s} {r['peer']:28s} {figures or r['status']}")
-    plot(records, options.out / "gpu.png")
-    print(f"written to {options.out}: {', '.join(sorted(path.name for path in options.out.glob('gpu.*')))}")
+    table, picture = options.out / "gpu.csv", options.out / "gpu.png"
+    # An earlier run's would pass for this one's.
+    picture.unlink(missing_ok=True)
+    if plot(records, picture):
+        print(f"written: {table}, {picture}")
+    else:
+        print(f"written: {table}; no peer was timed, so there is no picture")
     return 0
 
 

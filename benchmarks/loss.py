@@ -61,7 +61,7 @@ def size_of_head(model: str) -> tuple[int, int]:
         # OPT-350M's head follows a projection to half of its hidden size.
         return config.vocab_size, getattr(config, "word_embed_proj_dim", config.hidden_size)
     except (OSError, AttributeError) as problem:
-        raise ValueError(f"--model {model}: {str(problem).splitlines()[0]}") from problem
+        raise ValueError(f"--model {model}: {(str(problem) or type(problem).__name__).splitlines()[0]}") from problem
 
 
 def chosen_case(arguments: argparse.Namespace) -> Case:
@@ -92,10 +92,12 @@ def chosen_case(arguments: argparse.Namespace) -> Case:
         raise ValueError(f"{name} has a batch of its own, and takes no {options}; heads do: {', '.join(HEADS)}")
     else:
         return CASES[name]
-    case = head_case(name, given.pop("prompt_share", 0.5), **given, size=size)
-    if not 0 <= case.prompt < case.positions:
-        share = f"--prompt-share {arguments.prompt_share}"
-        raise ValueError(f"{share} of {case.positions} positions leaves none to the answer, or is below 0")
+    share = given.pop("prompt_share", 0.5)
+    if not 0 <= share < 1:
+        raise ValueError(f"--prompt-share is {share}; it is at least 0 and below 1")
+    case = head_case(name, share, **given, size=size)
+    if case.prompt == case.positions:
+        raise ValueError(f"--prompt-share {share} of {case.positions} positions leaves none to the answer")
     return case
 
 

@@ -26,9 +26,9 @@ WHY = (
 )
 WHY_SLOWER_BY_DEFAULT = (
     "Why: `forward, with a graph` of the default makes the gradients too, which backward then has for nothing: what "
-    "both take together is `forward and backward`. And its evaluation multiplies 1,024 rows, in bfloat16 256, with the "
-    "whole vocabulary, as training does, so that both give the same loss bit for bit; strips, which have their own "
-    "bits, stay in cache."
+    "both take together is `forward and backward`. And its evaluation multiplies up to 1,024 rows with the whole "
+    "vocabulary (256 where the CPU multiplies bfloat16, and has no AMX), as training does, so that both give the same "
+    "loss bit for bit; strips, which have their own bits, stay in cache."
 )
 WHY_LARGER_BY_DEFAULT = (
     "Why: the default buys its time, a quarter of the FLOPs, with logits that wait for their gradient, and a forward "

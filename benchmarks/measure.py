@@ -46,7 +46,7 @@ def stamp() -> dict[str, object]:
         "status", "--porcelain", "--", ":/", *(f":(top,exclude)benchmarks/{name}" for name in ("results", "RESULTS.md"))
     )
     root = git("rev-parse", "--show-toplevel")
-    elsewhere = root and not Path(orpo_kernels.__file__).resolve().is_relative_to(Path(root).resolve())
+    elsewhere = root and not Path(orpo_kernels.__file__).resolve().is_relative_to(Path(root).resolve() / "kernels")
     commit = (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),

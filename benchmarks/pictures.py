@@ -137,8 +137,9 @@ def shares(records: list[dict], path: Path, caption: str) -> None:
             axis.plot(*zip(*means, strict=True), color=colour_of(peer), label=peer)
             axis.scatter(*zip(*dots, strict=True), 9, color=colour_of(peer))
         axis.axhline(1, color="black", linewidth=0.8)
+        complete = {r["head"] for r in at_every_share([r for r in timed if r["dtype"] == dtype])}
         axis.set(
-            title=dtype,
+            title=f"{dtype}, lines over {len(complete)} heads",
             xlabel="prompt, % of a sequence",
             xticks=list(ratios_by_share(timed)),
         )

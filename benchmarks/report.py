@@ -97,8 +97,8 @@ def pages(stored: dict[str, list[dict]]) -> str:
         "## In one table",
         "In how many cases, over all heads, batches and machines, a form of ours is the fastest of all peers measured "
         "there, and in how many the smallest, both within 5 %; then the median, and the least and the most, of all "
-        "cases. `ours` is the default, `ours (strips)` is `logits_budget=0`. Only what was measured in mixed orders "
-        "counts; what is older is in a list of its own below, and in the tables.",
+        "cases in which TRL has a time. `ours` is the default, `ours (strips)` is `logits_budget=0`. Only what was "
+        "measured in mixed orders counts; what is older is in a list of its own below, and in the tables.",
         tables.summary_table(lost.current(everything)),
         *lost.sections(everything),
     ]
@@ -171,8 +171,8 @@ def readme_block(stored: dict[str, list[dict]]) -> str:
         )
     if early:
         text += (
-            f" Rows of {' and '.join(early)} are from before rounds had an order of their own: there CCE always came "
-            "after Liger, and found its freed memory warm."
+            f" Rows of {' and '.join(early)} are in part from before rounds had an order of their own: there CCE "
+            "always came after Liger, and found its freed memory warm."
         )
     picture = "![speed against TRL, by head](benchmarks/results/heads.png)"
     parts = [picture, text, tables.wide_table(shown), *readme_training(stored["training"])]

@@ -124,15 +124,35 @@ def measure(group: str, piece: Piece, names: list[str]) -> None:
     print(f"  ({time.perf_counter() - start:.0f} s)", flush=True)
 
 
+def show_list(wanted: str | None, only: str, names: list[str]) -> None:
+    """A line for each piece, of one group where one is wanted."""
+    others = {
+        "accuracy": "errors against float64",
+        "long": "the length at which each peer runs out of memory",
+        "training": "training step and whole run",
+    }
+    for group in GROUPS if wanted is None else (wanted,):
+        for piece in LOSS_GROUPS.get(group, ()):
+            if only in str(piece):
+                print(f"{group:13s} {'measured' if is_measured(group, piece, names) else '-':9s} {piece}")
+        if group in others and only in others[group]:
+            print(f"{group:13s} {others[group]}")
+
+
 def ignored(options: argparse.Namespace) -> str | None:
-    """What to say of an option that the group would not look at."""
+    """What to say of an option that the group, or the list, would not look at."""
     group = options.group
-    if group in LOSS_GROUPS:
+    if options.list or not group:
+        asked, why = ("pieces", "again", "model", "data"), "a list measures nothing"
+    elif group in LOSS_GROUPS:
         asked, why = ("model", "data"), f"{group} measures random hidden states"
     else:
         asked, why = ("only", "pieces", "again"), f"it is for groups of pieces, and {group} has none"
-    if given := [name for name in asked if getattr(options, name)]:
+    # By identity: 0 equals False.
+    if given := [n for n in asked if (value := getattr(options, n)) is not None and value is not False and value != ""]:
         return f"--{given[0]} would be ignored: {why}"
+    if options.list or not group:
+        return None
     if group in ("long", "training") and options.peers:
         return f"--peers would be ignored: {group} has peers of its own"
     if group == "long" and (options.model or options.data):
@@ -159,18 +179,13 @@ def main() -> None:
     # Measured all the same, their failures would be stored as results.
     if missing := [name for name in names if not available(name)]:
         parser.error(f"--peers names {', '.join(missing)}, not installed here (pip install '.[bench]')")
-    if options.list or not options.group:
-        for group, pieces in LOSS_GROUPS.items():
-            for piece in pieces:
-                print(f"{group:13s} {'measured' if is_measured(group, piece, names) else '-':9s} {piece}")
-        print(
-            "accuracy      errors against float64\n"
-            "long          the length at which each peer runs out of memory\n"
-            "training      training step and whole run"
-        )
-        return
     if refused := ignored(options):
         parser.error(refused)
+    if options.pieces is not None and options.pieces < 1:
+        parser.error(f"--pieces is {options.pieces}; it is at least 1")
+    if options.list or not options.group:
+        show_list(options.group, options.only, names)
+        return
     model = options.model or os.environ.get("ORPO_BENCH_MODEL")
     if options.group == "long":
         from . import limits

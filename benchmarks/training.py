@@ -244,7 +244,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a model (default: the variable ORPO_BENCH_MODEL)")
     parser.add_argument("--data", help="pairs as JSONL or parquet, or a hub name")
-    parser.add_argument("--dtype", help="float32 or bfloat16 (default: both, of random words float32)")
+    parser.add_argument(
+        "--dtype", help="float32, bfloat16, or both with a comma (default: both; with --shares float32)"
+    )
     parser.add_argument("--shares", help="percent of prompt in random words, with commas, instead of data")
     known = (*KINDS, *(f"ours {layout}{STRIPS}" for layout in LAYOUTS))
     parser.add_argument("--kinds", help=f"with commas, of {', '.join(known)}; trl orpo always runs")
@@ -256,20 +258,20 @@ def main() -> None:
         parser.error(f"--kinds holds {wrong[0]!r}, which is none of {', '.join(known)}")
     # The others are held against it.
     kinds = {"kinds": tuple(dict.fromkeys([*asked, "trl orpo"]))} if asked else {}
-    given = {name for name, value in vars(options).items() if value}
+    given = {name for name, value in vars(options).items() if value is not None and value is not False}
     for one, excluded in (("quick", {"model", "data", "dtype", "shares", "rounds"}), ("shares", {"data"})):
         if one in given and (others := sorted(given & excluded)):
             parser.error(f"--{one} has no --{others[0]}: {ALONE[one]}")
     if options.rounds is not None and options.rounds < 1:
         parser.error(f"--rounds is {options.rounds}; it is at least 1")
-    dtypes = tuple(options.dtype.split(",")) if options.dtype else None
+    dtypes = None if options.dtype is None else tuple(dict.fromkeys(options.dtype.split(",")))
     if wrong := sorted(set(dtypes or ()) - set(SAME_LOSS)):
         parser.error(f"--dtype holds {wrong[0]!r}; there are {', '.join(SAME_LOSS)}")
     settings = kinds | {"rounds": options.rounds or ROUNDS} | ({"dtypes": dtypes} if dtypes else {})
     model = options.model or os.environ.get("ORPO_BENCH_MODEL")
     if options.quick:
         show(measure(None, None, batch=2, steps=2, rounds=1, longest=200, **kinds))
-    elif options.shares:
+    elif options.shares is not None:
         run_shares(model, shares_of(options.shares, parser), **settings)
     else:
         run(model, options.data, **settings)

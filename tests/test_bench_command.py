@@ -62,8 +62,10 @@ def test_a_model_gives_the_size_of_its_head(monkeypatch, tmp_path):
         # Until these were refused, a share of prompt was ignored here.
         (["--prompt-share", "0.25"], "smollm2 has a batch of its own, and takes no --prompt-share"),
         (["--case", "tiny", "--pairs", "1", "--positions", "8"], "takes no --pairs, no --positions"),
-        (["--case", "OPT-350M", "--prompt-share", "1"], "--prompt-share 1.0 of 256 positions leaves none"),
-        (["--case", "OPT-350M", "--prompt-share", "-0.5"], "--prompt-share -0.5 of 256 positions"),
+        (["--case", "OPT-350M", "--prompt-share", "0.999"], "--prompt-share 0.999 of 256 positions leaves none"),
+        (["--case", "OPT-350M", "--prompt-share", "1"], "--prompt-share is 1.0; it is at least 0 and below 1"),
+        (["--case", "OPT-350M", "--prompt-share", "-0.001"], "--prompt-share is -0.001"),
+        (["--case", "OPT-350M", "--prompt-share", "inf"], "--prompt-share is inf"),
         (["--case", "OPT-350M", "--pairs", "0"], "--pairs is 0; it is at least 1"),
         (["--case", "OPT-350M", "--positions", "1"], "--positions is 1; it is at least 2"),
         (["--vocabulary", "0", "--hidden-size", "9"], "--vocabulary is 0; it is at least 2"),

@@ -55,6 +55,9 @@ def test_the_commits_of_the_fixed_order_are_those_up_to_its_end():
     if git("cat-file", "-e", "6fe3f16").returncode:
         pytest.skip("there is no history here")
     stored = report.load_all()
+    # A case of both kinds would be in neither list.
+    for case in tables.measured_cases([r for group in report.LOSS_GROUPS for r in stored[group]]):
+        assert len(lost.earlier(case)) in (0, len(case))
     for commit in {r["commit"] for group in (*report.LOSS_GROUPS, "long", "training") for r in stored[group]}:
         is_early = git("merge-base", "--is-ancestor", commit.split("-")[0], "6fe3f16").returncode == 0
         assert is_early == (commit in lost.FIXED_ORDER), commit

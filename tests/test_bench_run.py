@@ -37,6 +37,9 @@ def command(monkeypatch):
         (["training", "--peers", "ours"], "--peers would be ignored"),
         (["accuracy", "--data", "x"], "--data goes with --model"),
         (["heads", "--only", "float64"], "--only 'float64' is in no line of heads"),
+        (["heads", "--pieces", "0"], "--pieces is 0; it is at least 1"),
+        (["long", "--pieces", "0"], "--pieces would be ignored"),
+        (["heads", "--list", "--again"], "--again would be ignored: a list measures nothing"),
         (["heads", "--peers", "ours,mine"], "--peers names 'mine'; there are ours, "),
     ],
 )
@@ -44,6 +47,21 @@ def test_what_would_be_ignored_is_refused(command, capsys, options, said):
     with pytest.raises(SystemExit):
         command("--group", *options)
     assert said in capsys.readouterr().err
+
+
+def test_a_group_that_was_forgotten_is_no_reason_to_list_and_ignore(command, capsys):
+    with pytest.raises(SystemExit):
+        command("--only", "float32", "--again")
+    assert "--again would be ignored: a list measures nothing" in capsys.readouterr().err
+
+
+def test_a_list_is_of_what_is_asked_for(command, capsys):
+    assert command("--list", "--group", "heads", "--only", "Phi-2") == []
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(line.startswith("heads") and "Phi-2" in line for line in lines)
+    command()
+    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert listed == set(run.GROUPS)
 
 
 def test_a_peer_that_is_not_installed_is_refused(command, monkeypatch, capsys):

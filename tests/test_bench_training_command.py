@@ -34,6 +34,8 @@ def command(monkeypatch):
         (["--quick", "--shares", "10"], "--quick has no --shares"),
         (["--shares", "10", "--data", "x"], "--shares has no --data: its pairs are random words"),
         (["--shares", "10,a"], "--shares is '10,a'; percents with commas"),
+        (["--shares", ""], "--shares is ''; percents with commas"),
+        (["--dtype", ""], "--dtype holds ''"),
         (["--shares", "0"], "--shares holds 0; a share is 1 to 99 %"),
         (["--dtype", "float16"], "--dtype holds 'float16'; there are float32, bfloat16"),
         (["--kinds", "ours"], "--kinds holds 'ours', which is none of"),
