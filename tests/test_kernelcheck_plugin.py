@@ -60,5 +60,17 @@ def test_fresh_memory_is_poisoned():
     assert torch.empty(2, requires_grad=True).requires_grad
 
 
+def test_a_device_named_first_among_poison_is_one_afterwards():
+    program = """
+import torch
+from kernelcheck.memory import poisoned_empty
+with poisoned_empty(), torch.device("meta"):
+    assert torch.empty(1).is_meta
+with torch.device("meta"):
+    assert torch.empty(1).is_meta
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, check=True)
+
+
 def test_other_tests_are_not_poisoned():
     assert torch.empty.__name__ == "empty" and not hasattr(torch.empty, "__wrapped__")

@@ -38,6 +38,10 @@ def poisoned_empty() -> Iterator[None]:
 
         return allocate
 
+    # torch notes its constructors when `with torch.device(...)` is first used. Used in here first, it would note the
+    # poisoned ones, and for the rest of the process not know the real ones.
+    with torch.device("cpu"):
+        torch.empty(0)
     names = ("empty", "empty_like", "empty_strided")
     with (
         mock.patch.multiple(torch, **{name: poisoned(getattr(torch, name)) for name in names}),
