@@ -11,6 +11,7 @@ def command(monkeypatch):
     calls = []
     monkeypatch.setattr(run, "measure", lambda group, piece, names: calls.append((group, str(piece), names)))
     monkeypatch.setattr(run, "is_measured", lambda *_: False)
+    monkeypatch.setattr(run, "available", lambda name: True)
     for name in ("training.run", "training.run_shares", "accuracy.run", "limits.run"):
         monkeypatch.setattr(f"benchmarks.{name}", lambda *a, name=name: calls.append((name, *a)))
     monkeypatch.delenv("ORPO_BENCH_MODEL", raising=False)
