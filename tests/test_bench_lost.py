@@ -20,7 +20,10 @@ def test_the_reason_for_losing_fits_every_case_in_which_we_lose():
 def test_the_reason_for_more_memory_fits_every_case_in_which_another_has_less():
     stored = report.load_all()
     lines = tables.losses([r for group in report.LOSS_GROUPS for r in stored[group]], figure="peak_bytes")
-    assert all(", bfloat16, " in line and "no bfloat16)" in line for line in lines)
+    for line in lines:
+        without_instructions = ", bfloat16, " in line and "no bfloat16)" in line
+        without_prompt = ", 0 prompt, bfloat16, forward and backward: " in line and "(AVX512, bfloat16)" in line
+        assert without_instructions or without_prompt, line
 
 
 def test_the_reasons_for_the_default_fit_every_case_in_which_it_alone_loses():
