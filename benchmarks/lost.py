@@ -39,8 +39,8 @@ WHY_LARGER_BY_DEFAULT = (
 WHY_LARGER = (
     "Why: where a CPU has no instructions for bfloat16, ours computes logits in float32, four bytes each; those that "
     'take less keep two. Their times are under "A short batch in bfloat16" below. And where it has them and a batch '
-    "has no prompt to leave out, dX waits in float32 beside the rows that were gathered, and the float32 block of logits: "
-    "with a wide head and few rows that is a twentieth of what all need for the head's gradient."
+    "has no prompt to leave out, dX waits in float32 beside the rows that were gathered, and the float32 block of "
+    "logits: with a wide head and few rows that is a twentieth of what all need for the head's gradient."
 )
 EARLIER = (
     "Measured at commits up to 6fe3f16: peers took turns in one order, in which CCE always came right after Liger, "
