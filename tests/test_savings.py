@@ -205,9 +205,11 @@ def test_evaluation_holds_one_chunk_of_a_tile_and_has_trainings_bits(
     dtype, pairs, positions, bfloat16_cpu, monkeypatch
 ):
     """2,300 rows are three chunks of 1,024, the last one smaller; in float32 those of many pairs are three bins."""
+    # Wide enough for a chunk to be larger than what a library's matmul may keep for itself.
+    wide = 8009
     # What is read of a bfloat16 chunk is a float32 block, and would be larger than the chunk.
     monkeypatch.setattr(torch_logits, "_BLOCK_BYTES", 2**20)
-    problem = make_problem(P=pairs, T=positions, D=16, V=4001, dtype=dtype, softcap=30.0).requiring_grad()
+    problem = make_problem(P=pairs, T=positions, D=16, V=wide, dtype=dtype, softcap=30.0).requiring_grad()
     n = problem.rows.rows_N.numel()
     assert 2 * torch_backend.CHUNK_ROWS < n < 3 * torch_backend.CHUNK_ROWS and n % 3
     budget = 2**30
@@ -216,8 +218,8 @@ def test_evaluation_holds_one_chunk_of_a_tile_and_has_trainings_bits(
         _, largest, _ = measure(lambda: loss_of(problem, logits_budget=budget))
         evaluated = loss_of(problem, logits_budget=budget)
     element = torch_backend.tile_element_bytes(dtype, dtype)
-    chunk = torch_logits.chunk_rows(torch_logits.compute_dtype(dtype, dtype)) * 4001 * element
-    assert 2**20 < largest <= chunk < n * 4001 * element
+    chunk = torch_logits.chunk_rows(torch_logits.compute_dtype(dtype, dtype)) * wide * element
+    assert 2**20 < largest <= chunk < n * wide * element
     assert torch.equal(evaluated, trained)
     trained.backward()
     truth, dh, dw, _ = problem.truth()

@@ -95,7 +95,9 @@ def test_a_widened_product_has_no_narrow_copy_of_its_size(n):
     assert torch.equal(total, product + 1)
     if n > 512:
         _, largest, peak = measure(lambda: matmul.widened_matmul(a, b, torch.float32))
-        assert largest == product.nbytes and peak < product.nbytes + 600 * 4096 * 2
+        # A piece, and what a library's matmul may keep for itself (up to 3 MB with AMX); whole it would be 10 MB.
+        piece, whole = 512 * 4096 * 2, n * 4096 * 2
+        assert largest == product.nbytes and peak < product.nbytes + piece + 4e6 < product.nbytes + whole
 
 
 def test_the_dtype_of_the_matmuls(bfloat16_cpu):

@@ -17,7 +17,7 @@ from . import reference
 from .head import Head, strip_width, strips
 from .matmul import accumulation_dtype, add_matmul, converted_parts
 from .rows import Rows
-from .torch_logits import CHUNK_ROWS as CHUNK_ROWS
+from .torch_logits import CHUNK_ROWS as CHUNK_ROWS  # bins.py asks the backend for it
 from .torch_logits import LogitStrip, chunk_rows, compute_dtype, row_blocks, tile_element_bytes
 
 # Logits of a tile stay alive until gradients are made of them: in bins, and in one pass where the head is frozen.

@@ -25,7 +25,7 @@ from .matmul import converted_parts
 
 # With fewer rows a float32 matmul packs the weight too often, with more nothing is faster.
 CHUNK_ROWS = 1024
-# Elementwise passes over one block of rows: small enough to stay in a core's cache from one pass to the next.
+# Elementwise passes over one block of rows: small enough to stay in the caches from one pass to the next.
 _BLOCK_BYTES = 4 * 2**20
 
 
