@@ -78,7 +78,7 @@ LOSS_GROUPS: dict[str, list[Piece]] = {
         if share != 0.5
     ],
     "frozen": [
-        Piece(head_case(head, 0.5), dtype, ("frozen", "forward"), 3)
+        Piece(head_case(head, 0.5), dtype, ("frozen", "forward"), 5)
         for dtype in ("float32", "bfloat16")
         for head in HEADS
     ],
