@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from orpo_kernels import matmul, torch_backend, torch_logits
+from orpo_kernels import matmul, reference, torch_backend, torch_logits
 from orpo_kernels.bins import HeadGradient
 from orpo_kernels.head import Head, Needs
 from problems import make_problem, relative_error
@@ -109,17 +109,43 @@ def test_the_dtype_of_the_matmuls(bfloat16_cpu):
     x, weight = torch.randn(5, 8).to(narrow), torch.randn(5000, 8).to(narrow)
     strip = torch_logits.LogitStrip(x, torch.zeros(5, dtype=torch.long), Head(weight), 7, 4990)
     assert strip.z_NK.dtype == torch_logits.compute_dtype(narrow, narrow)
-    exact = x.double() @ weight[7:4990].double().T
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_a_strip_holds_logits_less_their_offset(scale, softcap, dtype, bfloat16_cpu):
+    x, weight, bias = torch.randn(5, 8).to(dtype), torch.randn(5000, 8).to(dtype), torch.randn(5000)
+    head, targets = Head(weight, bias, scale, softcap), torch.tensor([0, 7, 4000, 4989, 4999])
+    strip = torch_logits.LogitStrip(x, targets, head, 7, 4990)
+    exact = reference.logits(x.double(), weight.double(), bias.double(), scale, softcap)
+    shifted = dtype == torch.bfloat16 and bfloat16_cpu
+    assert strip.offset_N.any() == (shifted and softcap is None)
     for block in strip.blocks():
         found = strip.read(block)
-        assert found.dtype == wide
-        assert relative_error(found, exact[block]) < (4e-3 if bfloat16_cpu else 1e-6)
+        assert found.dtype == strip.offset_N.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        error = relative_error(found + strip.offset_N[block, None], exact[block, 7:4990])
+        assert error < (4e-3 if shifted else 1e-6)
+    # Every way through stage 1 adds it again; a constant that was left out would change no gradient.
+    logp, lse = reference.token_stats(exact, targets)
+    memory = torch_backend.tile_memory([5], x, head, True)
+    for stats in (
+        torch_backend.token_stats(x, targets, head, 2**14),
+        torch_backend.tile_stats(x, targets, head, memory),
+        torch_backend.tile_stats_and_grad(x, targets, head, memory),
+        torch_backend.frozen_head_stats_and_grad(x, targets, head, 2**14),
+    ):
+        assert relative_error(stats[0], logp) < (1e-3 if shifted else 1e-6)
+        assert relative_error(stats[1], lse) < (1e-3 if shifted else 1e-6)
 
 
 @BUDGETS
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_every_schedule_is_exact_either_way(budget, softcap, bfloat16_cpu):
-    problem = make_problem(dtype=torch.bfloat16, bias=True, softcap=softcap).requiring_grad()
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+def test_every_schedule_is_exact_either_way(frozen, budget, scale, softcap, bfloat16_cpu):
+    problem = make_problem(dtype=torch.bfloat16, bias=True, scale=scale, softcap=softcap)
+    problem.requiring_grad(True, not frozen, not frozen)
     loss = loss_of(problem, budget)
     with torch.no_grad():
         assert torch.equal(loss_of(problem, budget), loss)
@@ -128,7 +154,8 @@ def test_every_schedule_is_exact_either_way(budget, softcap, bfloat16_cpu):
     assert relative_error(loss, truth.loss) < (1e-5 if bfloat16_cpu else 1e-6)
     # Gradients are rounded to bfloat16 once at the end where everything before is float32: 2^-9 at most, 1.7e-3 rms.
     tolerance = 6e-3 if bfloat16_cpu else 2.5e-3
-    for grad, exact in ((problem.hidden.grad, dh), (problem.weight.grad, dw), (problem.bias.grad, db)):
+    wanted = [(problem.hidden.grad, dh), (problem.weight.grad, dw), (problem.bias.grad, db)]
+    for grad, exact in wanted[: 1 if frozen else None]:
         assert grad.dtype == torch.bfloat16 and relative_error(grad, exact) < tolerance
 
 
