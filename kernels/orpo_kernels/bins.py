@@ -70,7 +70,10 @@ def make_bins(rows: Rows, capacity: int, wanted: float = math.inf) -> list[Bin]:
             size += pair
             last += 1
         if last > first:
-            bins.append(Bin(slices=(slice(starts[first], starts[last]), slice(starts[p + first], starts[p + last]))))
+            chosen, rejected = slice(starts[first], starts[last]), slice(starts[p + first], starts[p + last])
+            # One bin of all pairs has one slice, whose rows are a view: two would be a copy of all hidden states.
+            whole = chosen.stop == rejected.start
+            bins.append(Bin(slices=(slice(chosen.start, rejected.stop),) if whole else (chosen, rejected)))
         else:
             most = min(capacity, wanted)
             answers = (tuple(_runs(rows, starts[s], starts[s + 1], most)) for s in (first, p + first))
