@@ -147,6 +147,17 @@ def test_the_float32_sum_of_many_bfloat16_products_exists_once(monkeypatch):
     assert peak <= tile + 6 * head + 2**20 + 2**19 < tile + 8 * head
 
 
+def test_few_rows_of_a_wide_bfloat16_head_take_little_beside_their_logits(monkeypatch):
+    monkeypatch.setattr(torch_logits, "multiplies_bfloat16", lambda: True)
+    x, weight = torch.randn(512, 4096).bfloat16(), torch.randn(4096, 4096).bfloat16()
+    arguments = x, torch.zeros(512, dtype=torch.long), Head(weight)
+    *_, peak = measure(lambda: torch_backend.token_stats(*arguments, 2**25))
+    # Logits and a block of them in float32, and what a library's matmul may keep for itself (up to 3 MB with AMX).
+    # Blocks of that size for the targets' logits are three at once: rows, their targets' weights and the products.
+    logits, block = 512 * 4096 * 2, torch_logits._BLOCK_BYTES
+    assert peak < logits + block + 4e6 < logits + 3 * block
+
+
 def test_default_strip_by_device():
     assert resolve_strip(None, "cpu") == 2**25
     assert resolve_strip(None, "cuda") == 2**27

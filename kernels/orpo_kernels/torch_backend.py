@@ -178,9 +178,11 @@ def frozen_head_stats_and_grad(
                 slope_y_N[block][row] = slope[row, column]
                 z.mul_(slope)
             strip.write(block, z)
-        add_matmul(u_ND, strip.z_NK, head.weight_VD[first:last])
-        offset_N = strip.offset_N
-        del strip
+        offset_N, exps_NK = strip.offset_N, strip.z_NK
+        # The memory of blocks is given back before the product takes some.
+        strip = z = None
+        add_matmul(u_ND, exps_NK, head.weight_VD[first:last])
+        del exps_NK
     logp_N, lse_N = stats.finish()
     u_ND.mul_(-torch.exp(_finite(stats.max_N) - lse_N)[:, None])
     u_ND.addcmul_(head.weight_VD[targets_N].to(dtype), (-torch.expm1(logp_N) * slope_y_N)[:, None])

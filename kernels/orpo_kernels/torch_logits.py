@@ -137,7 +137,8 @@ def row_blocks(n: int, k: int) -> list[slice]:
 def _target_products(x_ND: Tensor, targets_N: Tensor, head: Head) -> Tensor:
     """c_n = x_n . W_y of every row's target, summed in fp32 and rounded once: (N, 1) in x's dtype."""
     c_N1 = x_ND.new_empty(len(x_ND), 1)
-    for block in row_blocks(*x_ND.shape):
+    # Three float32 copies of a block are alive beside the logits.
+    for block in row_blocks(len(x_ND), 4 * x_ND.shape[1]):
         c_N1[block] = (x_ND[block].float() * head.weight_VD[targets_N[block]].float()).sum(1, keepdim=True)
     # An infinite c would make every logit of the row inf - inf.
     return c_N1.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
