@@ -17,12 +17,17 @@ FIXED_ORDER = (
 # A test asserts that every line of a list is of a kind that its reason names.
 WHY = (
     "Why: all of these are CCE's. In bfloat16 it rounds logits where they lie; ours subtracts each row's target logit "
-    "inside the matmul's accumulator first, which the CPU library does by one more write and read of the logits, "
-    "and that is what makes a log-probability 11 to 31 times as exact (see Accuracy). Then, CCE's passes over the "
-    "logits are one loop, made by the C++ compiler that it needs at run time; ours are torch's own operations, one "
-    "after the other, over blocks of rows that stay in cache. In float32 little is left to win: torch's profiler gives "
-    "98 % of ours in front of Gemma-2's head (AMD EPYC, AVX2, 75 % prompt), and 89 % in front of OPT's (25 %), to the "
-    "library's three matmuls, which CCE calls too. Differences of a tenth have changed sign from one run to the next."
+    "inside the matmul's accumulator first, which is one more write and read of the logits (the library's matmul takes "
+    "1 to 3 % longer with it), and that is what makes a log-probability 11 to 31 times as exact (see Accuracy). It "
+    "multiplies all rows at once, ours at most 256: the few rows of a wide head, in two parts, take 2 to 3 % longer, "
+    "and evaluation holds half of the logits. Then, CCE's passes over the logits are one loop, made by the C++ "
+    "compiler that it needs at run time; ours are torch's own operations, one after the other, over blocks of rows "
+    "that stay in cache. In float32 little is left to win: torch's profiler gives 98 % of ours in front of Gemma-2's "
+    "head (AMD EPYC, AVX2, 75 % prompt), and 89 % in front of OPT's (25 %), to the library's three matmuls, which CCE "
+    "calls too. "
+    "What was measured before 9d8e995 took exponentials from torch's `exp`, which needs 2.6 times as long as the "
+    "powers of 2 of today: 7 to 10 % of an evaluation in front of SmolLM2's head (bfloat16). Differences of a tenth "
+    "have changed sign from one run to the next."
 )
 WHY_SLOWER_BY_DEFAULT = (
     "Why: `forward, with a graph` of the default makes the gradients too, which backward then has for nothing: what "
@@ -38,9 +43,10 @@ WHY_LARGER_BY_DEFAULT = (
 )
 WHY_LARGER = (
     "Why: where a CPU has no instructions for bfloat16, ours computes logits in float32, four bytes each; those that "
-    'take less keep two. Their times are under "A short batch in bfloat16" below. And where it has them and a batch '
-    "has no prompt to leave out, dX waits in float32 beside the rows that were gathered, and the float32 block of "
-    "logits: with a wide head and few rows that is a twentieth of what all need for the head's gradient."
+    'take less keep two. Their times are under "A short batch in bfloat16" below. And where it has them, and rows are '
+    "few, one strip of 32 MiB holds all their logits, as CCE does: in front of a frozen head dX in float32 and a "
+    "product to add to it stand beside them. With `strip_bytes=8 * 2**20` Llama-2's took 26 MiB, and no longer; in "
+    "float32, and in front of narrow heads, such strips were up to a tenth slower."
 )
 EARLIER = (
     "Measured at commits up to 6fe3f16: peers took turns in one order, in which CCE always came right after Liger, "

@@ -86,8 +86,9 @@ def pages(stored: dict[str, list[dict]]) -> str:
         "# Results",
         "Written by `python -m benchmarks.report` from `benchmarks/results/`. The loss itself (all but the sections on "
         "length and training) is timed once loss and gradients agree with float64, peers taking turns in 3 or 5 "
-        "rounds: times are medians, and ratios are of these; the files have the spread. Memory is what a "
-        "call allocates at most, its gradients included. "
+        "rounds: times are medians, and ratios are of these; the files have the spread. Since 9d8e995 a case whose "
+        "rounds lay apart, ours or the fastest's from 20 to 80 % by more than a tenth of their median, was measured "
+        "once more, which the tables show. Memory is what a call allocates at most, its gradients included. "
         "Errors are relative, of loss, hidden-state gradient and weight gradient. `cce` is its `torch_compile` form, "
         "its only one on a CPU, which holds the logits of all rows that count; `trl` in bfloat16 is a model of "
         f"bfloat16 weights.{tables.beyond_limits(everything)}{LIGER_EVALUATION} "

@@ -22,8 +22,8 @@ def test_the_reason_for_more_memory_fits_every_case_in_which_another_has_less():
     lines = tables.losses([r for group in report.LOSS_GROUPS for r in stored[group]], figure="peak_bytes")
     for line in lines:
         without_instructions = ", bfloat16, " in line and "no bfloat16)" in line
-        without_prompt = ", 0 prompt, bfloat16, forward and backward: " in line and "(AVX512, bfloat16)" in line
-        assert without_instructions or without_prompt, line
+        frozen = "-7B" in line and ", bfloat16, frozen head, forward and backward: " in line
+        assert without_instructions or frozen, line
 
 
 def test_the_reasons_for_the_default_fit_every_case_in_which_it_alone_loses():
