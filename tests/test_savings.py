@@ -158,6 +158,23 @@ def test_few_rows_of_a_wide_bfloat16_head_take_little_beside_their_logits(monkey
     assert peak < logits + block + 4e6 < logits + 3 * block
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("stats", [torch_backend.token_stats, torch_backend.frozen_head_stats_and_grad])
+def test_one_strip_is_alive_at_a_time(stats, softcap, dtype, monkeypatch):
+    """With what elementwise passes hold: a block in float32 of a bfloat16 strip, and a block of the softcap's slope."""
+    monkeypatch.setattr(torch_logits, "multiplies_bfloat16", lambda: True)
+    n, vocabulary, width = 800, 10_000, 2560
+    x, weight = torch.randn(n, 64).to(dtype), torch.randn(vocabulary, 64).to(dtype)
+    strip, block = n * width * dtype.itemsize, torch_logits._BLOCK_BYTES
+    *_, peak = measure(lambda: stats(x, torch.zeros(n, dtype=torch.long), Head(weight, softcap=softcap), strip))
+    narrow, frozen = dtype == torch.bfloat16, stats is torch_backend.frozen_head_stats_and_grad
+    held = strip + narrow * block + frozen * (softcap is not None) * block
+    # x, u and a product to add to u; what a library's matmul may keep for itself (up to 3 MB with AMX).
+    assert peak < held + 3 * n * 64 * 4 + narrow * 2e6 + 2**18
+    assert narrow * 2e6 + 3 * n * 64 * 4 + 2**18 < block
+
+
 def test_default_strip_by_device():
     assert resolve_strip(None, "cpu") == 2**25
     assert resolve_strip(None, "cuda") == 2**27

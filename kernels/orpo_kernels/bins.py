@@ -71,7 +71,7 @@ def make_bins(rows: Rows, capacity: int, wanted: float = math.inf) -> list[Bin]:
             last += 1
         if last > first:
             chosen, rejected = slice(starts[first], starts[last]), slice(starts[p + first], starts[p + last])
-            # One bin of all pairs has one slice, whose rows are a view: two would be a copy of all hidden states.
+            # Where both meet, as in one bin of all pairs, rows are a view: two slices would be a copy of them.
             whole = chosen.stop == rejected.start
             bins.append(Bin(slices=(slice(chosen.start, rejected.stop),) if whole else (chosen, rejected)))
         else:
