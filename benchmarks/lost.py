@@ -38,8 +38,7 @@ WHY_SLOWER_BY_DEFAULT = (
 WHY_LARGER_BY_DEFAULT = (
     "Why: the default buys its time, a quarter of the FLOPs, with logits that wait for their gradient, and a forward "
     "with a graph holds the finished gradients. In front of a small head these logits, in float32 those of about 1,024 "
-    "rows, are the largest thing there is. In bfloat16 evaluation also holds float32 copies of the few rows that it "
-    "sweeps."
+    "rows, are the largest thing there is."
 )
 WHY_LARGER = (
     "Why: where a CPU has no instructions for bfloat16, ours computes logits in float32, four bytes each; those that "

@@ -34,6 +34,9 @@ def test_the_reasons_for_the_default_fit_every_case_in_which_it_alone_loses():
     larger = tables.losses_of_the_default(everything, "peak_bytes")
     kinds = ("forward, with a graph: ", ", forward and backward: ", "bfloat16, evaluation: ")
     assert larger and all(any(kind in line for kind in kinds) for line in larger)
+    # Copies of rows that evaluation held in float32 are smaller today, and no reason for them is given.
+    larger = tables.losses_of_the_default(lost.current(everything), "peak_bytes")
+    assert larger and all(any(kind in line for kind in kinds[:2]) for line in larger)
 
 
 def test_every_case_that_is_lost_is_in_the_section_of_its_time():
