@@ -17,18 +17,19 @@ FIXED_ORDER = (
 # A test asserts that every line of a list is of a kind that its reason names.
 WHY = (
     "Why: all of these are CCE's. In bfloat16 it rounds logits where they lie; ours subtracts each row's target logit "
-    "inside the matmul's accumulator first, which is one more write and read of the logits (the library's matmul takes "
-    "1 to 3 % longer with it), and that is what makes a log-probability 11 to 31 times as exact (see Accuracy). It "
-    "multiplies all at once; the default at most 256 rows (with AMX 1,024), and strips at most 32 MiB of logits: "
-    "in two parts the few rows of a wide head take 2 to 3 % longer, and hold half as much. Then, CCE's passes over the "
-    "logits are one loop, made by the C++ compiler that it needs at run time; ours are torch's own operations, one "
-    "after the other, over blocks of rows that stay in cache. In float32 little is left to win: torch's profiler gives "
-    "98 % of ours in front of Gemma-2's head (AMD EPYC, AVX2, 75 % prompt), and 89 % in front of OPT's (25 %), to the "
-    "library's three matmuls, which CCE calls too. "
-    "What was measured before 9d8e995 took exponentials from torch's `exp`, which needs 2.6 times as long as the "
-    "powers of 2 of today: 7 to 10 % of an evaluation in front of SmolLM2's head (bfloat16). "
-    "Differences of a tenth have changed sign from one run to the next: in bfloat16 Llama-2's head without prompt took "
-    "1.29 s (CCE 1.12), and then 1.15 as CCE, Gemma-2's at 25 % prompt 2.51 (2.38), and then 2.41 (2.48)."
+    "inside the matmul's accumulator first, which is one more write and read of the logits (`torch.addmm` takes 1 to "
+    "3 % longer than `torch.mm`, AMD EPYC, AVX512-BF16, 2 threads, as all that follows in bfloat16), and that is what "
+    "makes a log-probability 11 to 31 times as exact (see Accuracy). It multiplies all at once; the default at most "
+    "256 rows (with AMX 1,024), and strips at most 32 MiB of logits: `torch.mm` takes 2 to 3 % longer for twice 191 "
+    "rows of Phi-2's or Mistral's head than for 382, and needs half the room. Then, CCE's passes over the logits are "
+    "one loop, made by the C++ compiler that it needs at run time; ours are torch's own operations, one after the "
+    "other, over blocks of rows that stay in cache. In float32 little is left to win: torch's profiler gives 98 % of "
+    "ours in front of Gemma-2's head (AMD EPYC, AVX2, 75 % prompt), and 89 % in front of OPT's (25 %), to the "
+    "library's three matmuls, which CCE calls too. What was measured before 9d8e995 took exponentials from torch's "
+    "`exp`, which takes 2.6 times as long as the `exp2` of today: 7 to 10 % of an evaluation in front of SmolLM2's "
+    "head (bfloat16). Differences of a tenth have changed sign from one run to the next: in bfloat16 Llama-2's head "
+    "without prompt took 1.29 s (CCE 1.12), and then 1.15 as CCE, Gemma-2's at 25 % prompt 2.51 (2.38), and then 2.41 "
+    "(2.48)."
 )
 WHY_SLOWER_BY_DEFAULT = (
     "Why: `forward, with a graph` of the default makes the gradients too, which backward then has for nothing: what "
@@ -45,8 +46,8 @@ WHY_LARGER = (
     "Why: where a CPU has no instructions for bfloat16, ours computes logits in float32, four bytes each; those that "
     'take less keep two. Their times are under "A short batch in bfloat16" below. And where it has them, and rows are '
     "few, one strip of 32 MiB holds all their logits, as CCE does: in front of a frozen head dX in float32 and a "
-    "product to add to it stand beside them. With `strip_bytes=8 * 2**20` Llama-2's took 26 MiB, and no longer; in "
-    "float32, and in front of narrow heads, such strips were up to a tenth slower."
+    "product to add to it stand beside them. With `strip_bytes=8 * 2**20` Llama-2's took 26 MiB, and no longer (AMD "
+    "EPYC, AVX512-BF16); SmolLM2's, narrow, up to 14 % longer."
 )
 EARLIER = (
     "Measured at commits up to 6fe3f16: peers took turns in one order, in which CCE always came right after Liger, "

@@ -175,6 +175,22 @@ def test_one_strip_is_alive_at_a_time(stats, softcap, dtype, monkeypatch):
     assert narrow * 2e6 + 3 * n * 64 * 4 + 2**18 < block
 
 
+@pytest.mark.parametrize("keeps", ["tile", "strip"])
+def test_one_block_of_a_slope_is_alive_at_a_time(keeps):
+    n, vocabulary = 800, 4096
+    x, head = torch.randn(n, 64), Head(torch.randn(vocabulary, 64), softcap=5.0)
+    targets, block = torch.zeros(n, dtype=torch.long), torch_logits._BLOCK_BYTES
+    assert n * vocabulary * 4 > 2 * block
+    if keeps == "tile":
+        memory = torch_backend.tile_memory([n], x, head, True)
+        *_, peak = measure(lambda: torch_backend.tile_stats_and_grad(x, targets, head, memory))
+    else:
+        stats = torch_backend.token_stats(x, targets, head, 2**30)
+        *_, peak = measure(lambda: torch_backend.logit_grad(x, targets, *stats, head, 0, vocabulary))
+        peak -= n * vocabulary * 4
+    assert block <= peak < block + 2**18
+
+
 def test_default_strip_by_device():
     assert resolve_strip(None, "cpu") == 2**25
     assert resolve_strip(None, "cuda") == 2**27

@@ -38,7 +38,7 @@ def _take_target(z: Tensor, targets_N: Tensor, first: int, last: int) -> tuple[T
 
 
 def _exp_(z: Tensor) -> Tensor:
-    """exp(z) in place, off by |z| 5e-8 of itself in float32, which a sum that holds an exp(0) does not notice.
+    """exp(z) in place, z at most 0 up to rounding; in float32 off by |z| 5e-8 of itself, much where it is small only.
 
     As a power of 2: for that torch has vector code, its exp took 2.6 times as long (AMD EPYC).
     """
