@@ -5,15 +5,17 @@ Letters: P pairs, T positions, D hidden size, V vocabulary, N rows; equations ar
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 from orpo_kernels import reference
 from orpo_kernels.backends import choose_backend, resolve_budget, resolve_strip
+from orpo_kernels.head import Head
 from orpo_kernels.matmul import mean_rows
-from orpo_kernels.rows import Rows, can_be_counted, that_count
+from orpo_kernels.rows import Rows, without_others
+from orpo_kernels.settings import LossSettings
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,7 +43,7 @@ class ORPOOutput:
     pair_mask: Tensor
     beta: float
     _mean_hidden: Tensor = field(repr=False)
-    _head: tuple[Tensor, Tensor | None, float, float | None] = field(repr=False)
+    _head: Head = field(repr=False)
 
     def metrics(self, logits: bool = True) -> dict[str, Tensor]:
         """TRL's names and definitions, as detached 0-dim tensors; nothing is copied to the host.
@@ -67,138 +69,121 @@ class ORPOOutput:
             "log_odds_ratio": mean(-reference.softplus(-self.log_odds)),
             "log_odds_chosen": mean(self.log_odds),
         }
-        weight, bias, scale, softcap = self._head
-        if logits and softcap is None:
+        head = self._head
+        if logits and head.softcap is None:
             # Not by a matmul, which autocast would narrow.
-            mean_2 = (self._mean_hidden * mean_rows(weight.detach(), self._mean_hidden.dtype)).sum(1)
-            if bias is not None:
-                mean_2 = mean_2 + bias.detach().mean(dtype=mean_2.dtype)
-            metrics["logits/chosen"], metrics["logits/rejected"] = (scale * mean_2).unbind()
+            mean_2 = (self._mean_hidden * mean_rows(head.weight_VD.detach(), self._mean_hidden.dtype)).sum(1)
+            if head.bias_V is not None:
+                mean_2 = mean_2 + head.bias_V.detach().mean(dtype=mean_2.dtype)
+            metrics["logits/chosen"], metrics["logits/rejected"] = (head.scale * mean_2).unbind()
         return metrics
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a caller knows the arguments by."""
+
+    hidden: str = "hidden"
+    weight: str = "lm_head_weight"
+    bias: str = "lm_head_bias"
+    labels: str = "labels"
 
 
 def run_orpo(
     hidden: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     rows: Rows,
-    *,
-    from_labels: bool,
-    lm_head_bias: Tensor | None,
-    beta: float,
-    nll_weight: float,
-    logit_scale: float,
-    logit_softcap: float | None,
-    num_nll_tokens: float | None,
-    num_pairs: float | None,
-    logits_budget: int | None,
-    strip_bytes: int | None,
-    backend: str | None,
+    settings: LossSettings,
+    source: str,
+    names: Names = Names(),
 ) -> ORPOOutput:
+    """The loss of `rows`, which come from the argument `source` (`orpo_kernels.rows.check_rows`)."""
     from orpo_kernels import fused  # registers the operators
 
-    check_head(hidden, weight, lm_head_bias, logit_softcap, strip_bytes)
-    for name, value in (("beta", beta), ("nll_weight", nll_weight)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} has to be at least 0 and finite, got {value}")
-    for name, value in (("num_nll_tokens", num_nll_tokens), ("num_pairs", num_pairs)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} has to be above 0, got {value}")
-    check_budget(logits_budget)
-
+    check_head(hidden, weight, bias, names)
     # Before autocast: under no_grad its copy of a trained head requires no gradient, and evaluation would not take
     # training's way.
-    head_frozen = is_frozen(weight, lm_head_bias)
-    all_rows_count = not from_labels or can_be_counted(rows)
-    if from_labels and all_rows_count:
-        # Otherwise the operator does, and what it saves has room for all positions.
-        rows = that_count(rows)
-    hidden, weight, bias = autocast(hidden, weight, lm_head_bias)
+    head_frozen = is_frozen(weight, bias)
+    hidden, weight, bias = autocast(hidden, weight, bias)
     place = hidden.device.type, hidden.dtype, weight.dtype
-    backend = choose_backend(backend, *place)
-    budget = resolve_budget(logits_budget, backend, *place, weight.shape[0], head_frozen)
-    loss, nll, odds_ratio, mean_logp_S, log_odds_P, pair_mask_P, mean_hidden_2D, *_ = fused.linear_orpo(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        rows.rows_N,
-        rows.targets_N,
-        rows.sequence_N,
-        rows.in_response_N,
-        rows.in_nll_N,
-        num_nll_tokens=None if num_nll_tokens is None else float(num_nll_tokens),
-        num_pairs=None if num_pairs is None else float(num_pairs),
-        pairs=rows.pairs,
-        all_rows_count=all_rows_count,
-        # Labels are read sequence by sequence.
-        check_order=not from_labels,
-        beta=float(beta),
-        nll_weight=float(nll_weight),
-        logit_scale=float(logit_scale),
-        logit_softcap=None if logit_softcap is None else float(logit_softcap),
-        logits_budget=budget,
-        strip_bytes=resolve_strip(strip_bytes, place[0]),
-        backend=backend,
-        needs=wanted_gradients(hidden, weight, bias),
-        head_frozen=head_frozen,
+    backend = choose_backend(settings.backend, *place)
+    hidden_RD = hidden.reshape(-1, hidden.shape[-1])
+    out = fused.Output(
+        *fused.linear_orpo(
+            hidden_RD if rows.all_count else without_others(hidden_RD, rows),
+            weight,
+            bias,
+            list(rows.arrays),
+            settings.numbers(),
+            pairs=rows.pairs,
+            source=source,
+            all_count=rows.all_count,
+            logits_budget=resolve_budget(settings.logits_budget, backend, *place, weight.shape[0], head_frozen),
+            strip_bytes=resolve_strip(settings.strip_bytes, place[0]),
+            backend=backend,
+            needs=wanted_gradients(hidden, weight, bias),
+            head_frozen=head_frozen,
+        )
     )
     return ORPOOutput(
-        loss=loss,
-        nll_loss=nll.detach(),
-        odds_ratio_loss=odds_ratio.detach(),
-        chosen_logps=mean_logp_S[: rows.pairs].detach(),
-        rejected_logps=mean_logp_S[rows.pairs :].detach(),
-        log_odds=log_odds_P.detach(),
-        pair_mask=pair_mask_P,
-        beta=beta,
-        _mean_hidden=mean_hidden_2D.detach(),
-        _head=(weight, bias, logit_scale, logit_softcap),
+        loss=out.loss,
+        nll_loss=out.nll_loss.detach(),
+        odds_ratio_loss=out.odds_ratio_loss.detach(),
+        chosen_logps=out.mean_logp_S[: rows.pairs].detach(),
+        rejected_logps=out.mean_logp_S[rows.pairs :].detach(),
+        log_odds=out.log_odds_P.detach(),
+        pair_mask=out.pair_mask_P,
+        beta=settings.beta,
+        _mean_hidden=out.mean_hidden_2D.detach(),
+        _head=Head(weight, bias, settings.logit_scale, settings.logit_softcap),
     )
 
 
-def check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, strip_bytes: int | None
-) -> None:
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, names: Names = Names()) -> None:
     """Refuse hidden states and a head that do not fit each other."""
-    tensors = {"hidden": hidden, "lm_head_weight": weight, "lm_head_bias": bias}
-    for name, tensor in tensors.items():
+    for name, tensor in ((names.hidden, hidden), (names.weight, weight), (names.bias, bias)):
         if tensor is None:
             continue
-        if hasattr(tensor, "full_tensor"):
-            raise ValueError(
-                f"{name} is a DTensor, of which this rank holds a part: call the loss inside the head's forward, where "
-                "FSDP has gathered the weight (ORPOTrainer does), or pass full_tensor() of a weight that is not trained"
-            )
+        _refuse_dtensor(
+            name,
+            tensor,
+            "call the loss inside the head's forward, where FSDP has gathered the weight (ORPOTrainer does), or pass "
+            "full_tensor() of a weight that is not trained",
+        )
         if tensor.dtype not in _FLOATS:
             raise ValueError(f"{name} has to be float64, float32, bfloat16 or float16, got {tensor.dtype}")
         check_device(name, tensor, hidden)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        # Under torch.compile nothing can be asked; there torch itself refuses.
+        if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{name} carries a tangent of forward-mode AD (torch.func.jvp), for which this loss has no rule: "
+                "differentiate it backward (torch.autograd.grad)"
+            )
+    if weight.dim() != 2 or hidden.dim() < 1 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"lm_head_weight of shape {tuple(weight.shape)} does not fit hidden of shape {tuple(hidden.shape)}: "
-            "it has to be (vocabulary, hidden size)"
+            f"{names.weight} of shape {tuple(weight.shape)} does not fit {names.hidden} of shape "
+            f"{tuple(hidden.shape)}: it has to be (vocabulary, hidden size)"
         )
     if weight.shape[0] == 0:
-        raise ValueError("lm_head_weight has 0 rows: the vocabulary is empty")
+        raise ValueError(f"{names.weight} has 0 rows: the vocabulary is empty")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"lm_head_bias of shape {tuple(bias.shape)} does not fit the vocabulary of {weight.shape[0]}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"logit_softcap has to be above 0 and finite, got {softcap}")
-    if strip_bytes is not None and strip_bytes < 1:
-        raise ValueError(f"strip_bytes has to be at least 1, got {strip_bytes}")
+        raise ValueError(f"{names.bias} of shape {tuple(bias.shape)} does not fit the vocabulary of {weight.shape[0]}")
 
 
-def check_budget(logits_budget: int | None) -> None:
-    """Refuse a budget below 0."""
-    if logits_budget is not None and logits_budget < 0:
-        raise ValueError(f"logits_budget has to be at least 0 bytes, got {logits_budget}")
+def _refuse_dtensor(name: str, tensor: Tensor, remedy: str) -> None:
+    if hasattr(tensor, "full_tensor"):
+        raise ValueError(f"{name} is a DTensor, of which this rank holds a part: {remedy}")
 
 
-def check_labels(hidden: Tensor, labels: Tensor, nll_labels: Tensor | None, name: str = "labels") -> None:
+def check_labels(hidden: Tensor, labels: Tensor, nll_labels: Tensor | None, names: Names = Names()) -> None:
     """Refuse labels that do not fit (2P, T, D) hidden states."""
+    name = names.labels
     if labels.dim() != 2 or labels.shape[0] % 2 or labels.shape[0] == 0:
         raise ValueError(f"{name} has to have shape (2 * pairs, positions), chosen first, got {tuple(labels.shape)}")
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(
-            f"hidden of shape {tuple(hidden.shape)} does not fit {name} of shape {tuple(labels.shape)}: "
+            f"{names.hidden} of shape {tuple(hidden.shape)} does not fit {name} of shape {tuple(labels.shape)}: "
             "all dimensions but the last have to agree"
         )
     check_integers(name, labels, hidden)
@@ -215,6 +200,7 @@ def check_labels(hidden: Tensor, labels: Tensor, nll_labels: Tensor | None, name
 
 def check_integers(name: str, labels: Tensor, hidden: Tensor) -> None:
     """Refuse labels that are not int32 or int64, or live elsewhere than the hidden states."""
+    _refuse_dtensor(name, labels, "pass full_tensor()")
     if labels.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} has to be int32 or int64, got {labels.dtype}")
     check_device(name, labels, hidden)

@@ -6,9 +6,12 @@ import torch
 from orpo_kernels import reference
 from orpo_kernels.matmul import mean_rows
 from orpo_kernels.rows import rows_from_labels
+from orpo_kernels.settings import LossSettings
 from torch import Tensor
 
-from ._core import check_labels, run_orpo
+from ._core import Names, check_labels, run_orpo
+
+_NAMES = Names("_input", "lin_weight", "bias", "target")
 
 
 class FusedLinearORPOLoss(torch.nn.Module):
@@ -66,23 +69,10 @@ class FusedLinearORPOLoss(torch.nn.Module):
         Raises:
             ValueError: as `orpo.orpo_loss`.
         """
-        check_labels(_input, target, nll_target, name="target")
-        out = run_orpo(
-            _input,
-            lin_weight,
-            rows_from_labels(target, nll_target, self.ignore_index, shift=False),
-            from_labels=True,
-            lm_head_bias=bias,
-            beta=self.beta,
-            nll_weight=float(self.compute_nll_loss),
-            logit_scale=1.0,
-            logit_softcap=None,
-            num_nll_tokens=None,
-            num_pairs=None,
-            logits_budget=None,
-            strip_bytes=None,
-            backend=None,
-        )
+        check_labels(_input, target, nll_target, _NAMES)
+        rows = rows_from_labels(target, nll_target, self.ignore_index, shift=False)
+        settings = LossSettings(beta=self.beta, nll_weight=float(self.compute_nll_loss))
+        out = run_orpo(_input, lin_weight, bias, rows, settings, "target", _NAMES)
         metrics = out.metrics(logits=False)
         with torch.no_grad():
             halves = (half.flatten(0, 1) for half in _input.chunk(2))

@@ -5,14 +5,16 @@ Letters: P pairs, T positions, D hidden size, V vocabulary, N rows; equations ar
 
 from __future__ import annotations
 
+import torch
 from orpo_kernels.backends import LOGITS_BUDGET, choose_backend, resolve_strip
 from orpo_kernels.rows import Rows, rows_from_labels
+from orpo_kernels.settings import LossSettings
 from torch import Tensor
 
 from ._core import (
+    Names,
     ORPOOutput,
     autocast,
-    check_budget,
     check_device,
     check_head,
     check_integers,
@@ -97,22 +99,19 @@ def orpo_loss(
         ValueError: a shape, dtype, device, label or setting that does not fit; the message names the argument.
     """
     check_labels(hidden, labels, nll_labels)
-    return run_orpo(
-        hidden,
-        lm_head_weight,
-        rows_from_labels(labels, nll_labels, ignore_index, shift),
-        from_labels=True,
-        lm_head_bias=lm_head_bias,
+    settings = LossSettings(
         beta=beta,
         nll_weight=nll_weight,
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
         num_nll_tokens=num_nll_tokens,
         num_pairs=num_pairs,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
         logits_budget=logits_budget,
         strip_bytes=strip_bytes,
         backend=backend,
     )
+    rows = rows_from_labels(labels, nll_labels, ignore_index, shift)
+    return run_orpo(hidden, lm_head_weight, lm_head_bias, rows, settings, "labels")
 
 
 def orpo_loss_from_rows(
@@ -141,29 +140,28 @@ def orpo_loss_from_rows(
 
     The other arguments, the result and the errors are those of `orpo_loss`.
     """
-    arrays = (rows.rows_N, rows.targets_N, rows.sequence_N, rows.in_response_N, rows.in_nll_N)
-    if len({a.shape for a in arrays}) != 1 or rows.rows_N.dim() != 1:
-        raise ValueError(f"rows holds arrays of different shapes: {[tuple(a.shape) for a in arrays]}")
+    # Not by a set: torch.compile would make a graph for each number of rows.
+    if rows.rows_N.dim() != 1 or any(array.shape != rows.rows_N.shape for array in rows.arrays):
+        raise ValueError(f"rows holds arrays of different shapes: {[tuple(array.shape) for array in rows.arrays]}")
     if rows.pairs < 1:
         raise ValueError(f"rows.pairs has to be at least 1, got {rows.pairs}")
-    for array in arrays:
-        check_device("rows", array, hidden)
-    return run_orpo(
-        hidden,
-        lm_head_weight,
-        rows,
-        from_labels=False,
-        lm_head_bias=lm_head_bias,
+    names = "rows_N", "targets_N", "sequence_N", "in_response_N", "in_nll_N"
+    for name, array, dtype in zip(names, rows.arrays, (torch.int64,) * 3 + (torch.bool,) * 2, strict=True):
+        if array.dtype != dtype:
+            raise ValueError(f"rows.{name} has to be {dtype}, got {array.dtype}")
+        check_device(f"rows.{name}", array, hidden)
+    settings = LossSettings(
         beta=beta,
         nll_weight=nll_weight,
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
         num_nll_tokens=num_nll_tokens,
         num_pairs=num_pairs,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
         logits_budget=logits_budget,
         strip_bytes=strip_bytes,
         backend=backend,
     )
+    return run_orpo(hidden, lm_head_weight, lm_head_bias, rows, settings, "rows")
 
 
 def token_logprobs(
@@ -204,25 +202,29 @@ def token_logprobs(
         raise ValueError(f"hidden has to have shape (rows, hidden size), got {tuple(hidden.shape)}")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets of shape {tuple(targets.shape)} does not fit hidden of shape {tuple(hidden.shape)}")
+    settings = LossSettings(
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        logits_budget=logits_budget,
+        strip_bytes=strip_bytes,
+        backend=backend,
+    )
     check_integers("targets", targets, hidden)
-    check_head(hidden, weight, bias, logit_softcap, strip_bytes)
-    check_budget(logits_budget)
+    check_head(hidden, weight, bias, Names(weight="weight", bias="bias"))
     head_frozen = is_frozen(weight, bias)
     hidden, weight, bias = autocast(hidden, weight, bias)
-    place = hidden.device.type, hidden.dtype, weight.dtype
-    backend = choose_backend(backend, *place)
-    if logits_budget is None:
-        logits_budget = LOGITS_BUDGET if head_frozen else 0
+    budget = settings.logits_budget
+    if budget is None:
+        budget = LOGITS_BUDGET if head_frozen else 0
     logp, *_ = linear_logprobs(
         hidden,
         weight,
         bias,
         targets.long(),
-        logit_scale=float(logit_scale),
-        logit_softcap=None if logit_softcap is None else float(logit_softcap),
-        logits_budget=logits_budget,
-        strip_bytes=resolve_strip(strip_bytes, hidden.device.type),
-        backend=backend,
+        settings.numbers(),
+        logits_budget=budget,
+        strip_bytes=resolve_strip(settings.strip_bytes, hidden.device.type),
+        backend=choose_backend(settings.backend, hidden.device.type, hidden.dtype, weight.dtype),
         needs=wanted_gradients(hidden, weight, bias),
         head_frozen=head_frozen,
     )

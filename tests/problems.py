@@ -41,10 +41,7 @@ class Problem:
     @property
     def rows(self) -> Rows:
         """The rows that count."""
-        rows = rows_from_labels(self.labels, self.nll_labels, -100, shift=True)
-        kept = (rows.in_response_N | rows.in_nll_N).nonzero()[:, 0]
-        arrays = (rows.rows_N, rows.targets_N, rows.sequence_N, rows.in_response_N, rows.in_nll_N)
-        return Rows(*(a[kept] for a in arrays), pairs=rows.pairs)
+        return rows_from_labels(self.labels, self.nll_labels, -100, shift=True)
 
     def requiring_grad(self, hidden: bool = True, weight: bool = True, bias: bool = True) -> Problem:
         """Sets requires_grad in place."""

@@ -5,10 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from orpo_kernels import fused
+from orpo_kernels import fused, logprobs
 from orpo_kernels.head import STRIP_BYTES, strip_width, strips
 from orpo_kernels.rows import Rows
+from orpo_kernels.settings import LossSettings
 from problems import make_problem, relative_error
+from torch.utils.flop_counter import FlopCounterMode
 
 from orpo import orpo_loss, orpo_loss_from_rows, token_logprobs
 
@@ -143,42 +145,122 @@ def test_second_derivatives_refuse():
             grad.sum().backward()
 
 
+needs = pytest.mark.parametrize("needs", [(True, True), (True, False)], ids=["trained head", "frozen head"])
+
+
+@backends
 @pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("needs", [(True, True), (True, False)], ids=["trained head", "frozen head"])
-def test_opcheck(budget, needs):
-    problem = make_problem(P=2, T=9, D=8, V=31).requiring_grad(*needs)
-    rows = problem.rows
+@needs
+def test_opcheck(backend, budget, needs, kernel_device):
+    problem = make_problem(P=2, T=9, D=8, V=131, device=kernel_device if backend == "triton" else "cpu")
+    problem.requiring_grad(*needs)
+    rows, numbers = problem.rows, LossSettings().numbers()
+    settings = dict(
+        logits_budget=budget, strip_bytes=STRIP, backend=backend, needs=[*needs, False], head_frozen=not needs[1]
+    )
+    tensors = problem.hidden.flatten(0, 1), problem.weight, None
     torch.library.opcheck(
         fused.linear_orpo,
-        (
-            problem.hidden.reshape(-1, 8),
-            problem.weight,
-            None,
-            rows.rows_N,
-            rows.targets_N,
-            rows.sequence_N,
-            rows.in_response_N,
-            rows.in_nll_N,
-        ),
-        dict(
-            num_nll_tokens=None,
-            num_pairs=None,
-            pairs=rows.pairs,
-            all_rows_count=True,
-            check_order=True,
-            beta=0.1,
-            nll_weight=1.0,
-            logit_scale=1.0,
-            logit_softcap=None,
-            logits_budget=budget,
-            strip_bytes=STRIP,
-            backend="torch",
-            needs=[*needs, False],
-            head_frozen=not needs[1],
-        ),
-        # The operator's own gradients are what other tests check; finite differences of float32 say nothing.
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"),
+        (*tensors, list(rows.arrays), numbers),
+        dict(pairs=rows.pairs, source="labels", all_count=True, **settings),
     )
+    targets = rows.targets_N[:18].clone()
+    torch.library.opcheck(
+        logprobs.linear_logprobs, (problem.hidden.flatten(0, 1)[:18], *tensors[1:], targets, numbers), settings
+    )
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@needs
+def test_gradcheck(budget, needs):
+    """With torch's defaults, an upstream gradient that is undefined among them."""
+    problem = make_problem(P=2, T=5, D=3, V=11, dtype=torch.float64, softcap=3.0).requiring_grad(*needs)
+    inputs = problem.hidden, problem.weight
+
+    def loss(hidden, weight):
+        keywords = problem.keywords | dict(logits_budget=budget // 100, strip_bytes=200)
+        return orpo_loss(hidden, weight, problem.labels, **keywords).loss
+
+    def logps(hidden, weight):
+        return token_logprobs(hidden[0], weight, torch.arange(5), strip_bytes=200)
+
+    assert torch.autograd.gradcheck(loss, inputs) and torch.autograd.gradcheck(logps, inputs)
+
+
+@pytest.mark.kernels(modes=("interpret", "cuda"))
+@pytest.mark.parametrize("budget", [0, 2**20], ids=["strips", "kept"])
+@needs
+def test_gradcheck_of_the_kernels(budget, needs, kernel_device):
+    """In float32, whose differences need a wide step; few numbers, each of which takes two calls."""
+    problem = make_problem(P=1, T=4, D=2, V=5, device=kernel_device).requiring_grad(*needs)
+
+    def loss(hidden, weight):
+        keywords = problem.keywords | dict(logits_budget=budget, strip_bytes=64, backend="triton")
+        return orpo_loss(hidden, weight, problem.labels, **keywords).loss
+
+    # The check warns of float32 inputs.
+    with pytest.warns(UserWarning, match="double precision"):
+        assert torch.autograd.gradcheck(loss, (problem.hidden, problem.weight), eps=1e-2, atol=1e-3, rtol=1e-2)
+
+
+class NoGrad(torch.autograd.Function):
+    """Gives its input no gradient at all, which is not one of zeros."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@backends
+@pytest.mark.parametrize("budget", BUDGETS)
+@needs
+def test_an_undefined_upstream_gradient_gives_none(backend, budget, needs, kernel_device):
+    problem = make_problem(device=kernel_device if backend == "triton" else "cpu").requiring_grad(*needs)
+    x = problem.hidden.flatten(0, 1)
+    logp = token_logprobs(x, problem.weight, torch.zeros(len(x), dtype=torch.int64, device=x.device), backend=backend)
+    loss = run(problem, backend, budget, grad=False).loss
+    (NoGrad.apply(loss) + NoGrad.apply(logp).sum() + problem.hidden.sum()).backward()
+    assert (problem.hidden.grad == 1).all() and problem.weight.grad is None
+
+
+def test_forward_mode_is_refused():
+    problem = make_problem()
+    functions = (
+        lambda hidden: orpo_loss(hidden, problem.weight, problem.labels).loss,
+        lambda hidden: token_logprobs(hidden[0], problem.weight, torch.zeros(17, dtype=torch.int64)).sum(),
+    )
+    for function in functions:
+        with pytest.raises(NotImplementedError, match="hidden carries a tangent"):
+            torch.func.jvp(function, (problem.hidden,), (torch.ones_like(problem.hidden),))
+
+
+@backends
+@pytest.mark.parametrize(
+    ("budget", "needs", "units"),
+    [(0, (True, True), 8), (2**20, (True, True), 6), (0, (True, False), None), (2**20, (True, False), 4)],
+    ids=["strips", "budget", "frozen, strips", "frozen, budget"],
+)
+def test_flops_are_counted(backend, budget, needs, units, kernel_device):
+    """In units of N V D, as kernels/README.md has them."""
+    problem = make_problem(device=kernel_device if backend == "triton" else "cpu").requiring_grad(*needs)
+    with FlopCounterMode(display=False) as counter:
+        run(problem, backend, budget)
+    if units is None:
+        # A frozen head in torch follows the running maximum; Triton recomputes what it has not kept.
+        units = 4 if backend == "torch" else 6
+    assert counter.get_total_flops() == units * problem.rows.rows_N.numel() * problem.weight.numel()
+
+
+def test_flops_of_log_probabilities():
+    problem = make_problem().requiring_grad()
+    x = problem.hidden[0]
+    with FlopCounterMode(display=False) as counter:
+        token_logprobs(x, problem.weight, torch.arange(17)).sum().backward()
+    assert counter.get_total_flops() == 8 * 17 * problem.weight.numel()
 
 
 def spread(tensor):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from orpo_kernels import kept, logprobs, triton_backend
 from orpo_kernels.head import strip_width
+from orpo_kernels.settings import LossSettings
 from problems import make_problem, relative_error
 
 from orpo import orpo_loss, token_logprobs
@@ -111,13 +112,14 @@ def test_the_compiler_is_told_the_sizes(weight_dtype, wanted, kernel_device):
     targets = torch.arange(50, device=kernel_device)
     head = wanted in ("all", "head")
     settings = dict(
-        logit_scale=1.0, logit_softcap=None, logits_budget=60_000, strip_bytes=20_000, backend="triton-fused",
+        logits_budget=60_000, strip_bytes=20_000, backend="triton-fused",
         needs=[wanted in ("all", "hidden"), head, False], head_frozen=not head,
     )  # fmt: skip
-    real = logprobs.linear_logprobs(x, weight, None, targets, **settings)
+    numbers = LossSettings().numbers()
+    real = logprobs.linear_logprobs(x, weight, None, targets, numbers, **settings)
     with FakeTensorMode() as mode:
         fake = logprobs.linear_logprobs(
-            *(mode.from_tensor(t) for t in (x, weight)), None, mode.from_tensor(targets), **settings
+            *map(mode.from_tensor, (x, weight)), None, *map(mode.from_tensor, (targets, numbers)), **settings
         )
     assert [(t.shape, t.dtype, t.stride()) for t in real] == [(t.shape, t.dtype, t.stride()) for t in fake]
     assert (real[3].numel() > 0) == head and real[3].nbytes + real[4].nbytes <= 60_000

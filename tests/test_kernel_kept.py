@@ -4,6 +4,7 @@ import pytest
 import torch
 from orpo_kernels import fused, schedule
 from orpo_kernels.kept import TILE, Kept, kept_columns, row_tiles
+from orpo_kernels.settings import LossSettings
 from problems import make_problem, relative_error
 
 from orpo import orpo_loss
@@ -81,24 +82,24 @@ def test_a_masked_tile_before_very_small_logits(frozen, kernel_device):
 @budgets
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_compiler_is_told_the_sizes(budget, weight_dtype, kernel_device):
-    """Fewer rows count than are described, and the outputs have the shapes of the fake operator."""
-    from orpo_kernels.rows import rows_from_labels
+    """The outputs have the shapes of the fake operator."""
     from torch._subclasses import FakeTensorMode
 
     problem = make_problem(V=V, dtype=torch.bfloat16, device=kernel_device)
-    rows = rows_from_labels(problem.labels, problem.keywords.get("nll_labels"), -100, True)
-    tensors = [problem.hidden.detach().flatten(0, 1), problem.weight.detach().to(weight_dtype), None]
-    tensors += [rows.rows_N, rows.targets_N, rows.sequence_N, rows.in_response_N, rows.in_nll_N]
+    rows = problem.rows
+    tensors = problem.hidden.detach().flatten(0, 1), problem.weight.detach().to(weight_dtype)
     settings = dict(
-        num_nll_tokens=None, num_pairs=None, pairs=rows.pairs, all_rows_count=False, check_order=False, beta=0.1,
-        nll_weight=1.0, logit_scale=1.0, logit_softcap=None, logits_budget=budget, strip_bytes=20_000,
+        pairs=rows.pairs, source="labels", all_count=True, logits_budget=budget, strip_bytes=20_000,
         backend="triton-fused", needs=[True, True, False], head_frozen=False,
     )  # fmt: skip
-    real = fused.linear_orpo(*tensors, **settings)
+    real = fused.Output(*fused.linear_orpo(*tensors, None, list(rows.arrays), LossSettings().numbers(), **settings))
     with FakeTensorMode() as mode:
-        fake = fused.linear_orpo(*(None if t is None else mode.from_tensor(t) for t in tensors), **settings)
+        arrays = [mode.from_tensor(t) for t in rows.arrays]
+        fake = fused.linear_orpo(
+            *map(mode.from_tensor, tensors), None, arrays, mode.from_tensor(LossSettings().numbers()), **settings
+        )
     assert [(t.shape, t.dtype, t.stride()) for t in real] == [(t.shape, t.dtype, t.stride()) for t in fake]
-    assert (real[10].numel() > 0) == (budget > BUDGETS["too little"])
+    assert (real.exps.numel() > 0) == (budget > BUDGETS["too little"])
 
 
 @pytest.mark.kernels
@@ -174,7 +175,7 @@ def test_columns_that_fit():
     assert row_tiles(10, 6400, 4, 260 * 124) == 0 and row_tiles(10, 6400, 4, 260 * 125) == 125
     assert kept_columns(10, 600, 100) == 600 and kept_columns(10, 600, 99) == 512
     assert kept_columns(10, 600, 39) == 0 and kept_columns(10, 600, 40) == 256
-    # Fewer rows than were described leave room for more columns, never for more than there are.
+    # Fewer rows leave room for more columns, never for more than there are.
     assert kept_columns(5, 600, 40) == 512 and kept_columns(0, 600, 40) == 600
     assert Kept(600, torch.empty(0), torch.empty(0)).stride == 640
 

@@ -5,10 +5,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from orpo_kernels.rows import Rows
 from problems import make_problem, relative_error
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from orpo import FusedLinearORPOLoss, odds_ratio_loss, orpo_loss, token_logprobs
+from orpo import FusedLinearORPOLoss, odds_ratio_loss, orpo_loss, orpo_loss_from_rows, token_logprobs
 
 BUDGETS = pytest.mark.parametrize("budget", [0, 2**20], ids=["strips", "bins"])
 
@@ -149,6 +151,46 @@ def test_compiles_as_one_graph(dynamic):
     compiled.backward()
     torch.testing.assert_close(compiled, eager)
     torch.testing.assert_close((problem.hidden.grad, problem.weight.grad), grads)
+
+
+@pytest.mark.parametrize("from_rows", [False, True], ids=["labels", "rows"])
+def test_numbers_and_counts_are_no_new_graphs(from_rows):
+    """A dozen denominators, weights and numbers of rows: one graph, and one in which they are symbols."""
+    problem = make_problem().requiring_grad()
+    counter, rows = CompileCounterWithBackend("aot_eager"), problem.rows
+
+    def step(hidden, arrays, settings):
+        if from_rows:
+            return orpo_loss_from_rows(hidden, problem.weight, Rows(*arrays, pairs=3), **settings).loss
+        return orpo_loss(hidden, problem.weight, problem.labels, **settings).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for k in range(12):
+        settings = dict(beta=0.1 + k, num_nll_tokens=10 + k, num_pairs=3.0 + k, logit_scale=1 + k / 10)
+        arrays = [t[: len(t) - k] for t in rows.arrays]
+        loss = compiled(problem.hidden, arrays, settings)
+        loss.backward()
+        torch.testing.assert_close(loss, step(problem.hidden, arrays, settings))
+    assert counter.frame_count <= 2
+
+
+def test_in_a_graph_padding_may_hold_anything():
+    """Where rows cannot be counted, those of padding are computed and must not reach a gradient."""
+    problem = make_problem(prompt_in_nll=False).requiring_grad()
+    with torch.no_grad():
+        problem.hidden[0, 0] = torch.nan
+
+    def step(hidden, weight, labels):
+        return orpo_loss(hidden, weight, labels, beta=0.3).loss
+
+    grads = []
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        problem.requiring_grad()
+        run(problem.hidden, problem.weight, problem.labels).backward()
+        grads.append((problem.hidden.grad, problem.weight.grad))
+    assert grads[0][0].isfinite().all()
+    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

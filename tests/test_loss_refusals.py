@@ -7,7 +7,7 @@ import pytest
 import torch
 from problems import make_problem
 
-from orpo import orpo_loss, token_logprobs
+from orpo import FusedLinearORPOLoss, orpo_loss, token_logprobs
 from orpo.loss import orpo_loss_from_rows
 
 
@@ -36,8 +36,47 @@ def test_refusals_name_the_argument_and_both_numbers():
     refuse(r"logits_budget .* got -1", logits_budget=-1)
     refuse(r"strip_bytes .* got 0", strip_bytes=0)
     refuse(r"logit_softcap .* got 0", logit_softcap=0)
+    refuse(r"logits_budget .* whole number .* got 0.5", logits_budget=0.5)
+    refuse(r"strip_bytes .* got inf", strip_bytes=math.inf)
+    refuse(r"logit_scale .* got nan", logit_scale=math.nan)
     refuse(r"backend .* got 'cuda'", backend="cuda")
     refuse(r"lm_head_weight is on meta, but hidden is on cpu", lm_head_weight=weight.to("meta"))
+
+
+@pytest.mark.parametrize("name", ["beta", "nll_weight", "logit_scale", "logit_softcap", "num_nll_tokens", "num_pairs"])
+def test_a_setting_gets_no_gradient(name):
+    refuse(f"{name} needs a gradient", **{name: torch.tensor(1.0, requires_grad=True)})
+    problem = make_problem()
+    a, b = (
+        orpo_loss(problem.hidden, problem.weight, problem.labels, **{name: value}).loss
+        for value in (0.5, torch.tensor(0.5))
+    )
+    assert a == b
+
+
+def test_bytes_may_be_written_as_a_power_of_ten():
+    problem = make_problem()
+    orpo_loss(problem.hidden, problem.weight, problem.labels, logits_budget=5e8, strip_bytes=1e6)
+
+
+def test_labels_name_the_argument_that_holds_the_token():
+    problem = make_problem()
+    wrong = problem.labels.masked_fill(problem.labels == problem.labels[:3].max(), 300)
+    refuse(r"^nll_labels holds the token 300, but lm_head_weight has 203 rows", nll_labels=wrong)
+    liger = FusedLinearORPOLoss()
+    target = torch.full((6, 17), 203)
+    with pytest.raises(ValueError, match=r"^target holds the token 203, but lin_weight has 203 rows"):
+        liger(problem.weight, problem.hidden, target)
+    with pytest.raises(ValueError, match=r"^nll_target holds the token 203"):
+        liger(problem.weight, problem.hidden, torch.zeros_like(target), nll_target=target)
+    with pytest.raises(ValueError, match=r"^lin_weight of shape \(203, 23\) does not fit _input"):
+        liger(problem.weight[:, 1:], problem.hidden, target)
+
+
+def test_labels_that_are_spread_over_ranks():
+    labels = torch.zeros(6, 17, dtype=torch.int64)
+    labels.full_tensor = lambda: labels
+    refuse(r"labels is a DTensor", labels=labels)
 
 
 def test_triton_on_cpu_tensors_says_what_to_do():
@@ -68,6 +107,14 @@ def test_rows_are_checked():
         orpo_loss_from_rows(problem.hidden, problem.weight, replace(rows, pairs=2))
     with pytest.raises(ValueError, match=r"rows.sequence_N has to be sorted"):
         orpo_loss_from_rows(problem.hidden, problem.weight, replace(rows, sequence_N=rows.sequence_N.flip(0)))
+    with pytest.raises(ValueError, match=r"rows.in_response_N has to be torch.bool, got torch.int64"):
+        orpo_loss_from_rows(problem.hidden, problem.weight, replace(rows, in_response_N=rows.in_response_N.long()))
+    for index in (-1, 102):
+        moved = replace(rows, rows_N=rows.rows_N.index_fill(0, torch.tensor(0), index))
+        with pytest.raises(ValueError, match=r"rows.rows_N has to be in \[0, 102\)"):
+            orpo_loss_from_rows(problem.hidden, problem.weight, moved)
+    with pytest.raises(ValueError, match=r"rows.targets_N holds the token 203, but lm_head_weight has 203 rows"):
+        orpo_loss_from_rows(problem.hidden, problem.weight, replace(rows, targets_N=rows.targets_N.clamp(min=203)))
 
 
 def test_token_logprobs_refuses():
@@ -76,7 +123,11 @@ def test_token_logprobs_refuses():
         token_logprobs(x[None], w, torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"targets of shape \(2,\) .* \(3, 4\)"):
         token_logprobs(x, w, torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"token 5, .* 5 rows"):
+    with pytest.raises(ValueError, match=r"^targets holds the token 5, but weight has 5 rows"):
         token_logprobs(x, w, torch.tensor([0, 5, 1]))
     with pytest.raises(ValueError, match=r"logits_budget .* got -1"):
         token_logprobs(x, w, torch.tensor([0, 2, 1]), logits_budget=-1)
+    with pytest.raises(ValueError, match=r"^weight of shape \(5, 3\)"):
+        token_logprobs(x, w[:, 1:], torch.tensor([0, 2, 1]))
+    with pytest.raises(ValueError, match=r"^bias of shape \(3,\)"):
+        token_logprobs(x, w, torch.tensor([0, 2, 1]), bias=torch.zeros(3))

@@ -1,15 +1,14 @@
 """From labels to rows: what counts, what it predicts, and in which order."""
 
 import torch
-from orpo_kernels.rows import rows_from_labels
+from orpo_kernels.rows import Rows, rows_from_labels, without_others
 
 LABELS = torch.tensor([[-100, -100, 5, 6], [-100, 7, 8, -100], [-100, -100, 5, 9], [-100, 4, -100, -100]])
 
 
 def kept(rows):
-    mask = rows.in_response_N | rows.in_nll_N
-    arrays = (rows.rows_N, rows.targets_N, rows.sequence_N, rows.in_response_N, rows.in_nll_N)
-    return [tuple(int(a[i]) for a in arrays) for i in mask.nonzero()[:, 0]]
+    assert rows.all_count and (rows.in_response_N | rows.in_nll_N).all()
+    return [tuple(map(int, row)) for row in zip(*rows.arrays, strict=True)]
 
 
 def test_shifted_labels_score_the_chosen_response():
@@ -50,3 +49,17 @@ def test_rows_are_sorted_by_sequence():
     nll = torch.randint(0, 9, LABELS.shape, generator=torch.Generator().manual_seed(0))
     sequence = rows_from_labels(LABELS, nll, -100, shift=True).sequence_N
     assert (sequence[1:] >= sequence[:-1]).all()
+
+
+def test_where_nothing_can_be_counted_every_position_is_a_row():
+    rows = rows_from_labels(LABELS.to("meta"), None, -100, shift=True)
+    assert not rows.all_count and rows.rows_N.shape == (16,)
+
+
+def test_hidden_states_that_no_row_reads_are_zeroed():
+    """Padding may hold NaN, which a coefficient of 0 would let through to the gradients."""
+    hidden = torch.tensor([[1.0], [torch.nan], [2.0], [torch.inf]])
+    arrays = (torch.tensor([0, 1, 2, 2, 3]), *torch.zeros(2, 5, dtype=torch.int64))
+    response, nll = torch.tensor([[1, 0, 0, 0, 0], [0, 0, 0, 1, 0]]).bool()
+    rows = Rows(*arrays, response, nll, pairs=1, all_count=False)
+    assert without_others(hidden, rows).tolist() == [[1], [0], [2], [0]]

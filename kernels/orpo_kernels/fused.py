@@ -3,31 +3,54 @@
     orpo::linear_orpo          hidden_RD, W_VD, rows -> loss and its parts               Eqs. 1-7
     orpo::linear_orpo_backward upstream gradient     -> dX, dW, db                       Eq. 8
 
-They are custom operators so that torch.compile sees one node with known shapes: how many rows count, and all that
-depends on it, stays inside. E rows are described, N <= E of them count (fewer only where labels are read in a graph);
-arrays that are saved for backward have E places of which the first N are used, and N itself travels in a CPU tensor.
-Kept exponentials (kept.py) are flat buffers whose sizes R, E and the budget decide.
+They are custom operators so that torch.compile sees one node with known shapes. Kept exponentials (kept.py) are flat
+buffers whose sizes N and the budget decide.
 
-Letters: R hidden states, E described rows, N kept rows, P pairs, S = 2P sequences, D hidden size, V vocabulary.
+Letters: R hidden states, N rows, P pairs, S = 2P sequences, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import schedule
 from .form import load_form
-from .head import Head, Needs
-from .kept import Kept, buffers
+from .head import Gradients, Head, Needs
+from .kept import Kept, buffers, clear_padding, kept_columns
 from .matmul import accumulation_dtype, matmul, operator_body, saved_dtype, widened_matmul
-from .rows import Rows, check_sequences, check_targets, that_count
+from .rows import Rows, check_rows
+from .settings import Numbers
 
 
-def _pad(values: Tensor, size: int) -> Tensor:
-    if values.shape[-1] == size:
-        return values
-    return torch.nn.functional.pad(values, (0, size - values.shape[-1]))
+class Output(NamedTuple):
+    """What the operator returns, as a list: the results, and what backward needs of it, empty where it needs none.
+
+    Attributes:
+        loss, nll_loss, odds_ratio_loss, mean_logp_S, log_odds_P, pair_mask_P: as `reference.Objective`.
+        mean_hidden_2D: mean hidden state of the chosen and of the rejected rows.
+        logp_N, lse_N, coef_N, exps, maxima: where gradients are still to be computed.
+        dx_RD, dw_VD, db_V: where they are finished, for an upstream gradient of 1.
+    """
+
+    loss: Tensor
+    nll_loss: Tensor
+    odds_ratio_loss: Tensor
+    mean_logp_S: Tensor
+    log_odds_P: Tensor
+    pair_mask_P: Tensor
+    mean_hidden_2D: Tensor
+    logp_N: Tensor
+    lse_N: Tensor
+    coef_N: Tensor
+    exps: Tensor
+    maxima: Tensor
+    dx_RD: Tensor
+    dw_VD: Tensor
+    db_V: Tensor
 
 
 def _scatter_rows(dx_ND: Tensor, rows_N: Tensor, hidden_RD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -48,7 +71,10 @@ def _count_pairs(rows: Rows) -> Tensor:
 def _mean_hidden(x_ND: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
     """Mean hidden state of the chosen and of the rejected rows: all that a mean over logits needs (metrics)."""
     chosen_N = rows.sequence_N < rows.pairs
-    picks_2N = torch.stack([chosen_N, ~chosen_N]).to(dtype)
+    picks_2N = torch.stack([chosen_N, ~chosen_N])
+    if not rows.all_count:
+        picks_2N &= rows.in_response_N | rows.in_nll_N
+    picks_2N = picks_2N.to(dtype)
     # Divided at the end: 1 / n is not a number of bfloat16, and would be off by 2^-9 in every term.
     if x_ND.is_cuda:
         sums_2D = matmul(picks_2N.to(x_ND.dtype), x_ND, dtype)
@@ -58,117 +84,80 @@ def _mean_hidden(x_ND: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
     return sums_2D / picks_2N.sum(1, keepdim=True).clamp(min=1)
 
 
-@torch.library.custom_op("orpo::linear_orpo", mutates_args=())
+@torch.library.custom_op("orpo::linear_orpo", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 @operator_body
 def linear_orpo(
     hidden_RD: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None,
-    rows_E: Tensor,
-    targets_E: Tensor,
-    sequence_E: Tensor,
-    in_response_E: Tensor,
-    in_nll_E: Tensor,
+    rows: list[Tensor],
+    numbers: Tensor,
     *,
-    num_nll_tokens: float | None,
-    num_pairs: float | None,
     pairs: int,
-    all_rows_count: bool,
-    check_order: bool,
-    beta: float,
-    nll_weight: float,
-    logit_scale: float,
-    logit_softcap: float | None,
+    source: str,
+    all_count: bool,
     logits_budget: int,
     strip_bytes: int,
     backend: str,
     needs: list[bool],
     head_frozen: bool,
-) -> tuple[
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-]:
-    """loss, nll_loss, odds_ratio_loss, mean_logp_S, log_odds_P, pair_mask_P, mean_hidden_2D; then what backward needs:
-    counts (rows, kept columns; on the host), index_2E, token_3E, exps and maxima where gradients are still to be
-    computed, else finished dX_RD, dW_VD, db_V."""
-    head, wants = Head(weight_VD, bias_V, logit_scale, logit_softcap), Needs(*needs)
+) -> list[Tensor]:
+    """`Output`; rows are the five arrays of `Rows`, numbers `LossSettings.numbers`, source as `check_rows` has it."""
+    settings, wants = Numbers.read(numbers), Needs(*needs)
+    head = Head(weight_VD, bias_V, settings.logit_scale, settings.logit_softcap)
     # Contiguous: kernels step through them one element after the other.
-    arrays = (t.contiguous() for t in (rows_E, targets_E, sequence_E, in_response_E, in_nll_E))
-    rows = Rows(*arrays, pairs)
-    if check_order:
-        check_sequences(rows)
-    if not all_rows_count:
-        rows = that_count(rows)
-    check_targets(rows.targets_N, weight_VD.shape[0])
-    x_ND, size = hidden_RD[rows.rows_N], rows_E.shape[0]
-    keep = schedule.keeping(x_ND, size, hidden_RD, weight_VD, logits_budget, backend, head_frozen)
+    rows = Rows(*(t.contiguous() for t in rows), pairs, all_count)
+    check_rows(rows, hidden_RD.shape[0], weight_VD.shape[0], source)
+    x_ND = hidden_RD[rows.rows_N]
+    keep = schedule.keeping(x_ND, weight_VD, logits_budget, backend, head_frozen)
     be = load_form(backend, x_ND, rows.targets_N, head, strip_bytes, keep.columns)
     dtype = accumulation_dtype(hidden_RD, weight_VD)
+    num_nll_tokens, num_pairs = settings.num_nll_tokens, settings.num_pairs
     if schedule.uses_bins(logits_budget, backend):
         # Each bin counts its own rows alone. As floating point: an integer tensor would turn what it divides into
         # torch's default dtype.
         num_nll_tokens = num_nll_tokens or rows.in_nll_N.sum(dtype=dtype).clamp(min=1)
         num_pairs = num_pairs or _count_pairs(rows).to(dtype).clamp(min=1)
-    settings = dict(beta=beta, nll_weight=nll_weight, num_nll_tokens=num_nll_tokens, num_pairs=num_pairs)
+    objective = dict(
+        beta=settings.beta, nll_weight=settings.nll_weight, num_nll_tokens=num_nll_tokens, num_pairs=num_pairs
+    )
     exps, maxima = buffers(x_ND, keep.tiles if wants.any else 0, torch.promote_types(x_ND.dtype, weight_VD.dtype))
     kept = Kept(keep.columns, exps, maxima) if wants.any and keep.columns else None
     logp_N, lse_N, result, grads = schedule.forward(
-        be, x_ND, rows, head, settings, wants, head_frozen, logits_budget, strip_bytes, keep, kept
+        be, x_ND, rows, head, objective, wants, head_frozen, logits_budget, strip_bytes, keep, kept
     )
-
-    counts, index_2E = torch.tensor([0, 0]), rows.rows_N.new_empty(0)
-    token_3E, dx_RD, dw_VD, db_V = (logp_N.new_empty(0) for _ in range(4))
+    output = Output(*result[:6], _mean_hidden(x_ND, rows, dtype), *(logp_N.new_empty(0) for _ in range(8)))
     if schedule.recomputes(wants, logits_budget, backend):
-        counts = torch.tensor([x_ND.shape[0], keep.columns])
-        index_2E = _pad(torch.stack([rows.rows_N, rows.targets_N]), size)
-        token_3E = _pad(torch.stack([logp_N, lse_N, result.coef_N]), size)
-    elif wants.any:
+        clear_padding(exps, maxima, x_ND.shape[0], keep.columns)
+        output = output._replace(logp_N=logp_N, lse_N=lse_N, coef_N=result.coef_N, exps=exps, maxima=maxima)
+    else:
         # The gradient of a frozen head's hidden states is finished, and nothing is left to keep.
-        kept, (exps, maxima) = None, buffers(x_ND, 0, exps.dtype)
-        if wants.hidden:
-            dx_RD = _scatter_rows(grads.x_ND, rows.rows_N, hidden_RD, saved_dtype(hidden_RD))
-        if wants.weight:
-            dw_VD = grads.weight_VD.to(saved_dtype(weight_VD))
-        if wants.bias:
-            db_V = grads.bias_V.to(saved_dtype(bias_V))
-    return (
-        result.loss,
-        result.nll_loss,
-        result.odds_ratio_loss,
-        result.mean_logp_S,
-        result.log_odds_P,
-        result.pair_mask_P,
-        _mean_hidden(x_ND, rows, dtype),
-        counts,
-        index_2E,
-        token_3E,
-        exps,
-        maxima,
-        dx_RD,
-        dw_VD,
-        db_V,
-    )
+        exps, maxima = buffers(x_ND, 0, exps.dtype)
+        finished = _finished(grads, rows, hidden_RD, weight_VD, bias_V, wants)
+        output = output._replace(exps=exps, maxima=maxima, **finished)
+    return list(output)
+
+
+def _finished(
+    grads: Gradients, rows: Rows, hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, wants: Needs
+) -> dict[str, Tensor]:
+    """The gradients of `Output` that are wanted, in the dtypes in which they wait for an upstream gradient."""
+    finished = {}
+    if wants.hidden:
+        finished["dx_RD"] = _scatter_rows(grads.x_ND, rows.rows_N, hidden_RD, saved_dtype(hidden_RD))
+    if wants.weight:
+        finished["dw_VD"] = grads.weight_VD.to(saved_dtype(weight_VD))
+    if wants.bias:
+        finished["db_V"] = grads.bias_V.to(saved_dtype(bias_V))
+    return finished
 
 
 @linear_orpo.register_fake
-def _(hidden_RD, weight_VD, bias_V, rows_E, targets_E, *_, pairs, needs, logits_budget, backend, **__):
-    wants, size = Needs(*needs), rows_E.shape[0]
+def _(hidden_RD, weight_VD, bias_V, rows, numbers, *, pairs, needs, logits_budget, backend, **_):
+    wants, n = Needs(*needs), rows[0].shape[0]
     dtype = accumulation_dtype(hidden_RD, weight_VD)
     recompute = schedule.recomputes(wants, logits_budget, backend)
-    tiles = schedule.kept_tiles(size, hidden_RD, weight_VD, logits_budget, backend) if recompute else 0
+    tiles = schedule.kept_tiles(n, hidden_RD, weight_VD, logits_budget, backend) if recompute else 0
 
     def floats(*shape: int) -> Tensor:
         return hidden_RD.new_empty(shape, dtype=dtype)
@@ -176,7 +165,7 @@ def _(hidden_RD, weight_VD, bias_V, rows_E, targets_E, *_, pairs, needs, logits_
     def saved(t: Tensor | None, wanted: bool) -> Tensor:
         return t.new_empty(t.shape, dtype=saved_dtype(t)) if wanted and not recompute else floats(0)
 
-    return (
+    return [
         floats(),
         floats(),
         floats(),
@@ -184,94 +173,86 @@ def _(hidden_RD, weight_VD, bias_V, rows_E, targets_E, *_, pairs, needs, logits_
         floats(pairs),
         hidden_RD.new_empty(pairs, dtype=torch.bool),
         floats(2, hidden_RD.shape[1]),
-        torch.empty(2, dtype=torch.int64, device="cpu"),
-        rows_E.new_empty((2, size) if recompute else 0),
-        floats(3, size) if recompute else floats(0),
+        *(floats(n if recompute else 0) for _ in range(3)),
         *buffers(hidden_RD, tiles, torch.promote_types(hidden_RD.dtype, weight_VD.dtype)),
         saved(hidden_RD, wants.hidden),
         saved(weight_VD, wants.weight),
         saved(bias_V, wants.bias),
-    )
+    ]
 
 
-@torch.library.custom_op("orpo::linear_orpo_backward", mutates_args=())
+@torch.library.custom_op("orpo::linear_orpo_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 @operator_body
 def linear_orpo_backward(
     grad_loss: Tensor,
     hidden_RD: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None,
-    counts: Tensor,
-    index_2E: Tensor,
-    token_3E: Tensor,
-    exps: Tensor,
-    maxima: Tensor,
-    dx_RD: Tensor,
-    dw_VD: Tensor,
-    db_V: Tensor,
+    rows_N: Tensor,
+    targets_N: Tensor,
+    numbers: Tensor,
+    saved: list[Tensor],
     *,
-    logit_scale: float,
-    logit_softcap: float | None,
     logits_budget: int,
     strip_bytes: int,
     backend: str,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dX_RD, dW_VD, db_V (empty where not wanted) for an upstream gradient of the loss."""
+) -> list[Tensor]:
+    """[dX_RD, dW_VD, db_V], empty where not wanted, for an upstream gradient; saved is `Output` from logp_N on."""
     wants = Needs(*needs)
+    logp_N, lse_N, coef_N, exps, maxima, *finished = saved
     if not schedule.recomputes(wants, logits_budget, backend):
         # Out of place: with retain_graph the same saved gradients are scaled again.
-        saved = ((dx_RD, hidden_RD), (dw_VD, weight_VD), (db_V, bias_V))
-        return tuple(
-            (t * grad_loss).to(like.dtype) if wanted else torch.empty_like(t)
-            for (t, like), wanted in zip(saved, needs, strict=True)
-        )
-    n, columns = counts.tolist()
-    rows_N, targets_N = index_2E[:, :n]
-    logp_N, lse_N, coef_N = token_3E[:, :n]
-    head = Head(weight_VD, bias_V, logit_scale, logit_softcap)
-    x_ND, coef_N = hidden_RD[rows_N], coef_N * grad_loss
+        pairs = zip(finished, (hidden_RD, weight_VD, bias_V), needs, strict=True)
+        return [(t * grad_loss).to(like.dtype) if wanted else torch.empty_like(t) for t, like, wanted in pairs]
+    settings = Numbers.read(numbers)
+    head = Head(weight_VD, bias_V, settings.logit_scale, settings.logit_softcap)
+    x_ND, coef_N, targets_N = hidden_RD[rows_N], coef_N * grad_loss, targets_N.contiguous()
+    columns = kept_columns(x_ND.shape[0], weight_VD.shape[0], maxima.shape[0])
     be = load_form(backend, x_ND, targets_N, head, strip_bytes, columns)
     kept = Kept(columns, exps, maxima) if columns else None
     grads = schedule.backward_by_strips(be, x_ND, targets_N, logp_N, lse_N, coef_N, head, wants, strip_bytes, kept)
-    return (
+    return [
         _scatter_rows(grads.x_ND, rows_N, hidden_RD, hidden_RD.dtype) if wants.hidden else coef_N.new_empty(0),
         grads.weight_VD if wants.weight else coef_N.new_empty(0),
         grads.bias_V if wants.bias else coef_N.new_empty(0),
-    )
+    ]
 
 
 @linear_orpo_backward.register_fake
-def _(grad_loss, hidden_RD, weight_VD, bias_V, counts, index_2E, token_3E, *_, needs, **__):
-    none = token_3E.new_empty(0)
-    return tuple(
-        t.new_empty(t.shape) if wanted else none
-        for t, wanted in zip((hidden_RD, weight_VD, bias_V), needs, strict=True)
-    )
+def _(grad_loss, hidden_RD, weight_VD, bias_V, rows_N, targets_N, numbers, saved, *, needs, **_):
+    inputs = zip((hidden_RD, weight_VD, bias_V), needs, strict=True)
+    return [t.new_empty(t.shape) if wanted else saved[0].new_empty(0) for t, wanted in inputs]
 
 
-_BACKWARD_SETTINGS = ("logit_scale", "logit_softcap", "logits_budget", "strip_bytes", "backend", "needs")
+_BACKWARD_SETTINGS = ("logits_budget", "strip_bytes", "backend", "needs")
 
 
 def _save_for_backward(ctx, inputs, keyword_only_inputs, output) -> None:
     # Autograd would make a (V, D) tensor of zeros for the finished gradient among the outputs, which has no gradient.
     ctx.set_materialize_grads(False)
-    hidden_RD, weight_VD, bias_V = inputs[:3]
-    ctx.save_for_backward(hidden_RD, weight_VD, bias_V, *output[7:])
+    hidden_RD, weight_VD, bias_V, rows, numbers = inputs
+    ctx.save_for_backward(hidden_RD, weight_VD, bias_V, rows[0], rows[1], numbers, *output[7:])
     ctx.settings = {name: keyword_only_inputs[name] for name in _BACKWARD_SETTINGS}
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx, grad_loss, *_):
-    needs, saved = ctx.settings["needs"], ctx.saved_tensors
-    recomputed = schedule.recomputes(Needs(*needs), ctx.settings["logits_budget"], ctx.settings["backend"])
+def _backward(ctx, upstream):
+    (grad_loss, *_), needs = upstream, ctx.settings["needs"]
+    grads = [None] * 3
+    # Undefined where nothing that is differentiated came from the loss.
+    if grad_loss is not None:
+        grads = _gradients(grad_loss, ctx.saved_tensors, ctx.settings)
+    return *(g if wanted else None for g, wanted in zip(grads, needs, strict=True)), [None] * 5, None
+
+
+def _gradients(grad_loss: Tensor, saved: tuple[Tensor | None, ...], settings: dict) -> list[Tensor | None]:
+    recomputed = schedule.recomputes(Needs(*settings["needs"]), settings["logits_budget"], settings["backend"])
     if recomputed or _graph_is_kept() or type(grad_loss) is not Tensor:
-        grads = torch.ops.orpo.linear_orpo_backward(grad_loss, *saved, **ctx.settings)
-    else:
-        # Nobody will ask for the finished gradients again: a scaled copy would cost as much memory once more.
-        finished = zip(saved[-3:], saved[:3], needs, strict=True)
-        grads = [_scaled_(t, grad_loss).to(like.dtype) if wanted else None for t, like, wanted in finished]
-    return *(g if wanted else None for g, wanted in zip(grads, needs, strict=True)), *(None,) * 5
+        return torch.ops.orpo.linear_orpo_backward(grad_loss, *saved[:6], list(saved[6:]), **settings)
+    # Nobody will ask for the finished gradients again: a scaled copy would cost as much memory once more.
+    finished = zip(saved[-3:], saved[:3], settings["needs"], strict=True)
+    return [_scaled_(t, grad_loss).to(like.dtype) if wanted else None for t, like, wanted in finished]
 
 
 def _graph_is_kept() -> bool:
@@ -288,3 +269,18 @@ def _scaled_(finished: Tensor, grad_loss: Tensor) -> Tensor:
 
 
 linear_orpo.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@register_flop_formula(torch.ops.orpo.linear_orpo, get_raw=True)
+def _(hidden_RD, weight_VD, bias_V, rows, *_, needs, logits_budget, backend, head_frozen, **__) -> int:
+    shape = hidden_RD.new_empty((rows[0].shape[0], hidden_RD.shape[1]), device="meta")
+    return schedule.forward_flops(shape, weight_VD, Needs(*needs), logits_budget, backend, head_frozen)
+
+
+@register_flop_formula(torch.ops.orpo.linear_orpo_backward, get_raw=True)
+def _(_, hidden_RD, weight_VD, bias_V, rows_N, *rest, needs, logits_budget, backend, **__) -> int:
+    if not schedule.recomputes(Needs(*needs), logits_budget, backend):
+        return 0
+    maxima = rest[2][4]
+    shape = hidden_RD.new_empty((rows_N.shape[0], hidden_RD.shape[1]), device="meta")
+    return schedule.backward_flops(shape, weight_VD, Needs(*needs), maxima.shape[0])

@@ -88,3 +88,12 @@ def block_rows(rows: int, vocabulary: int, element_bytes: int, budget: int) -> i
 def buffers(like: Tensor, tiles: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Flat (exps, maxima) for so many row tiles."""
     return like.new_empty(tiles * TILE, dtype=dtype), like.new_empty(tiles, dtype=torch.float32)
+
+
+def clear_padding(exps: Tensor, maxima: Tensor, rows: int, columns: int) -> None:
+    """Zeros where no exponential is stored: two runs of an operator have to return the same, unused memory included."""
+    stride = -(-columns // TILE) * TILE
+    exps[rows * stride :].zero_()
+    if stride > columns:
+        exps[: rows * stride].view(rows, stride)[:, columns:].zero_()
+    maxima[rows * (stride // TILE) :].zero_()

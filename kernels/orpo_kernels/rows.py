@@ -8,7 +8,7 @@ prompt have no row, so they never reach a matmul.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class Rows:
         in_response_N: bool (N,), the row belongs to the mean log-probability of its answer (Eq. 3).
         in_nll_N: bool (N,), the row belongs to the NLL (Eq. 5).
         pairs: P, the number of pairs, whether or not each of them has rows.
+        all_count: every row has a mask set. False where that cannot be known: then a row without one has coefficient 0.
     """
 
     rows_N: Tensor
@@ -36,15 +37,21 @@ class Rows:
     in_response_N: Tensor
     in_nll_N: Tensor
     pairs: int
+    all_count: bool = True
+
+    @property
+    def arrays(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.rows_N, self.targets_N, self.sequence_N, self.in_response_N, self.in_nll_N
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Rows:
         """The same rows on `device`."""
-        arrays = (self.rows_N, self.targets_N, self.sequence_N, self.in_response_N, self.in_nll_N)
-        return Rows(*(a.to(device, non_blocking=non_blocking) for a in arrays), pairs=self.pairs)
+        return Rows(*(a.to(device, non_blocking=non_blocking) for a in self.arrays), self.pairs, self.all_count)
 
 
 def rows_from_labels(labels: Tensor, nll_labels: Tensor | None, ignore_index: int, shift: bool) -> Rows:
-    """Describe a padded batch: every position, those that do not count with both masks false. No host synchronisation.
+    """The rows of a padded batch that count; makes the host wait for how many they are.
+
+    In a graph nobody can wait: there every position is a row, and `all_count` is False.
 
     Args:
         labels: (2P, T) response tokens, chosen half first, `ignore_index` elsewhere; aligned with the input ids when
@@ -60,7 +67,7 @@ def rows_from_labels(labels: Tensor, nll_labels: Tensor | None, ignore_index: in
     response = labels != ignore_index
     if nll_labels is None:
         nll = response & (sequences < P)
-        return Rows(*(a.reshape(-1) for a in (positions, labels, sequences, response, nll)), pairs=P)
+        return _that_count(Rows(*(a.reshape(-1) for a in (positions, labels, sequences, response, nll)), pairs=P))
 
     nll_labels = _predicted(nll_labels[:P], ignore_index, shift)
     chosen = labels[:P]
@@ -78,7 +85,23 @@ def rows_from_labels(labels: Tensor, nll_labels: Tensor | None, ignore_index: in
     )
     rejected_half = (positions[P:], labels[P:], sequences[P:], response[P:], torch.zeros_like(response[P:]))
     arrays = (torch.cat([a.reshape(-1), b.reshape(-1)]) for a, b in zip(chosen_half, rejected_half, strict=True))
-    return Rows(*arrays, pairs=P)
+    return _that_count(Rows(*arrays, pairs=P))
+
+
+def _that_count(rows: Rows) -> Rows:
+    counts_N = rows.in_response_N | rows.in_nll_N
+    # Tensors that stand for sizes alone have no numbers to count.
+    if torch.compiler.is_compiling() or counts_N.is_meta or isinstance(counts_N, FakeTensor):
+        return replace(rows, targets_N=torch.where(counts_N, rows.targets_N, 0), all_count=False)
+    index = counts_N.nonzero()[:, 0]
+    return Rows(*(a[index] for a in rows.arrays), pairs=rows.pairs)
+
+
+def without_others(hidden_RD: Tensor, rows: Rows) -> Tensor:
+    """`hidden_RD` with zeros where no row counts: there it may hold NaN, which a coefficient of 0 would let through."""
+    counts_N = (rows.in_response_N | rows.in_nll_N).int()
+    counts_R = hidden_RD.new_zeros(hidden_RD.shape[0], dtype=torch.int32).index_add(0, rows.rows_N, counts_N)
+    return torch.where(counts_R[:, None] > 0, hidden_RD, 0)
 
 
 def _predicted(labels: Tensor, ignore_index: int, shift: bool) -> Tensor:
@@ -89,43 +112,48 @@ def _predicted(labels: Tensor, ignore_index: int, shift: bool) -> Tensor:
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
 
 
-def check_sequences(rows: Rows) -> None:
-    """Refuse rows that are not sorted by sequence: their sums would be taken over the wrong spans."""
-    if rows.sequence_N.numel() == 0:
+# What a caller knows the arrays of rows by, and the weight: for the messages about what they hold.
+_LABELS = {"labels": "lm_head_weight", "target": "lin_weight", "targets": "weight", "rows": "lm_head_weight"}
+
+
+def check_rows(rows: Rows, hidden_rows: int, vocabulary: int, source: str) -> None:
+    """Refuse rows that the stages would misread; on a GPU without making the host wait.
+
+    Args:
+        hidden_rows: R, the number of hidden states.
+        source: the argument that the rows come from: "labels" or "target", which are read in order, or "rows".
+    """
+    if source == "rows" and rows.rows_N.numel():
+        last = 2 * rows.pairs - 1
+        inside = (rows.sequence_N[0] >= 0) & (rows.sequence_N[-1] <= last)
+        good = inside & (rows.sequence_N[1:] >= rows.sequence_N[:-1]).all()
+        # Their sums would be taken over the wrong spans.
+        _refuse(good, f"rows.sequence_N has to be sorted, from 0 to at most {last} for {rows.pairs} pairs")
+        low, high = rows.rows_N.aminmax()
+        # A negative index would read from the end.
+        _refuse((low >= 0) & (high < hidden_rows), f"rows.rows_N has to be in [0, {hidden_rows}), as hidden has rows")
+    check_targets(rows.targets_N, vocabulary, source, rows.in_response_N)
+
+
+def check_targets(targets_N: Tensor, vocabulary: int, source: str, in_response_N: Tensor | None = None) -> None:
+    """Refuse a target outside the vocabulary, in the words of `source`: "targets", or as `check_rows` has it."""
+    if targets_N.numel() == 0:
         return
-    last = 2 * rows.pairs - 1
-    inside = (rows.sequence_N[0] >= 0) & (rows.sequence_N[-1] <= last)
-    good = inside & (rows.sequence_N[1:] >= rows.sequence_N[:-1]).all()
-    message = f"rows.sequence_N has to be sorted, from 0 to at most {last} for {rows.pairs} pairs"
-    if good.device.type == "cpu":
+    low, high = targets_N.aminmax()
+    good, name = (low >= 0) & (high < vocabulary), "rows.targets_N" if source == "rows" else source
+    limit = f"but {_LABELS[source]} has {vocabulary} rows"
+    if not good.is_cpu:
+        _refuse(good, f"{name} holds a token outside the vocabulary, {limit}")
+    elif not good:
+        first = ((targets_N < 0) | (targets_N >= vocabulary)).nonzero()[0, 0]
+        if source in ("labels", "target") and not in_response_N[first]:
+            name = f"nll_{name}"
+        raise ValueError(f"{name} holds the token {int(targets_N[first])}, {limit}")
+
+
+def _refuse(good: Tensor, message: str) -> None:
+    if good.is_cpu:
         if not good:
             raise ValueError(message)
     else:
         torch._assert_async(good, message)
-
-
-def check_targets(targets: Tensor, vocabulary: int) -> None:
-    """Refuse a target outside the vocabulary; on a GPU without making the host wait."""
-    if targets.numel() == 0:
-        return
-    low, high = targets.aminmax()
-    if targets.device.type == "cpu":
-        for token in (int(low), int(high)):
-            if not 0 <= token < vocabulary:
-                raise ValueError(f"labels holds the token {token}, but lm_head_weight has {vocabulary} rows")
-    else:
-        inside = (low >= 0) & (high < vocabulary)
-        torch._assert_async(inside, f"labels holds a token outside the {vocabulary} rows of lm_head_weight")
-
-
-def can_be_counted(rows: Rows) -> bool:
-    """Whether it can be known now how many rows count: not in a graph, nor of tensors that stand for sizes alone."""
-    mask_N = rows.in_response_N
-    return not (torch.compiler.is_compiling() or mask_N.is_meta or isinstance(mask_N, FakeTensor))
-
-
-def that_count(rows: Rows) -> Rows:
-    """The rows with at least one mask set; makes the host wait for how many they are."""
-    index = (rows.in_response_N | rows.in_nll_N).nonzero()[:, 0]
-    arrays = (rows.rows_N, rows.targets_N, rows.sequence_N, rows.in_response_N, rows.in_nll_N)
-    return Rows(*(a[index] for a in arrays), pairs=rows.pairs)

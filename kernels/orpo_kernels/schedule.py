@@ -41,30 +41,43 @@ def uses_bins(logits_budget: int, backend: str) -> bool:
     return logits_budget > 0 and backend == "torch"
 
 
-def kept_tiles(described: int, hidden_RD: Tensor, weight_VD: Tensor, logits_budget: int, backend: str) -> int:
-    """Row tiles of exponentials for so many described rows; 0 for a backend that keeps none.
-
-    Of a padded batch more rows are described than there are hidden states, and fewer count.
-    """
+def kept_tiles(rows: int, hidden_RD: Tensor, weight_VD: Tensor, logits_budget: int, backend: str) -> int:
+    """Row tiles of exponentials for so many rows; 0 for a backend that keeps none."""
     if logits_budget == 0 or not keeps_exponentials(backend):
         return 0
     dtype = torch.promote_types(hidden_RD.dtype, weight_VD.dtype)
-    return row_tiles(min(described, hidden_RD.shape[0]), weight_VD.shape[0], dtype.itemsize, logits_budget)
+    return row_tiles(rows, weight_VD.shape[0], dtype.itemsize, logits_budget)
 
 
-def keeping(
-    x_ND: Tensor, described: int, hidden_RD: Tensor, weight_VD: Tensor, logits_budget: int, backend: str, frozen: bool
-) -> Keeping:
+def keeping(x_ND: Tensor, weight_VD: Tensor, logits_budget: int, backend: str, frozen: bool) -> Keeping:
     """What is kept of these rows, with a gradient; without one they go the same way. `frozen`: the head is."""
     n, v = x_ND.shape[0], weight_VD.shape[0]
     if frozen and logits_budget > 0 and keeps_exponentials(backend):
-        # Nothing of it reaches backward, so that the rows that count decide, however many are described.
-        described = n
         dtype = torch.promote_types(x_ND.dtype, weight_VD.dtype)
         if block := block_rows(n, v, dtype.itemsize, logits_budget):
             return Keeping(v, block * -(-v // TILE), block)
-    tiles = kept_tiles(described, hidden_RD, weight_VD, logits_budget, backend)
+    tiles = kept_tiles(n, x_ND, weight_VD, logits_budget, backend)
     return Keeping(kept_columns(n, v, tiles), tiles)
+
+
+def forward_flops(x_ND: Tensor, weight_VD: Tensor, needs: Needs, logits_budget: int, backend: str, frozen: bool) -> int:
+    """FLOPs of the matmuls of the forward; of the tensors only shapes and dtypes are read."""
+    (n, d), v = x_ND.shape, weight_VD.shape[0]
+    if uses_bins(logits_budget, backend) and needs.any:
+        products = v * (1 + needs.hidden + needs.weight)
+    elif frozen and needs.hidden:
+        # dX at once. In torch it follows the running maximum; Triton recomputes the logits that it has not kept.
+        again = 0 if backend == "torch" else v - keeping(x_ND, weight_VD, logits_budget, backend, True).columns
+        products = 2 * v + again
+    else:
+        products = v
+    return 2 * n * d * products
+
+
+def backward_flops(x_ND: Tensor, weight_VD: Tensor, needs: Needs, tiles: int) -> int:
+    """FLOPs of `backward_by_strips`, where exponentials of so many row tiles are kept."""
+    (n, d), v = x_ND.shape, weight_VD.shape[0]
+    return 2 * n * d * (v - kept_columns(n, v, tiles) + v * (needs.hidden + needs.weight))
 
 
 def forward(
