@@ -33,7 +33,12 @@ def run_lock(output_dir: str | Path, state: Accelerator | PartialState) -> Itera
         ValueError: on all ranks, where another process holds the lock, or the folder cannot be written.
     """
     folder = Path(output_dir).absolute()
-    from_rank_0(state, lambda: _acquire(folder))
+
+    def acquire() -> None:
+        check_writable(output_dir)
+        _acquire(folder)
+
+    from_rank_0(state, acquire)
     try:
         yield
     finally:
@@ -42,7 +47,6 @@ def run_lock(output_dir: str | Path, state: Accelerator | PartialState) -> Itera
 
 
 def _acquire(folder: Path) -> None:
-    check_writable(folder)
     me = _me()
     with _alone(folder):
         owner = _read(folder / LOCK)
