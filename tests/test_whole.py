@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import zlib
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from trainers import make_trainer
 
 import orpo.run_record
 from orpo.checkpoints import complete_checkpoints
+from orpo.manifest import describe_files
 
 SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 
@@ -140,3 +142,13 @@ def test_a_clock_that_is_set_back_loses_nothing(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, **settings, max_steps=7)
     trainer.train("auto")
     assert trainer._initial_global_step == 6
+
+
+def test_many_bytes_are_read_by_threads_to_the_same_checksums(first_run, monkeypatch):
+    one = describe_files(first_run / "checkpoint-4", "orpo_run.json")
+    monkeypatch.setattr("orpo.manifest.SMALL", 0)
+    assert describe_files(first_run / "checkpoint-4", "orpo_run.json") == one
+    record = json.loads((first_run / "checkpoint-4/orpo_run.json").read_text())
+    assert record["files"] == one and one.keys() >= {"model.safetensors", "optimizer.pt", "trainer_state.json"}
+    content = (first_run / "checkpoint-4/optimizer.pt").read_bytes()
+    assert one["optimizer.pt"] == {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
