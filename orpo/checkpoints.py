@@ -1,84 +1,36 @@
-"""Checkpoints that are whole or absent, which of them a run resumes from, and how many stay."""
+"""Checkpoints that are whole or absent, and how many stay."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import StateDictType
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from orpo.disk import DiskSpace, readable
-from orpo.run_record import compare_runs, describe_run, read_record, write_record
+from orpo.guard import NonFiniteError, NonFiniteGuard, check_evaluation, check_weights
+from orpo.run_lock import run_lock
+from orpo.run_record import RECORD, compare_runs, describe_run, write_record
 from orpo.sharding import from_rank_0, fsdp_plugin
+from orpo.whole import (
+    JIT_SIGN,
+    checkpoint_folders,
+    complete_checkpoints,
+    find_checkpoint,
+    find_fault,
+    last_number,
+    way_back,
+)
 
 # Begins with an underscore, since Trainer leaves such names out of what it uploads to the hub.
 INCOMPLETE = "_incomplete"
-# Trainer's own sign, in the folder of a checkpoint that it saves on SIGTERM.
-JIT_SIGN = "checkpoint-is-incomplete.txt"
-
-
-def complete_checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints in `folder` that were written to their end, oldest first.
-
-    Those with a record of their run are ordered by when they were saved, and are newer than those without, which
-    are ordered by step: a run that was started anew in the folder of a longer one has the newest.
-    """
-    found = []
-    for path in Path(folder).glob("checkpoint-*"):
-        step = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if step and is_complete(path):
-            found.append(((read_record(path) or {}).get("saved_at", 0.0), int(step[1]), path))
-    return [path for *_, path in sorted(found)]
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether `checkpoint` has the trainer's state, whole.
-
-    :class:`CheckpointingTrainer` gives a folder this name once everything is in it. A plain Trainer writes the state
-    last of what its first process writes, so that its interrupted saves are seen too, where only one process saved.
-    """
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):
-        return False
-    return not (checkpoint / JIT_SIGN).exists()
-
-
-def find_checkpoint(wanted: str | bool | None, output_dir: str | Path) -> Path | None:
-    """The checkpoint that ``resume_from_checkpoint`` means, or None for a new run.
-
-    Args:
-        wanted: True, the newest complete checkpoint in `output_dir`; "auto", the same if there is one; a folder of
-            checkpoints, for the newest in it; or a checkpoint. None and False are a new run.
-        output_dir: where the run saves.
-
-    Raises:
-        ValueError: there is none, or it cannot be resumed.
-    """
-    if wanted is None or wanted is False:
-        return None
-    own = wanted is True or wanted == "auto"
-    folder = Path(output_dir) if own else Path(wanted)
-    found = complete_checkpoints(folder)
-    if not found and not own and is_complete(folder):
-        found = [folder]
-    if not found:
-        if wanted == "auto":
-            return None
-        raise ValueError(f"resume_from_checkpoint: {folder} holds no complete checkpoint to resume from")
-    if not any(path.name.startswith(("optimizer", "global_step")) for path in found[-1].iterdir()):
-        raise ValueError(
-            f"{found[-1]} holds the model alone (save_only_model), without which the optimizer cannot go on: "
-            "give another output_dir, or resume_from_checkpoint false to start anew"
-        )
-    return found[-1]
 
 
 class CheckpointingTrainer(Trainer):
@@ -90,42 +42,74 @@ class CheckpointingTrainer(Trainer):
     """
 
     _saving = False
+    # Whether SIGTERM ended the last `train`, with enable_jit_checkpoint: what is trained is not finished.
+    interrupted = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(DiskSpace())
+        self._guard = NonFiniteGuard(self.args.process_index)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """``Trainer.train``, resumed from what :func:`find_checkpoint` finds.
 
         Raises:
-            ValueError: there is no such checkpoint, or it is of a run with settings that this one does not have.
+            ValueError: there is no such checkpoint, it is of a run with settings that this one does not have, or
+                another process trains in ``output_dir``.
+            NonFiniteError: a loss, a gradient or a weight became NaN or infinite; a note names the last checkpoint.
         """
-        self._run_settings = describe_run(self)
-        # Of one rank: folders seen over a network may differ, and a rank that starts anew alone would hang the rest.
-        checkpoint = from_rank_0(self.accelerator, lambda: self._choose_checkpoint(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        self._run_settings, self.interrupted = describe_run(self), False
+        # A trial of a search has a folder of its own below; without saves, nothing is written that could be mixed.
+        alone = self.args.save_strategy != "no" and kwargs.get("trial") is None
+        with run_lock(self.args.output_dir, self.accelerator) if alone else nullcontext():
+            # Of one rank: folders seen over a network may differ, and one that starts anew alone would hang the rest.
+            checkpoint = from_rank_0(self.accelerator, lambda: self._choose_checkpoint(resume_from_checkpoint))
+            try:
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+                self._guard.flush()
+            except NonFiniteError as error:
+                if note := way_back(Path(self.args.output_dir)):
+                    error.add_note(note)
+                raise
+        return output
 
     def _choose_checkpoint(self, wanted: str | bool | None) -> str | None:
         folder = Path(self.args.output_dir)
         report = print if self.args.should_log else lambda _: None
-        checkpoint = find_checkpoint(wanted, folder)
-        if (folder / INCOMPLETE).is_dir():
-            names = sorted(path.name for path in (folder / INCOMPLETE).iterdir())
-            shutil.rmtree(folder / INCOMPLETE)
-            if names:
-                report(f"{folder}: the save of {', '.join(names)} was interrupted; what there was of it is removed")
-        complete = complete_checkpoints(folder)
-        broken = sorted(p.name for p in folder.glob("checkpoint-*") if p.is_dir() and p not in complete)
-        if broken:
-            report(f"{folder}: {', '.join(broken)} was not written to its end and is ignored")
+        checkpoint = find_checkpoint(wanted, folder, report)
+        note = compare_runs(checkpoint, self._run_settings) if checkpoint else ""
+        # Nothing is removed before this run is known to go on.
+        if removed := _remove_interrupted(folder / INCOMPLETE):
+            report(f"{folder}: the save of {', '.join(removed)} was interrupted; what there was of it is removed")
+        for path in sorted(checkpoint_folders(folder)):
+            if fault := find_fault(path):
+                report(f"{folder}: {path.name} {fault} and is ignored")
         if checkpoint is None:
-            if complete:
+            if complete := complete_checkpoints(folder):
                 report(f"starts anew; {folder} holds checkpoints of an earlier run, the newest {complete[-1].name}")
             return None
-        note = compare_runs(checkpoint, self._run_settings)
         report(f"resumes from {checkpoint}{note}")
         return str(checkpoint)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super()._evaluate(*args, **kwargs)
+        check_evaluation(metrics, self.state.global_step)
+        return metrics
+
+    def _check_before_checkpoint(self) -> None:
+        """Raises NonFiniteError on all ranks where one of them has found something that is not finite."""
+        error = None
+        try:
+            self._guard.flush()
+            check_weights(self.model, self.state.global_step)
+        except NonFiniteError as found:
+            error = found
+        if self.accelerator.num_processes > 1:
+            others = self.accelerator.reduce(torch.tensor(float(error is not None), device=self.args.device))
+            if error is None and others:
+                error = NonFiniteError(f"another rank than {self.args.process_index} says what is not finite")
+        if error is not None:
+            raise error
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
@@ -134,17 +118,22 @@ class CheckpointingTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         part, final = folder / INCOMPLETE / name, folder / name
+        # Trainer's callback for SIGTERM leaves its sign where the checkpoint will be, and asks for it.
+        self.interrupted = self.interrupted or (final / JIT_SIGN).exists()
+        self._check_before_checkpoint()
         self._saving = True
         try:
+            if self.args.should_save:
+                _mark(part)
             super()._save_checkpoint(model, trial)
             if self.state.best_model_checkpoint == str(part):
                 self.state.best_model_checkpoint = str(final)
                 if self.args.should_save:
                     self.state.save_to_json(str(part / TRAINER_STATE_NAME))
-            if self.args.should_save:
-                write_record(part, self._run_settings)
+            # The record has the checksums of what all processes have written.
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                write_record(part, self._run_settings, number=1 + last_number(folder))
                 _move(part, final)
         except BaseException as error:
             shutil.rmtree(part, ignore_errors=True)
@@ -179,7 +168,12 @@ class CheckpointingTrainer(Trainer):
         """``Trainer.save_model``, which writes no model under FSDP with a sharded state dict; this one does.
 
         A checkpoint keeps the shards alone.
+
+        Raises:
+            NonFiniteError: a weight that was trained is NaN or infinite.
         """
+        if not _internal_call:
+            check_weights(self.model, self.state.global_step)
         plugin = fsdp_plugin(self.accelerator)
         if plugin is None or _internal_call or plugin.state_dict_type == StateDictType.FULL_STATE_DICT:
             super().save_model(output_dir, _internal_call)
@@ -189,6 +183,26 @@ class CheckpointingTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
         finally:
             plugin.state_dict_type = before
+
+
+def _mark(part: Path) -> None:
+    """Makes the folder `part` with an empty record, by which a later run knows it for one that may be removed."""
+    part.mkdir(parents=True, exist_ok=True)
+    (part / RECORD).write_text("{}")
+
+
+def _remove_interrupted(folder: Path) -> list[str]:
+    """Removes what an interrupted save left in `folder`, and returns the names; files of others stay."""
+    found = sorted(record.parent for record in folder.glob(f"*checkpoint-*/{RECORD}"))
+    for part in found:
+        shutil.rmtree(part)
+    _remove_if_empty(folder)
+    return [part.name for part in found]
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _move(part: Path, final: Path) -> None:
@@ -203,8 +217,7 @@ def _move(part: Path, final: Path) -> None:
         if not final.exists():
             raise
     shutil.rmtree(replaced, ignore_errors=True)
-    if not any(part.parent.iterdir()):
-        part.parent.rmdir()
+    _remove_if_empty(part.parent)
 
 
 def _failure(name: str, folder: Path) -> str:

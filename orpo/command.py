@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -30,26 +31,55 @@ def run_command(name: str, main: Callable[[], Any]) -> None:
 
     These are files, packages and memory that are missing, and values that this package or one of those around it
     refuses. Any other error keeps its traceback, and so does every one where the environment variable
-    ``ORPO_TRACEBACK`` is set.
+    ``ORPO_TRACEBACK`` is set. Where nobody reads what is printed any more (``| head``), it ends without a word.
 
     Raises:
-        SystemExit: with the message and the notes of the error.
+        SystemExit: with the message and the notes of the error, and its `exit_code` where it has one.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # Pairs and answers have characters that an ASCII terminal lacks: printing them would end the run.
+        if getattr(stream, "errors", None) == "strict":
+            stream.reconfigure(errors="backslashreplace")
     # peft asks for it under its older name, wherever it wraps a model.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
         main()
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            raise SystemExit(128 + signal.SIGPIPE) from None
         if os.environ.get(TRACEBACK) or not _is_the_users(error):
             raise
         text = "\n".join([str(error) or type(error).__name__, *getattr(error, "__notes__", ())])
         print(f"{name}: {text}", file=sys.stderr)
         print(f"({type(error).__name__}; with {TRACEBACK}=1 in the environment: where it was raised)", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(getattr(error, "exit_code", 1)) from None
+    finally:
+        _nobody_reads()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory, of an accelerator or of the machine, did not suffice."""
+    # torch has a class for the memory of accelerators only.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout or stderr leads to a process that has ended; what is still to be printed is then dropped."""
+    gone = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            gone = True
+            # Python flushes it once more as it exits, and would complain.
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
+    return gone
 
 
 def _is_the_users(error: Exception) -> bool:
-    if isinstance(error, OSError | ImportError | torch.OutOfMemoryError):
+    if isinstance(error, OSError | ImportError) or out_of_memory(error):
         return True
     module = _raised_in(error)
     # `python -m orpo.train` is called __main__.

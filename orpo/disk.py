@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,44 @@ from transformers import TrainerCallback
 
 # Numbers that an optimizer keeps for each parameter; two, as Adam does, for all that are not here.
 STATES = {"sgd": 0, "adafactor": 0, "adagrad": 1, "rmsprop": 1, "lion": 1, "lomo": 0, "adalomo": 0}
+
+# Of what a run writes beside its weights, what could be a file of pairs by its name.
+WRITTEN = frozenset(
+    f"{name}.json"
+    for name in (
+        *("config", "generation_config", "adapter_config", "tokenizer", "tokenizer_config", "special_tokens_map"),
+        *("added_tokens", "vocab", "trainer_state", "all_results", "train_results", "eval_results"),
+    )
+) | {"samples.jsonl", "curves.csv"}
+
+
+def refuse_own_sources(written: Sequence[Path], model: str, data: Sequence[str | None]) -> None:
+    """Refuses a run that would write over the model or the data that it is made from.
+
+    Args:
+        written: the folders that the run writes a model to, its ``output_dir`` first.
+        model: a folder, or a name on the hub.
+        data: files, folders, names on the hub, or None.
+
+    Raises:
+        ValueError: one of them lies where the run writes.
+    """
+    folders = [folder.resolve() for folder in written]
+    source = Path(model).expanduser().resolve()
+    # Older checkpoints are removed under save_total_limit.
+    removable = source.parent == folders[0] and source.name.startswith("checkpoint-")
+    if source.is_dir() and (source in folders or removable):
+        raise ValueError(
+            f"output_dir {written[0]} is where the model {model} lies, which the run would write over or remove: "
+            "give another output_dir"
+        )
+    for name in filter(None, data):
+        path = Path(name).expanduser().resolve()
+        if (path.is_dir() and path in folders) or (path.is_file() and path.parent in folders and path.name in WRITTEN):
+            raise ValueError(
+                f"output_dir {written[0]} is where the pairs {name} lie, which the run would write over or add files "
+                "to: give another output_dir"
+            )
 
 
 def check_writable(output_dir: str | Path) -> None:
@@ -32,6 +71,13 @@ def check_writable(output_dir: str | Path) -> None:
             file.write(b"\0")
     except OSError as error:
         raise ValueError(f"output_dir {output_dir} cannot be written: {error.strerror}") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Gives `path` the content `text` at once: a process that is killed leaves what was there before."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, "utf-8")
+    os.replace(part, path)
 
 
 @contextmanager

@@ -1,11 +1,13 @@
-"""Stops a run whose loss or gradient is no longer a number, and says where it happened."""
+"""Stops a run whose loss, gradient or weights are no longer numbers, and says where it happened."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -16,7 +18,42 @@ class _Step:
 
 
 class NonFiniteError(FloatingPointError):
-    """The loss or the gradient of a training step is NaN or infinite."""
+    """The loss or the gradient of a step, a weight, or the loss of an evaluation is NaN or infinite."""
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element of `tensor`, of any shape and dtype, is NaN or infinite."""
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def check_weights(model: nn.Module, step: int) -> None:
+    """Refuses to let `model` be saved where a step has spoilt it.
+
+    Of a weight that FSDP has cut up, this process's part is looked at.
+
+    Raises:
+        NonFiniteError: a trained weight is NaN or infinite after optimizer step `step`.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part = parameter.detach()
+        if not is_finite(part.to_local() if hasattr(part, "to_local") else part):
+            raise NonFiniteError(
+                f"after step {step} the weights are not finite ({name}), and the model is not saved: "
+                "try a lower learning_rate, a longer warmup_steps, or max_grad_norm"
+            )
+
+
+def check_evaluation(metrics: Mapping[str, float], step: int) -> None:
+    """Refuses to go on from an evaluation that gave no number.
+
+    Raises:
+        NonFiniteError: a loss in `metrics` is NaN or infinite.
+    """
+    bad = [f"{name} is {v}" for name, v in metrics.items() if name.endswith("_loss") and not math.isfinite(v)]
+    if bad:
+        raise NonFiniteError(f"the evaluation after step {step} gave no number: {', '.join(bad)}")
 
 
 class NonFiniteGuard:
@@ -50,11 +87,15 @@ class NonFiniteGuard:
         self.current = []
         self.flush()
         self.unchecked = step
-        if all(flags.device.type == "cpu" for flags, _ in step.micro_batches):
+        if not self._would_wait(step):
             self.flush()
 
+    @staticmethod
+    def _would_wait(step: _Step) -> bool:
+        return any(flags.device.type != "cpu" for flags, _ in step.micro_batches)
+
     def flush(self) -> None:
-        """Checks the last step, if it has not been checked yet."""
+        """Checks the last step, if it has not been checked yet: before a save, which would keep what it did."""
         step, self.unchecked = self.unchecked, None
         if step is None:
             return

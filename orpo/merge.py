@@ -36,7 +36,7 @@ def merge_adapter(
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: `adapter` holds no adapter.
+        ValueError: `adapter` holds no adapter, or `output` is its folder or that of its base model.
     """
     require("peft", "merging an adapter")
     import peft
@@ -47,6 +47,9 @@ def merge_adapter(
     if not weights.is_file() or not (adapter / "adapter_config.json").is_file():
         raise ValueError(f"{adapter} holds no adapter: adapter_config.json and adapter_model.safetensors are needed")
     config = peft.PeftConfig.from_pretrained(adapter)
+    for source in (adapter, Path(config.base_model_name_or_path or adapter)):
+        if source.is_dir() and source.resolve() == output.resolve():
+            raise ValueError(f"{output} is where {source} lies, which the merged model would write over: give another")
     model = AutoModelForCausalLM.from_pretrained(
         config.base_model_name_or_path, revision=config.revision, dtype=dtype, trust_remote_code=trust_remote_code
     )

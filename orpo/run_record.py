@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from orpo.disk import write_whole
+from orpo.manifest import describe_files
 from orpo.sharding import fsdp_plugin
 
 RECORD = "orpo_run.json"
@@ -27,6 +29,7 @@ FIXED = (
 )
 LENGTH = ("num_train_epochs", "max_steps")
 # Of an adapter: where its base model lies may change, and what wrote it.
+ADAPTER = " of the adapter"
 NOT_FIXED_IN_ADAPTER = ("inference_mode", "peft_version", "auto_mapping", "revision", "runtime_config")
 
 
@@ -40,22 +43,35 @@ def describe_run(trainer: Any) -> dict[str, Any]:
     run["train_dataset"] = _describe_data(trainer.train_dataset)
     for config in getattr(trainer.model, "peft_config", {}).values():
         adapter = {k: v for k, v in config.to_dict().items() if k not in NOT_FIXED_IN_ADAPTER}
-        run |= {f"{name} of the adapter": value for name, value in adapter.items()}
+        run |= {f"{name}{ADAPTER}": value for name, value in adapter.items()}
     # Sets have no order, and enums no JSON.
     return json.loads(json.dumps(run, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
 
 
-def write_record(checkpoint: Path, run: dict[str, Any]) -> None:
-    """Leaves `run` in the folder `checkpoint`, with the time."""
-    (checkpoint / RECORD).write_text(json.dumps({"saved_at": time.time(), "run": run}, indent=1) + "\n")
+def write_record(checkpoint: Path, run: dict[str, Any], number: int) -> None:
+    """Leaves `run` in the folder `checkpoint`, with the time, and sizes and checksums of all other files there.
+
+    It is the last file of a checkpoint, and appears whole. `number` counts the saves in a folder: clocks are set back.
+    """
+    record = {"number": number, "saved_at": time.time(), "run": run, "files": describe_files(checkpoint, RECORD)}
+    write_whole(checkpoint / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def read_record(checkpoint: Path) -> dict[str, Any] | None:
-    """What :func:`write_record` left, or None for a checkpoint of another program."""
+    """What :func:`write_record` left, or None for a checkpoint of another program.
+
+    Raises:
+        ValueError: there is a record, but none that can be read.
+    """
     try:
-        return json.loads((checkpoint / RECORD).read_text())
+        record = json.loads((checkpoint / RECORD).read_text("utf-8"))
     except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{checkpoint / RECORD} cannot be read: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("run"), dict):
+        raise ValueError(f"{checkpoint / RECORD} cannot be read: it holds no settings of a run")
+    return record
 
 
 def compare_runs(checkpoint: Path, run: dict[str, Any]) -> str:
@@ -68,7 +84,7 @@ def compare_runs(checkpoint: Path, run: dict[str, Any]) -> str:
     if record is None:
         return f" (without {RECORD}: its settings are not known, and were not compared)"
     before = record["run"]
-    changed = [name for name in {**before, **run} if before.get(name) != run.get(name)]
+    changed = [name for name in _comparable(before, run) if before.get(name) != run.get(name)]
     broken = [name for name in changed if name not in LENGTH]
     if broken:
         differences = "; ".join(f"{name} was {before.get(name)} and is {run.get(name)}" for name in broken)
@@ -84,6 +100,15 @@ def compare_runs(checkpoint: Path, run: dict[str, Any]) -> str:
         run["lr_scheduler_type"] == "constant_with_warmup" and not 0 < run["warmup_steps"] < 1
     )
     return f" ({differences}" + (")" if constant else ": from here on the learning rate is that of the new length)")
+
+
+def _comparable(before: dict[str, Any], run: dict[str, Any]) -> list[str]:
+    """The settings that both runs know: another version of this package, or of peft, has more or fewer of them.
+
+    An adapter that only one run has is another matter, and all its settings are compared with none.
+    """
+    one_adapter = any(ADAPTER in name for name in before) != any(ADAPTER in name for name in run)
+    return [n for n in {**before, **run} if (n in before and n in run) or (one_adapter and ADAPTER in n)]
 
 
 def _sharding(trainer: Any) -> str:

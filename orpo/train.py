@@ -12,19 +12,30 @@ Every field of ORPOConfig and of transformers' TrainingArguments is an option.
 from __future__ import annotations
 
 import gc
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from orpo.arguments import HELD_OUT, DataArguments, ModelArguments, parse
-from orpo.command import run_command
+from orpo.command import out_of_memory, run_command
 from orpo.config import ORPOConfig
-from orpo.disk import check_writable, leaves_no_empty_folder
+from orpo.disk import leaves_no_empty_folder, refuse_own_sources
+from orpo.guard import check_evaluation
 from orpo.merge import merge_adapter
 from orpo.packages import require
+from orpo.run_lock import run_lock
 from orpo.trainer import ORPOTrainer
+from orpo.whole import complete_checkpoints
+
+
+class InterruptedRun(RuntimeError):
+    """SIGTERM ended training before its last step, and a checkpoint was saved (``enable_jit_checkpoint``)."""
+
+    exit_code = 128 + signal.SIGTERM
 
 
 def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig) -> ORPOTrainer:
@@ -37,8 +48,6 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig
             "--generate_during_eval answers held-out prompts at each evaluation, and nothing is evaluated: give "
             f"--eval_strategy steps and {HELD_OUT}"
         )
-    if args.should_save:
-        check_writable(args.output_dir)
     optim = args.optim.value
     # adamw_torch_8bit and its like are torchao's.
     if "torch" not in optim and any(part in optim for part in ("paged", "bit", "bnb")):
@@ -54,9 +63,16 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig
     )
     try:
         result = trainer.train(resume_from_checkpoint=_resume_from(args))
-    except torch.OutOfMemoryError as error:
-        error.add_note(_memory_advice(args, model_args))
+    except Exception as error:
+        if out_of_memory(error):
+            error.add_note(_memory_advice(args, model_args))
         raise
+    if trainer.interrupted and trainer.state.global_step < trainer.state.max_steps:
+        newest = complete_checkpoints(args.output_dir)[-1]
+        raise InterruptedRun(
+            f"SIGTERM ended training after step {trainer.state.global_step} of {trainer.state.max_steps}, and no final "
+            f"model is written; {newest} is whole, and the next start resumes from it"
+        )
     trainer.save_model()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
@@ -67,6 +83,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig
             curves = list(curves)
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
+        check_evaluation(metrics, trainer.state.global_step)
         trainer.save_metrics("eval", metrics)
     trainer.save_state()
     if trainer.is_world_process_zero() and any("nll_loss" in entry for entry in curves):
@@ -146,7 +163,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         missing, given = ("model_name_or_path", data) if model is None else ("dataset_name", model)
         raise SystemExit(f"orpo-train: {given} is given, but not --{missing}; with neither, the demonstration runs")
     else:
-        with leaves_no_empty_folder(args.output_dir):
+        merged = (Path(args.output_dir) / "merged",) if model_args.merge_adapter else ()
+        refuse_own_sources((Path(args.output_dir), *merged), model, (data, data_args.eval_dataset_name))
+        with leaves_no_empty_folder(args.output_dir), run_lock(args.output_dir, PartialState()):
             train(model_args, data_args, args)
         end_process_group()
 

@@ -21,7 +21,6 @@ from orpo.config import ORPOConfig
 from orpo.data import check_token_ids, describe_example, prepare_dataset
 from orpo.diagnose import gradient_norms, pair_statistics, refuse_cut_gradients
 from orpo.disk import check_writable
-from orpo.guard import NonFiniteGuard
 from orpo.layout import make_layout
 from orpo.metrics import WeightedMeans
 from orpo.model import LossCall, base_model
@@ -127,7 +126,6 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self._train_means, self._eval_means = WeightedMeans(), WeightedMeans()
-        self._guard = NonFiniteGuard(args.process_index)
         if args.diagnose:
             # accelerate launch leaves args.fsdp and args.deepspeed empty.
             refuse_cut_gradients(self.is_fsdp_enabled or self.is_deepspeed_enabled)
@@ -169,9 +167,7 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
             ValueError: there is no such checkpoint, or it is of a run with settings that this one does not have.
         """
         self._train_means = WeightedMeans()
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        self._guard.flush()
-        return output
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """``Trainer``'s; what is left of a stream that does not fill an optimizer step is dropped."""

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -115,7 +116,8 @@ def start(folder, ranks=1, kill=None, resume=None, **options):
     folder.mkdir(exist_ok=True)
     (folder / "seen.json").unlink(missing_ok=True)
     context = multiprocessing.get_context("forkserver")
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    # The server of the forks reads it, and finds this file and what the tests' own interpreter found.
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(Path(__file__).parent), *filter(None, sys.path)]))
     context.set_forkserver_preload([Path(__file__).stem])
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port = store.port

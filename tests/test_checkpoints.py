@@ -14,8 +14,8 @@ from tiny import SEVEN, make_model
 from trainers import logged, make_trainer
 from transformers import AutoModelForCausalLM
 
-from orpo.checkpoints import complete_checkpoints
 from orpo.disk import check_writable, checkpoint_bytes
+from orpo.whole import complete_checkpoints
 
 SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 WAYS = {

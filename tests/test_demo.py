@@ -172,3 +172,25 @@ def test_several_processes_are_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="runs on 1 process, not on 2"):
         run_demo(output_dir=tmp_path / "out", settings=SHORT)
+
+
+@pytest.mark.parametrize("left", ["notes.txt", "training_args.bin", "checkpoint-2"])
+def test_a_folder_with_other_files_is_refused_before_anything_is_written(left, tmp_path):
+    if left != "notes.txt":
+        # A demonstration's, in which a run was trained later.
+        (tmp_path / ".orpo-demo").touch()
+    (tmp_path / left).write_text("mine")
+    (tmp_path / "train.jsonl").write_text("my pairs")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(ValueError, match=f"files that are not the demonstration's \\({left}\\)"):
+        run_demo(output_dir=tmp_path, device="cpu", settings=SHORT)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert (tmp_path / "train.jsonl").read_text() == "my pairs"
+
+
+def test_an_earlier_demonstration_is_written_over(run, monkeypatch):
+    folder, _ = run
+    reached = []
+    monkeypatch.setattr(orpo.demo, "_run", lambda *_: reached.append(True))
+    run_demo(output_dir=folder, device="cpu", settings=SHORT)
+    assert reached

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["run_demo"]
 
+# Lies in a folder that the demonstration has made.
+MARK = ".orpo-demo"
+
 
 def run_demo(
     output_dir: str | Path = "orpo-demo",
@@ -35,7 +38,7 @@ def run_demo(
     loads them), and the other two models in ``before/`` and ``sft/``.
 
     Args:
-        output_dir: folder to write to; made if it is missing.
+        output_dir: folder to write to; made if it is missing. An earlier demonstration there is written over.
         seed: of the initialisation and of the order of batches. The pairs do not depend on it.
         device: "cpu" or "cuda". None takes the accelerator where there is one.
         settings: the lengths and rates of the experiment.
@@ -44,7 +47,8 @@ def run_demo(
         What ``summary.json`` holds.
 
     Raises:
-        ValueError: `device` is not there, or the run was started on several processes.
+        ValueError: `device` is not there, the run was started on several processes, or `output_dir` holds anything but
+            an earlier demonstration.
     """
     from orpo.demo.experiment import DemoSettings, one_thread
 
@@ -53,6 +57,7 @@ def run_demo(
             f"the demonstration runs on 1 process, not on {os.environ['WORLD_SIZE']}: start it without a launcher"
         )
     where = _device(device)
+    _refuse_other_files(Path(output_dir))
     with one_thread(where):
         return _run(Path(output_dir), seed, where, settings or DemoSettings())
 
@@ -67,6 +72,7 @@ def _run(output_dir: Path, seed: int, device: torch.device, settings: DemoSettin
     from orpo.plots import plot_curves, write_curves_csv
 
     output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / MARK).touch()
     folders = {"before": output_dir / "before", "sft": output_dir / "sft", "orpo": output_dir}
 
     data = train_pairs, heldout_pairs = make_pairs(held_out=settings.held_out, questions=settings.questions)
@@ -124,6 +130,18 @@ def _run(output_dir: Path, seed: int, device: torch.device, settings: DemoSettin
     )
     print(f"{seconds['total']:.0f} s. Curves: {picture}; figures: {output_dir / 'summary.json'}; model: {output_dir}")
     return summary
+
+
+def _refuse_other_files(folder: Path) -> None:
+    there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    # A run that was trained where a demonstration had been has left these.
+    trained = [name for name in there if name == "training_args.bin" or name.startswith("checkpoint-")]
+    if there and (MARK not in there or trained):
+        raise ValueError(
+            f"output_dir {folder} holds files that are not the demonstration's ({min(trained or there)}), which would "
+            "write over some: give another folder, or, to train on pairs of your own, --model_name_or_path and "
+            "--dataset_name"
+        )
 
 
 def _device(name: str | None) -> torch.device:
