@@ -1,4 +1,4 @@
-"""What a call allocates, as torch's profiler saw it, and whether a CPU's products of bfloat16 can be measured at all."""
+"""What a call allocates, as torch's profiler saw it, and whether what a CPU multiplies can be measured at all."""
 
 import functools
 import os
