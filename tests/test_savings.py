@@ -13,6 +13,16 @@ from torch.profiler import ProfilerActivity, profile
 from orpo import orpo_loss, token_logprobs
 
 P, T, D, V = 4, 40, 32, 1009
+# Only what a loss in bfloat16 does depends on whether the CPU multiplies it.
+_EACH = [
+    pytest.param(torch.float32, False, id="float32"),
+    pytest.param(torch.bfloat16, True, id="bfloat16 multiplied"),
+    pytest.param(torch.bfloat16, False, id="bfloat16 widened"),
+]
+DTYPES, DTYPES_AND_FLOAT16 = (
+    pytest.mark.parametrize(("dtype", "bfloat16_cpu"), each, indirect=["bfloat16_cpu"])
+    for each in (_EACH, [*_EACH, pytest.param(torch.float16, False, id="float16")])
+)
 
 
 def loss_of(problem, **keywords):
@@ -62,7 +72,7 @@ def test_rows_that_cannot_matter_cost_nothing():
     assert flops == pytest.approx(8 * n * V * D, rel=0.01)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@DTYPES
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
 def test_no_allocation_is_larger_than_a_strip(frozen, dtype, bfloat16_cpu):
     # Many rows: N * V is 10 strips; what is larger than a strip may only be the gradients that were asked for. In
@@ -203,7 +213,7 @@ def test_tiles_stay_within_the_budget_whatever_the_batch(pairs):
     assert largest <= budget + ROUND
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@DTYPES
 def test_a_large_budget_is_not_filled_where_the_sum_of_products_needs_no_wider_copy(dtype, bfloat16_cpu):
     skip_where_copied(torch_logits.compute_dtype(dtype, dtype))
     problem = make_problem(P=24, T=121, D=16, V=4001, dtype=dtype).requiring_grad()
@@ -226,7 +236,7 @@ def test_one_memory_serves_all_tiles(trained):
 
 
 @pytest.mark.parametrize("pairs, positions", [(10, 121), (1, 1152)], ids=["many pairs", "one pair"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@DTYPES_AND_FLOAT16
 def test_evaluation_holds_one_chunk_of_a_tile_and_has_trainings_bits(
     dtype, pairs, positions, bfloat16_cpu, monkeypatch
 ):
@@ -257,7 +267,7 @@ def test_evaluation_holds_one_chunk_of_a_tile_and_has_trainings_bits(
     assert 2**20 < largest <= chunk < n * wide * element
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@DTYPES
 def test_log_probabilities_near_zero_have_trainings_bits(dtype, bfloat16_cpu):
     """There softplus is no identity, and rounds the last rows of a block otherwise than the others."""
     g = torch.Generator().manual_seed(0)
