@@ -55,6 +55,7 @@ def test_nothing_is_counted_after_the_block():
     assert not meter.counts
 
 
+@pytest.mark.slow
 def test_ours_costs_what_the_formulas_say():
     from benchmarks import cost
 
@@ -98,6 +99,7 @@ def test_the_fit_recovers_its_products():
         cost.fit(odd, cost.SMALL)
 
 
+@pytest.mark.slow
 def test_the_form_with_the_librarys_matmul_costs_what_the_formulas_say():
     from benchmarks import cost
 
@@ -110,6 +112,7 @@ def test_the_form_with_the_librarys_matmul_costs_what_the_formulas_say():
         cost.check_library(meter, size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ours, strips, fused", "ours, strips, library's matmul", "ours, all kept"])
 def test_the_stored_counts_are_those_of_the_code(name):
     from benchmarks import cost, results

@@ -28,6 +28,7 @@ def test_each_mutation_fits_the_code_and_changes_it():
         assert mutation.apply(text) != text, mutation.fault
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", HANDFUL)
 def test_a_planted_fault_is_noticed(fault):
     mutation = next(m for m in MUTATIONS if m.fault == fault)

@@ -31,7 +31,10 @@ _BLOCK_BYTES = 4 * 2**20
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16 (AVX512-BF16, AMX, Arm's BF16)."""
+    """Whether this CPU has instructions for products of bfloat16 (AVX512-BF16, AMX, Arm's BF16).
+
+    The processor is asked, not the library, from which ONEDNN_MAX_CPU_ISA may hide them.
+    """
     if platform.machine().lower() in ("x86_64", "amd64"):
         names = ("avx512_bf16", "amx_bf16", "avx10_2")
     else:
