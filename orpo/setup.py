@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Collection
@@ -18,6 +19,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from orpo.config import ORPOConfig
 from orpo.hub import check_hub_name
@@ -73,7 +75,7 @@ def _refuse_random_head(name: str, model: PreTrainedModel, missing: Collection[s
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
-    """The tokenizer that belongs to the model called `name`.
+    """The tokenizer that belongs to the model called `name`; of an adapter that has none, its base model's.
 
     Raises:
         ValueError: `name` is empty, a folder without a tokenizer, or neither a folder nor to be had from the hub.
@@ -81,6 +83,11 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str 
     if not name:
         raise ValueError("processing_class is not given, and the model has no name to find its tokenizer by")
     if Path(name).is_dir() and not list(Path(name).glob("*token*")):
+        adapter = Path(name, ADAPTER_CONFIG_NAME)
+        if adapter.is_file():
+            base = json.loads(adapter.read_text(encoding="utf-8"))
+            options = {"trust_remote_code": trust_remote_code, "revision": base.get("revision")}
+            return load_tokenizer(base.get("base_model_name_or_path") or "", **options)
         raise ValueError(f"{name} holds a model without its tokenizer: save it there with tokenizer.save_pretrained")
     check_hub_name(name)
     return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)

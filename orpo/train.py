@@ -22,7 +22,7 @@ from orpo.arguments import HELD_OUT, DataArguments, ModelArguments, parse
 from orpo.command import run_command
 from orpo.config import ORPOConfig
 from orpo.disk import check_writable, leaves_no_empty_folder
-from orpo.merge import merge_adapter
+from orpo.merge import check_output, merge_adapter
 from orpo.packages import require
 from orpo.trainer import ORPOTrainer
 
@@ -31,6 +31,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig
     """One run: loads, trains, evaluates, saves the model, its metrics, its state and its curves in ``output_dir``."""
     if model_args.merge_adapter and not model_args.use_peft:
         raise ValueError("merge_adapter is given without use_peft: there is no adapter to merge")
+    if model_args.merge_adapter:
+        # Said now, not when the adapter is trained.
+        check_output(Path(args.output_dir) / "merged", args.output_dir, model_args.model_name_or_path)
     evaluates = args.do_eval or args.eval_strategy != "no" or data_args.eval_dataset_name is not None
     if args.generate_during_eval and not evaluates:
         raise ValueError(
