@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from orpo_kernels import torch_logits
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from orpo.packages import require
+from orpo.adapters import adapter_folder, load_adapter
 from orpo.setup import load_model, load_tokenizer
 
 Messages = list[dict[str, str]]
@@ -223,15 +222,10 @@ def load(name: str, *, dtype: str = "auto", device: str | None = None, trust_rem
         ImportError: the folder holds an adapter, and peft is not installed.
         ValueError: there is no such folder, or no language model with its head and tokenizer in it.
     """
-    if (Path(name) / "adapter_config.json").is_file():
-        require("peft", f"the adapter in {name}")
-        from peft import AutoPeftModelForCausalLM
-
-        options = {"use_safetensors": True, "trust_remote_code": trust_remote_code}
-        model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-    else:
-        model = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    folder = adapter_folder(name)
+    model = load_model(name, **options) if folder is None else load_adapter(folder, **options)
+    tokenizer = load_tokenizer(name if folder is None else str(folder), trust_remote_code=trust_remote_code)
     if device is None:
         device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     if dtype == "auto" and model.dtype == torch.bfloat16 and torch.device(device).type == "cpu":

@@ -6,6 +6,7 @@ python -m orpo.merge ADAPTER_FOLDER OUTPUT_FOLDER
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orpo.adapters import WEIGHTS, adapter_config, load_adapter, trained_tokens
+from orpo.adapters import WEIGHTS, load_adapter, read_config, trained_tokens
 from orpo.command import run_command
 from orpo.packages import require
 from orpo.setup import load_model, load_tokenizer
@@ -52,12 +53,12 @@ def merge_adapter(
     adapter, output = Path(adapter), Path(output)
     if not (adapter / WEIGHTS).is_file() or not (adapter / "adapter_config.json").is_file():
         raise ValueError(f"{adapter} holds no adapter: adapter_config.json and {WEIGHTS} are needed")
-    config = adapter_config(str(adapter))
+    config = read_config(adapter)
     check_output(output, adapter, config.base_model_name_or_path)
     if config.is_prompt_learning:
         raise ValueError(f"{adapter} is a {config.peft_type.value} adapter, tokens before the input: no weight has it")
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    model = load_adapter(str(adapter), config, **options)
+    model = load_adapter(adapter, **options)
     ids = _trial_tokens(model, trained_tokens(config))
     expected = _logits(model, ids)
     merged = _merge(model)
@@ -70,7 +71,7 @@ def merge_adapter(
         del model, merged
         reloaded = load_model(str(part), **options)
         _compare(_logits(reloaded, ids), expected, reloaded, str(adapter))
-        record = {"adapter": str(adapter), "base": config.base_model_name_or_path, "revision": config.revision}
+        record = {**_sources(adapter, dtype), "base": config.base_model_name_or_path, "revision": config.revision}
         files = sorted(path.name for path in part.iterdir())
         (part / RECORD).write_text(json.dumps({**record, "files": [*files, RECORD]}, indent=1) + "\n")
         if output.is_dir():
@@ -81,6 +82,18 @@ def merge_adapter(
         raise
     reloaded.config._name_or_path = reloaded.name_or_path = str(output)
     return reloaded
+
+
+def is_merged(output: str | Path, adapter: str | Path, dtype: str | None) -> bool:
+    """Whether :func:`merge_adapter` has saved this very adapter in `output`, in `dtype`."""
+    record = Path(output, RECORD)
+    return record.is_file() and _sources(adapter, dtype).items() <= json.loads(record.read_text("utf-8")).items()
+
+
+def _sources(adapter: str | Path, dtype: Any) -> dict[str, str]:
+    with Path(adapter, WEIGHTS).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"adapter": str(Path(adapter).absolute()), "weights": digest, "dtype": str(dtype)}
 
 
 def check_output(output: str | Path, adapter: str | Path, base: str | None = None) -> None:

@@ -137,8 +137,7 @@ def wrap_peft(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module
         raise ValueError(f"peft_config has to be a peft.PeftConfig, not {type(peft_config).__name__}")
     if isinstance(model, peft.PeftModel):
         raise ValueError("the model has an adapter already: merge it first, or leave out peft_config")
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+    model = prepare_quantized(model, args)
     # The adapter's initial weights are random, and nothing has set the seed yet.
     torch.manual_seed(args.seed)
     try:
@@ -149,6 +148,15 @@ def wrap_peft(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module
             linear = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
             error.add_note(f"--lora_target_modules takes all-linear, or some of {', '.join(sorted(linear))}")
         raise
+
+
+def prepare_quantized(model: nn.Module, args: ORPOConfig) -> nn.Module:
+    """`model` as an adapter is trained on it: of 4 or 8 bits it has float32 norms, any other stays as it is."""
+    if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
+        return model
+    import peft
+
+    return peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
 
 
 def warn_of_emulation(model: nn.Module, args: ORPOConfig) -> None:

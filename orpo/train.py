@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from orpo.arguments import HELD_OUT, DataArguments, ModelArguments, parse
 from orpo.command import run_command
@@ -29,7 +30,8 @@ from orpo.trainer import ORPOTrainer
 
 def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig) -> ORPOTrainer:
     """One run: loads, trains, evaluates, saves the model, its metrics, its state and its curves in ``output_dir``."""
-    if model_args.merge_adapter and not model_args.use_peft:
+    goes_on = Path(model_args.model_name_or_path, ADAPTER_CONFIG_NAME).is_file()
+    if model_args.merge_adapter and not model_args.use_peft and not goes_on:
         raise ValueError("merge_adapter is given without use_peft: there is no adapter to merge")
     if model_args.merge_adapter:
         # Said now, not when the adapter is trained.
