@@ -41,11 +41,8 @@ def load_model(name: str, *, trust_remote_code: bool = False, **options: Any) ->
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise ValueError(f"there is no folder {name} to load a model from")
     kwargs = {"trust_remote_code": trust_remote_code, "use_safetensors": True, **options}
-    dtype = kwargs.get("dtype")
-    if isinstance(dtype, str) and dtype != "auto":
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype is {dtype!r}; it has to be 'auto' or a torch dtype")
-        kwargs["dtype"] = getattr(torch, dtype)
+    if "dtype" in kwargs:
+        kwargs["dtype"] = as_dtype(kwargs["dtype"])
     check_hub_name(name, cache_dir=options.get("cache_dir"))
     config = AutoConfig.from_pretrained(
         name, revision=kwargs.get("revision"), trust_remote_code=kwargs["trust_remote_code"]
@@ -62,6 +59,19 @@ def load_model(name: str, *, trust_remote_code: bool = False, **options: Any) ->
         raise
     _refuse_random_head(name, model, loaded["missing_keys"])
     return model
+
+
+def as_dtype(dtype: Any) -> Any:
+    """The torch dtype of that name; "auto", None and what is no name stay as they are.
+
+    Raises:
+        ValueError: there is no such dtype.
+    """
+    if not isinstance(dtype, str) or dtype == "auto":
+        return dtype
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype is {dtype!r}; it has to be 'auto' or a torch dtype")
+    return getattr(torch, dtype)
 
 
 def _refuse_random_head(name: str, model: PreTrainedModel, missing: Collection[str]) -> None:

@@ -113,7 +113,7 @@ def test_an_adapters_own_tokenizer_comes_first(adapter):
 
 def test_a_base_that_is_gone_is_told_with_who_names_it(adapter, tmp_path):
     os.rename(tmp_path / "base", tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="there is no folder .*base") as error:
+    with pytest.raises(ValueError, match=r"there is no folder .*base") as error:
         ORPOTrainer(str(adapter), make_args(tmp_path / "out"), train_dataset=SEVEN)
     assert f"adapter_config.json in {adapter} names this base model" in "".join(error.value.__notes__)
 
