@@ -21,7 +21,7 @@ PROMPTS_DIFFER = "pair whose prompts differ"
 
 AS_THEY_ARE = (
     "the prompts are strings, trained as they are although the tokenizer has a chat template: an instruct model wants "
-    "conversations; to answer such prompts after training, orpo-generate --no_chat_template"
+    "conversations; orpo-generate answers prompts without the template too, unless told otherwise (--chat_template)"
 )
 
 

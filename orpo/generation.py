@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from orpo.adapters import adapter_folder, load_adapter
+from orpo.prompts import left_to_the_answer, prompt_tokens, trained_plain
 from orpo.setup import load_model, load_tokenizer
 
 Messages = list[dict[str, str]]
@@ -36,13 +37,18 @@ class Answer(str):
         """:meth:`str.strip`, with :attr:`cut` kept."""
         return Answer(super().strip(*args), self.cut)
 
+    def without(self, start: str) -> Answer:
+        """:meth:`str.removeprefix`, with :attr:`cut` kept."""
+        return Answer(super().removeprefix(start), self.cut)
+
 
 def render(prompt: str | Messages, tokenizer: Any, chat_template: bool | None = None, system: str | None = None) -> str:
     """The text that the model continues.
 
     Args:
         prompt: a string, or messages of which the last is not the assistant's.
-        chat_template: whether a string becomes a user's turn. Default: where the tokenizer has a template.
+        chat_template: whether a string becomes a user's turn. Default: where the tokenizer has a template, and does not
+            come from a run that trained on strings.
         system: a system message before the turn.
 
     Raises:
@@ -62,8 +68,8 @@ def render(prompt: str | Messages, tokenizer: Any, chat_template: bool | None = 
 
 def _is_turn(prompt: str | Messages, tokenizer: Any, chat_template: bool | None) -> bool:
     """Whether the chat template renders `prompt`, its own special tokens included."""
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    return not isinstance(prompt, str) or (has_template if chat_template is None else chat_template)
+    default = bool(getattr(tokenizer, "chat_template", None)) and not trained_plain(tokenizer)
+    return not isinstance(prompt, str) or (default if chat_template is None else chat_template)
 
 
 def generate(
@@ -82,8 +88,9 @@ def generate(
 ) -> list[Answer]:
     """The model's answer to each prompt, in their order, without special tokens: strings with ``cut`` beside them.
 
-    Prompts are tokenized as in training: a plain string with BOS in front, a chat template's text as it is. A batch is
-    filled up on the left. Greedy answers do not depend on the batch size but for rounding; sampled ones repeat with the
+    Prompts are tokenized as in training: a plain string with BOS in front, a chat template's text as it is. A space at
+    the end, which training gives to the answer's first word, is left to the answer and no part of it. A batch is filled
+    up on the left. Greedy answers do not depend on the batch size but for rounding; sampled ones repeat with the
     same `seed`, prompts and `batch_size`. The global random state is left as it was.
 
     Args:
@@ -112,7 +119,8 @@ def generate(
     texts = [render(prompt, tokenizer, chat_template, system) for prompt in prompts]
     ids = [_tokens(text, prompt, tokenizer, chat_template) for text, prompt in zip(texts, prompts, strict=True)]
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    return answer_tokens(model, tokenizer, ids, batch_size=batch_size, seed=seed, progress=progress, **options)
+    answers = answer_tokens(model, tokenizer, ids, batch_size=batch_size, seed=seed, progress=progress, **options)
+    return [answer.without(left_to_the_answer(text, tokenizer)) for answer, text in zip(answers, texts, strict=True)]
 
 
 @torch.no_grad()
@@ -198,7 +206,7 @@ def _generation_settings(model: Any, settings: GenerationConfig) -> Iterator[Non
 
 
 def _tokens(text: str, prompt: str | Messages, tokenizer: Any, chat_template: bool | None) -> list[int]:
-    ids, bos = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id
+    ids, bos = prompt_tokens(text, tokenizer), tokenizer.bos_token_id
     if not _is_turn(prompt, tokenizer, chat_template) and bos is not None and ids[:1] != [bos]:
         ids = [bos, *ids]
     if not ids:

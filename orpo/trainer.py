@@ -26,6 +26,7 @@ from orpo.layout import make_layout
 from orpo.metrics import WeightedMeans
 from orpo.model import LossCall, base_model
 from orpo.probe import check_fused_logps, choose_layout
+from orpo.prompts import boundary_note, remember_form
 from orpo.reports import ReportingTrainer
 from orpo.setup import adapt, load_tokenizer, pad_token_id, router_coefficient
 from orpo.sharding import agreed, prepare_ranks
@@ -100,6 +101,9 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
                 name, trust_remote_code=args.trust_remote_code, revision=options.get("revision")
             )
         text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        remember_form(text_tokenizer, train_dataset)
+        if args.should_log and (note := boundary_note(train_dataset, text_tokenizer)):
+            print(note)
         prepare = self._preparation(args, text_tokenizer)
         train_dataset = prepare(train_dataset, "train")
         if isinstance(eval_dataset, dict) and "chosen" not in eval_dataset:
