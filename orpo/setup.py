@@ -14,8 +14,10 @@ from orpo_kernels import torch_logits
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedModel,
 )
@@ -28,7 +30,7 @@ from orpo.packages import require
 
 
 def load_model(name: str, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
-    """The causal language model called `name`, a folder or a model of the hub.
+    """The causal language model called `name`, a folder or a model of the hub; also one that sees images.
 
     Weights are read from safetensors unless `options`, the arguments of ``from_pretrained``, ask otherwise: a pickle
     can run code as it loads.
@@ -49,10 +51,13 @@ def load_model(name: str, *, trust_remote_code: bool = False, **options: Any) ->
     )
     if config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; this loss is for decoder-only (causal) language models")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+    auto = AutoModelForCausalLM
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        auto = AutoModelForImageTextToText
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
         raise ValueError(f"{name} is a {config.model_type} model, which has no language-modeling head to train with")
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(name, **kwargs, output_loading_info=True)
+        model, loaded = auto.from_pretrained(name, **kwargs, output_loading_info=True)
     except ImportError as error:
         if "flash" in str(error).lower():
             error.add_note("without FlashAttention: attn_implementation sdpa")
