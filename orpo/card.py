@@ -91,8 +91,8 @@ def model_card(
     )
     parts = [
         f"# {text(metadata.model_name)}",
-        f"{_described(base, adapters)}{f' (made from {code(origin)})' if origin else ''}, trained on preference pairs with "
-        "[ORPO](https://arxiv.org/abs/2403.07691), Odds Ratio Preference Optimization, by fused-orpo.",
+        f"{_described(base, adapters)}{f' (made from {code(origin)})' if origin else ''}, trained on preference pairs "
+        "with [ORPO](https://arxiv.org/abs/2403.07691), Odds Ratio Preference Optimization, by fused-orpo.",
         "## Data",
         _data(trainer, names, _listed(dataset_args)),
         "## Loss",
