@@ -32,7 +32,9 @@ HELD_OUT = (
 class ModelArguments:
     """Which model, how it is loaded, and which adapter is trained in its place."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A folder, or a model of the hub."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A folder or a name on the hub, of a model or an adapter."}
+    )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
     dtype: str | None = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16, float16, auto."})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -13,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from orpo import __version__
 from orpo.data import SUMMARY
+from orpo.markdown import code, table, text
 
 # What describes a run to others. Paths, tokens and what concerns one machine alone stay out.
 SHOWN = (
@@ -90,9 +90,9 @@ def model_card(
         tags=list(dict.fromkeys(["orpo", "generated_from_trainer", *(["lora"] if adapters else []), *_listed(tags)])),
     )
     parts = [
-        f"# {metadata.model_name}",
-        f"{_described(base, adapters)}{f' (made from `{origin}`)' if origin else ''}, trained on preference pairs with "
-        "[ORPO](https://arxiv.org/abs/2403.07691), Odds Ratio Preference Optimization, by fused-orpo.",
+        f"# {text(metadata.model_name)}",
+        f"{_described(base, adapters)}{f' (made from {code(origin)})' if origin else ''}, trained on preference pairs "
+        "with [ORPO](https://arxiv.org/abs/2403.07691), Odds Ratio Preference Optimization, by fused-orpo.",
         "## Data",
         _data(trainer, names, _listed(dataset_args)),
         "## Loss",
@@ -121,7 +121,7 @@ def _is_local(name: str) -> bool:
 
 def _shown_name(name: str) -> str:
     """`name` without the folders of the machine it lies on."""
-    return f"`{Path(name).name}`" if _is_local(name) else f"`{name}`"
+    return code(Path(name).name if _is_local(name) else name)
 
 
 def _base_model(trainer: Any, adapters: dict[str, Any]) -> str | None:
@@ -142,7 +142,7 @@ def _described(base: str | None, adapters: dict[str, Any]) -> str:
 
 
 def _data(trainer: Any, names: list[str], details: list[str]) -> str:
-    labels = [f"{_shown_name(n)} ({d})" for n, d in zip(names, details, strict=False)]
+    labels = [f"{_shown_name(n)} ({text(d)})" for n, d in zip(names, details, strict=False)]
     labels += [_shown_name(n) for n in names[len(labels) :]]
     lines = [f"* {label}" for label in labels]
     held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
@@ -152,7 +152,7 @@ def _data(trainer: Any, names: list[str], details: list[str]) -> str:
         summary = getattr(data, SUMMARY, None)
         if summary is None:
             summary = f"{name}: {len(data):,} pairs" if hasattr(data, "__len__") else f"{name}: a stream"
-        lines.append(f"* {summary}")
+        lines.append(f"* {text(summary)}")
     return "\n".join(lines)
 
 
@@ -188,7 +188,7 @@ def _settings(trainer: Any, adapters: dict[str, Any]) -> str:
     steps = f"; {trainer.state.global_step} steps were taken" if trainer.state.global_step else ""
     if not changed:
         return f"{head}{steps}. All settings are the defaults."
-    return f"{head}{steps}. What differs from the defaults:\n\n" + _table(("setting", "value"), changed.items())
+    return f"{head}{steps}. What differs from the defaults:\n\n" + table(("setting", "value"), changed.items())
 
 
 def _json(value: Any) -> Any:
@@ -216,10 +216,10 @@ def _evaluation(trainer: Any) -> list[str]:
                 latest[name.removeprefix("eval_")] = shown, entry["step"]
     if not latest:
         return []
-    parts = ["## Held-out pairs", _table(("metric", "value", "step"), ((k, *v) for k, v in latest.items()))]
+    parts = ["## Held-out pairs", table(("metric", "value", "step"), ((k, *v) for k, v in latest.items()))]
     if best:
         parts.append(
-            f"The weights are those of step {best}, the best by `{trainer.args.metric_for_best_model}`: "
+            f"The weights are those of step {best}, the best by {code(trainer.args.metric_for_best_model)}: "
             f"{state.best_metric:.4g}."
         )
     return parts
@@ -229,9 +229,3 @@ def _versions(has_adapter: bool) -> str:
     packages = ["torch", "transformers", "accelerate", "datasets", "tokenizers", *(["peft"] if has_adapter else [])]
     found = {"fused-orpo": __version__, "Python": platform.python_version(), **{p: version(p) for p in packages}}
     return "\n".join(f"* {name} {number}" for name, number in found.items())
-
-
-def _table(head: Sequence[str], rows: Any) -> str:
-    text = [[str(c) if isinstance(c, (str, int, float)) else json.dumps(c) for c in row] for row in rows]
-    lines = [head, ["---"] * len(head), *([f"`{row[0]}`", *row[1:]] for row in text)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -15,6 +15,7 @@ from orpo.data import Limits
 from orpo.diagnose import refuse_cut_gradients
 from orpo.layout import LAYOUTS
 from orpo.packages import require
+from orpo.redact import RedactedArguments
 
 # Trackers that are tried by the tests; transformers knows more, and checks those itself.
 TRACKERS = frozenset({"tensorboard", "trackio", "wandb"})
@@ -45,7 +46,7 @@ def _older(new: str) -> Any:
 
 
 @dataclass
-class ORPOConfig(TrainingArguments):
+class ORPOConfig(RedactedArguments, TrainingArguments):
     """Arguments of :class:`orpo.ORPOTrainer`, on top of ``transformers.TrainingArguments``.
 
     Four defaults are TRL's rather than transformers': ``learning_rate`` 1e-6, ``logging_steps`` 10,

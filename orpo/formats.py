@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from orpo.images import refuse_images
+
 ASSISTANT = "\n\nAssistant:"
 
 EMPTY_ANSWER = "empty answer"
@@ -21,7 +23,7 @@ PROMPTS_DIFFER = "pair whose prompts differ"
 
 AS_THEY_ARE = (
     "the prompts are strings, trained as they are although the tokenizer has a chat template: an instruct model wants "
-    "conversations; to answer such prompts after training, orpo-generate --no_chat_template"
+    "conversations; orpo-generate answers prompts without the template too, unless told otherwise (--chat_template)"
 )
 
 
@@ -53,8 +55,9 @@ def pair_text(row: Mapping[str, Any], tokenizer: Any) -> PairText:
 
     Raises:
         UnusableRow: an answer is empty, or the two dialogues do not share their prompt.
-        ValueError: the row has none of the forms above.
+        ValueError: the row has none of the forms above, or an image.
     """
+    refuse_images(row)
     for side in ("chosen", "rejected"):
         if side not in row:
             raise ValueError(

@@ -13,7 +13,6 @@ column ``prompt`` of a data set in any form that orpo-train reads, as strings or
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 from orpo import judges
 from orpo.command import OneLineErrors, run_command
+from orpo.files import as_json, write_whole
 from orpo.generation import Answer, Messages, generate, load
 from orpo.sources import load_pairs
 
@@ -63,7 +63,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--system", help="a system message before each prompt")
-    parser.add_argument("--no_chat_template", action="store_true", help="give prompts to the model as they are")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--chat_template", action="store_true", default=None, help="make a user's turn of prompts")
+    form.add_argument(
+        "--no_chat_template",
+        dest="chat_template",
+        action="store_false",
+        default=None,
+        help="give prompts to the model as they are; default: as it was trained, a turn where that is not known",
+    )
     parser.add_argument("--dtype", default="auto", help="of the weights: auto, float32, bfloat16, float16")
     parser.add_argument("--device", help="cpu, cuda, ...; default: an accelerator if there is one")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
@@ -73,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--output is {options.output}, in a folder that does not exist")
     if options.output is not None and Path(options.output).is_dir():
         parser.error(f"--output is {options.output}, which is a folder: name a file in it")
+    if options.output is not None and options.prompts is not None and _is_one_file(options.output, options.prompts):
+        parser.error(f"--output is {options.output}, which is the file of --prompts: name another one")
     if options.format is not None:
         _answer_judge(options, parser)
         return
@@ -84,9 +94,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.temperature = 0.0 if options.temperature is None else options.temperature
     names = ("max_new_tokens", "temperature", "top_p", "batch_size", "seed", "system")
     settings = {name: getattr(options, name) for name in names}
-    template = False if options.no_chat_template else None
     answers = generate(
-        model, tokenizer, prompts, chat_template=template, progress=options.output is not None, **settings
+        model,
+        tokenizer,
+        prompts,
+        chat_template=options.chat_template,
+        progress=options.output is not None,
+        **settings,
     )
     _say_cut(answers, options.max_new_tokens)
     if options.output is None:
@@ -95,11 +109,18 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f">>> {prompt if isinstance(prompt, str) else prompt[-1]['content']}")
             print(answer)
         return
-    with open(options.output, "w", encoding="utf-8") as file:
-        for prompt, answer in zip(prompts, answers, strict=True):
-            record = {"prompt": prompt, "answer": answer, "model": options.model, **settings}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    records = (
+        {"prompt": prompt, "answer": answer, "model": options.model, **settings}
+        for prompt, answer in zip(prompts, answers, strict=True)
+    )
+    write_whole(options.output, "".join(as_json(record) + "\n" for record in records))
     print(f"{len(answers)} answers in {options.output}", file=sys.stderr)
+
+
+def _is_one_file(one: str, other: str) -> bool:
+    # load_pairs takes a home folder's ~ too.
+    paths = Path(one), Path(other).expanduser()
+    return all(path.is_file() for path in paths) and paths[0].samefile(paths[1])
 
 
 def _say_cut(answers: Sequence[Answer], limit: int) -> None:
@@ -127,8 +148,8 @@ def _answer_judge(options: argparse.Namespace, parser: argparse.ArgumentParser) 
     settings = {name: getattr(options, name) for name in ("top_p", "batch_size", "seed", "system")}
     length = options.max_new_tokens
     settings["max_new_tokens"] = judges.MAX_NEW_TOKENS[form] if length is None else length
-    if options.no_chat_template:
-        settings["chat_template"] = False
+    if options.chat_template is not None:
+        settings["chat_template"] = options.chat_template
     if options.temperature is not None:
         settings["temperature"] = options.temperature
     if form == "mt-bench":

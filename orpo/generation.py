@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from orpo_kernels import torch_logits
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from orpo.packages import require
+from orpo.adapters import adapter_folder, load_adapter
+from orpo.prompts import left_to_the_answer, prompt_tokens, trained_plain
 from orpo.setup import load_model, load_tokenizer
 
 Messages = list[dict[str, str]]
@@ -37,13 +37,18 @@ class Answer(str):
         """:meth:`str.strip`, with :attr:`cut` kept."""
         return Answer(super().strip(*args), self.cut)
 
+    def without(self, start: str) -> Answer:
+        """:meth:`str.removeprefix`, with :attr:`cut` kept."""
+        return Answer(super().removeprefix(start), self.cut)
+
 
 def render(prompt: str | Messages, tokenizer: Any, chat_template: bool | None = None, system: str | None = None) -> str:
     """The text that the model continues.
 
     Args:
         prompt: a string, or messages of which the last is not the assistant's.
-        chat_template: whether a string becomes a user's turn. Default: where the tokenizer has a template.
+        chat_template: whether a string becomes a user's turn. Default: where the tokenizer has a template, and does not
+            come from a run that trained on strings.
         system: a system message before the turn.
 
     Raises:
@@ -63,8 +68,8 @@ def render(prompt: str | Messages, tokenizer: Any, chat_template: bool | None = 
 
 def _is_turn(prompt: str | Messages, tokenizer: Any, chat_template: bool | None) -> bool:
     """Whether the chat template renders `prompt`, its own special tokens included."""
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    return not isinstance(prompt, str) or (has_template if chat_template is None else chat_template)
+    default = bool(getattr(tokenizer, "chat_template", None)) and not trained_plain(tokenizer)
+    return not isinstance(prompt, str) or (default if chat_template is None else chat_template)
 
 
 def generate(
@@ -83,8 +88,9 @@ def generate(
 ) -> list[Answer]:
     """The model's answer to each prompt, in their order, without special tokens: strings with ``cut`` beside them.
 
-    Prompts are tokenized as in training: a plain string with BOS in front, a chat template's text as it is. A batch is
-    filled up on the left. Greedy answers do not depend on the batch size but for rounding; sampled ones repeat with the
+    Prompts are tokenized as in training: a plain string with BOS in front, a chat template's text as it is. A space at
+    the end, which training gives to the answer's first word, is left to the answer and no part of it. A batch is filled
+    up on the left. Greedy answers do not depend on the batch size but for rounding; sampled ones repeat with the
     same `seed`, prompts and `batch_size`. The global random state is left as it was.
 
     Args:
@@ -113,7 +119,8 @@ def generate(
     texts = [render(prompt, tokenizer, chat_template, system) for prompt in prompts]
     ids = [_tokens(text, prompt, tokenizer, chat_template) for text, prompt in zip(texts, prompts, strict=True)]
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    return answer_tokens(model, tokenizer, ids, batch_size=batch_size, seed=seed, progress=progress, **options)
+    answers = answer_tokens(model, tokenizer, ids, batch_size=batch_size, seed=seed, progress=progress, **options)
+    return [answer.without(left_to_the_answer(text, tokenizer)) for answer, text in zip(answers, texts, strict=True)]
 
 
 @torch.no_grad()
@@ -199,7 +206,7 @@ def _generation_settings(model: Any, settings: GenerationConfig) -> Iterator[Non
 
 
 def _tokens(text: str, prompt: str | Messages, tokenizer: Any, chat_template: bool | None) -> list[int]:
-    ids, bos = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id
+    ids, bos = prompt_tokens(text, tokenizer), tokenizer.bos_token_id
     if not _is_turn(prompt, tokenizer, chat_template) and bos is not None and ids[:1] != [bos]:
         ids = [bos, *ids]
     if not ids:
@@ -223,15 +230,10 @@ def load(name: str, *, dtype: str = "auto", device: str | None = None, trust_rem
         ImportError: the folder holds an adapter, and peft is not installed.
         ValueError: there is no such folder, or no language model with its head and tokenizer in it.
     """
-    if (Path(name) / "adapter_config.json").is_file():
-        require("peft", f"the adapter in {name}")
-        from peft import AutoPeftModelForCausalLM
-
-        options = {"use_safetensors": True, "trust_remote_code": trust_remote_code}
-        model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-    else:
-        model = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    folder = adapter_folder(name)
+    model = load_model(name, **options) if folder is None else load_adapter(folder, **options)
+    tokenizer = load_tokenizer(name if folder is None else str(folder), trust_remote_code=trust_remote_code)
     if device is None:
         device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     if dtype == "auto" and model.dtype == torch.bfloat16 and torch.device(device).type == "cpu":

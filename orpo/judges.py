@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from orpo.files import as_json, write_whole
 from orpo.generation import Messages, generate
 
 # Most tokens of an answer: FastChat's default; for AlpacaEval our choice, so long that answers end by themselves.
@@ -168,10 +169,7 @@ def mt_bench(
 
 def write(records: Sequence[dict[str, Any]], path: str | Path, form: str) -> None:
     """`records` as the judge of `form` reads them: one JSON list, or an object a line."""
-    with open(path, "w", encoding="utf-8") as file:
-        if form == "alpacaeval":
-            json.dump(list(records), file, ensure_ascii=False, indent=2)
-            file.write("\n")
-            return
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    if form == "alpacaeval":
+        write_whole(path, as_json(list(records), indent=2) + "\n")
+    else:
+        write_whole(path, "".join(as_json(record) + "\n" for record in records))

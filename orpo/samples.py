@@ -11,6 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
+from orpo.files import as_json
 from orpo.generation import answer_tokens, positions
 from orpo.streams import counters
 
@@ -65,7 +66,7 @@ class EvalSamples(TrainerCallback):
             path = Path(args.output_dir, FILE)
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+                file.writelines(as_json(record) + "\n" for record in records)
             title = "samples" if name is None else f"samples/{name}"
             rows = [[record[column] for column in COLUMNS] for record in records]
             report_table(self.trainer.callback_handler.callbacks, title, rows, state.global_step)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import Field, fields
 from typing import Any
 
+from transformers import TrainingArguments
+
 from orpo.arguments import DataArguments, ModelArguments
 from orpo.config import ORPOConfig
 
@@ -17,7 +19,7 @@ OLDER = "Older name, mapped with a warning to "
 def settings_table() -> str:
     """The Markdown of ``SETTINGS.md``: every setting of our own, and those of transformers with another default."""
     own = [field for field in fields(ORPOConfig) if field.name in ORPOConfig.__annotations__]
-    inherited = {field.name for base in ORPOConfig.__mro__[1:-1] for field in fields(base)}
+    inherited = {field.name for field in fields(TrainingArguments)}
     older = [field for field in own if _help(field).startswith(OLDER)]
     new = [field for field in own if field not in older]
     changed = [field for field in new if field.name in inherited]

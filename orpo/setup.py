@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Collection
@@ -13,11 +14,14 @@ from orpo_kernels import torch_logits
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from orpo.config import ORPOConfig
 from orpo.hub import check_hub_name
@@ -26,7 +30,7 @@ from orpo.packages import require
 
 
 def load_model(name: str, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
-    """The causal language model called `name`, a folder or a model of the hub.
+    """The causal language model called `name`, a folder or a model of the hub; also one that sees images.
 
     Weights are read from safetensors unless `options`, the arguments of ``from_pretrained``, ask otherwise: a pickle
     can run code as it loads.
@@ -39,27 +43,40 @@ def load_model(name: str, *, trust_remote_code: bool = False, **options: Any) ->
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise ValueError(f"there is no folder {name} to load a model from")
     kwargs = {"trust_remote_code": trust_remote_code, "use_safetensors": True, **options}
-    dtype = kwargs.get("dtype")
-    if isinstance(dtype, str) and dtype != "auto":
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype is {dtype!r}; it has to be 'auto' or a torch dtype")
-        kwargs["dtype"] = getattr(torch, dtype)
+    if "dtype" in kwargs:
+        kwargs["dtype"] = as_dtype(kwargs["dtype"])
     check_hub_name(name, cache_dir=options.get("cache_dir"))
     config = AutoConfig.from_pretrained(
         name, revision=kwargs.get("revision"), trust_remote_code=kwargs["trust_remote_code"]
     )
     if config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; this loss is for decoder-only (causal) language models")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+    auto = AutoModelForCausalLM
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        auto = AutoModelForImageTextToText
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
         raise ValueError(f"{name} is a {config.model_type} model, which has no language-modeling head to train with")
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(name, **kwargs, output_loading_info=True)
+        model, loaded = auto.from_pretrained(name, **kwargs, output_loading_info=True)
     except ImportError as error:
         if "flash" in str(error).lower():
             error.add_note("without FlashAttention: attn_implementation sdpa")
         raise
     _refuse_random_head(name, model, loaded["missing_keys"])
     return model
+
+
+def as_dtype(dtype: Any) -> Any:
+    """The torch dtype of that name; "auto", None and what is no name stay as they are.
+
+    Raises:
+        ValueError: there is no such dtype.
+    """
+    if not isinstance(dtype, str) or dtype == "auto":
+        return dtype
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype is {dtype!r}; it has to be 'auto' or a torch dtype")
+    return getattr(torch, dtype)
 
 
 def _refuse_random_head(name: str, model: PreTrainedModel, missing: Collection[str]) -> None:
@@ -73,7 +90,7 @@ def _refuse_random_head(name: str, model: PreTrainedModel, missing: Collection[s
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
-    """The tokenizer that belongs to the model called `name`.
+    """The tokenizer that belongs to the model called `name`; of an adapter that has none, its base model's.
 
     Raises:
         ValueError: `name` is empty, a folder without a tokenizer, or neither a folder nor to be had from the hub.
@@ -81,6 +98,11 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str 
     if not name:
         raise ValueError("processing_class is not given, and the model has no name to find its tokenizer by")
     if Path(name).is_dir() and not list(Path(name).glob("*token*")):
+        adapter = Path(name, ADAPTER_CONFIG_NAME)
+        if adapter.is_file():
+            base = json.loads(adapter.read_text(encoding="utf-8"))
+            options = {"trust_remote_code": trust_remote_code, "revision": base.get("revision")}
+            return load_tokenizer(base.get("base_model_name_or_path") or "", **options)
         raise ValueError(f"{name} holds a model without its tokenizer: save it there with tokenizer.save_pretrained")
     check_hub_name(name)
     return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
@@ -130,8 +152,7 @@ def wrap_peft(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module
         raise ValueError(f"peft_config has to be a peft.PeftConfig, not {type(peft_config).__name__}")
     if isinstance(model, peft.PeftModel):
         raise ValueError("the model has an adapter already: merge it first, or leave out peft_config")
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+    model = prepare_quantized(model, args)
     # The adapter's initial weights are random, and nothing has set the seed yet.
     torch.manual_seed(args.seed)
     try:
@@ -142,6 +163,15 @@ def wrap_peft(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module
             linear = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
             error.add_note(f"--lora_target_modules takes all-linear, or some of {', '.join(sorted(linear))}")
         raise
+
+
+def prepare_quantized(model: nn.Module, args: ORPOConfig) -> nn.Module:
+    """`model` as an adapter is trained on it: of 4 or 8 bits it has float32 norms, any other stays as it is."""
+    if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
+        return model
+    import peft
+
+    return peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
 
 
 def warn_of_emulation(model: nn.Module, args: ORPOConfig) -> None:

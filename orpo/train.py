@@ -19,13 +19,14 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from orpo.arguments import HELD_OUT, DataArguments, ModelArguments, parse
 from orpo.command import out_of_memory, run_command
 from orpo.config import ORPOConfig
 from orpo.disk import leaves_no_empty_folder, refuse_own_sources
 from orpo.guard import check_evaluation
-from orpo.merge import merge_adapter
+from orpo.merge import check_output, merge_adapter
 from orpo.packages import require
 from orpo.run_lock import run_lock
 from orpo.trainer import ORPOTrainer
@@ -40,8 +41,12 @@ class InterruptedRun(RuntimeError):
 
 def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig) -> ORPOTrainer:
     """One run: loads, trains, evaluates, saves the model, its metrics, its state and its curves in ``output_dir``."""
-    if model_args.merge_adapter and not model_args.use_peft:
+    goes_on = Path(model_args.model_name_or_path, ADAPTER_CONFIG_NAME).is_file()
+    if model_args.merge_adapter and not model_args.use_peft and not goes_on:
         raise ValueError("merge_adapter is given without use_peft: there is no adapter to merge")
+    if model_args.merge_adapter:
+        # Said now, not when the adapter is trained.
+        check_output(Path(args.output_dir) / "merged", args.output_dir, model_args.model_name_or_path)
     evaluates = args.do_eval or args.eval_strategy != "no" or data_args.eval_dataset_name is not None
     if args.generate_during_eval and not evaluates:
         raise ValueError(

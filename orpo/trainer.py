@@ -25,9 +25,11 @@ from orpo.layout import make_layout
 from orpo.metrics import WeightedMeans
 from orpo.model import LossCall, base_model
 from orpo.probe import check_fused_logps, choose_layout
+from orpo.prompts import boundary_note, remember_form
 from orpo.reports import ReportingTrainer
-from orpo.setup import adapt, load_model, load_tokenizer, pad_token_id, router_coefficient
+from orpo.setup import adapt, load_tokenizer, pad_token_id, router_coefficient
 from orpo.sharding import agreed, prepare_ranks
+from orpo.starting import load_start
 from orpo.streams import StreamReport, counters
 
 
@@ -35,7 +37,8 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
     """Trains a causal language model on preference pairs with ORPO, in the call shape of TRL's trainer.
 
     Args:
-        model: a transformers causal language model, a PEFT model around one, or the name or folder of one.
+        model: a transformers causal language model, a PEFT model around one, or the name or folder of either.
+            An adapter by name is trained further; with `peft_config` it is merged first, in ``output_dir/base``.
         args: the settings.
         data_collator: what makes batches of prepared examples. Default: the layout of ``args.layout``.
         train_dataset, eval_dataset: pairs in any form of :mod:`orpo.formats`, as a ``datasets.Dataset`` or
@@ -86,7 +89,7 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
         name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
         options = args.model_init_kwargs or {}
         if isinstance(model, str):
-            model = load_model(model, trust_remote_code=args.trust_remote_code, **options)
+            model, name = load_start(model, args, peft_config)
         elif options:
             raise ValueError("model_init_kwargs is given, but the model is loaded already")
         if model is not None:
@@ -97,6 +100,9 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
                 name, trust_remote_code=args.trust_remote_code, revision=options.get("revision")
             )
         text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        remember_form(text_tokenizer, train_dataset)
+        if args.should_log and (note := boundary_note(train_dataset, text_tokenizer)):
+            print(note)
         prepare = self._preparation(args, text_tokenizer)
         train_dataset = prepare(train_dataset, "train")
         if isinstance(eval_dataset, dict) and "chosen" not in eval_dataset:

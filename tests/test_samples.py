@@ -44,7 +44,8 @@ def test_samples_are_the_models_own_greedy_answers(tmp_path, template):
     found = samples(tmp_path)
     assert [record["step"] for record in found] == [1, 1, 2, 2]
     prompts = [row["prompt"] for row in ROWS[:2]]
-    expected = generate(trainer.model, tokenizer, prompts, max_new_tokens=8)
+    # The training pairs are strings.
+    expected = generate(trainer.model, tokenizer, prompts, max_new_tokens=8, chat_template=template is not None)
     assert [record["answer"] for record in found[2:]] == expected
     assert [record["chosen"].strip() for record in found[:2]] == SEVEN["chosen"][:2]
     assert all(prompt in record["prompt"] for prompt, record in zip(prompts, found[:2], strict=True))

@@ -1,0 +1,51 @@
+"""What a run starts from: a model by its name, or an adapter, which is trained further or merged first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from orpo.adapters import adapter_folder, load_adapter, read_config
+from orpo.config import ORPOConfig
+from orpo.merge import is_merged, merge_adapter
+from orpo.setup import as_dtype, load_model, prepare_quantized
+
+# In output_dir: what a new adapter names as its base has to be somewhere.
+MERGED = "base"
+
+
+def load_start(name: str, args: ORPOConfig, peft_config: Any) -> tuple[nn.Module, str]:
+    """The model called `name` as a run with `args` starts from it, and where its tokenizer is looked for.
+
+    An adapter is loaded around its base model and trained further. Where `peft_config` asks for a new one, it is merged
+    into its base first, and the merged model is saved in ``output_dir/base``, which the new adapter names as its base.
+
+    Args:
+        name: a model's or an adapter's folder, or the name of one on the hub.
+        args: ``model_init_kwargs`` and ``trust_remote_code`` are used, and ``output_dir`` where something is merged.
+        peft_config: of the adapter that will be trained, or None.
+
+    Raises:
+        ImportError: it is an adapter, and peft is not installed.
+        ValueError: as :func:`orpo.setup.load_model`, and :func:`orpo.merge.merge_adapter`.
+    """
+    options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    # Before the hub is asked, which may take its time.
+    as_dtype(options.get("dtype"))
+    folder = adapter_folder(name, **options)
+    if folder is None:
+        return load_model(name, **options), name
+    base = read_config(folder).base_model_name_or_path
+    report = print if args.should_log else lambda _: None
+    if peft_config is None:
+        report(f"{name} is an adapter on {base}: it is trained further")
+        model = load_adapter(folder, trainable=True, prepare=lambda model: prepare_quantized(model, args), **options)
+        return model, str(folder)
+    merged, dtype = Path(args.output_dir, MERGED).absolute(), options.get("dtype", "auto")
+    report(f"{name} is an adapter on {base}: it is merged, in {merged}, and the new adapter is trained on that")
+    with args.main_process_first(desc="merging the adapter"):
+        if not is_merged(merged, folder, dtype):
+            merge_adapter(folder, merged, dtype=dtype, trust_remote_code=args.trust_remote_code)
+    return load_model(str(merged), **{**options, "revision": None}), str(folder)
