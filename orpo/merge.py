@@ -15,6 +15,7 @@ from torch import nn
 
 from orpo.command import run_command
 from orpo.packages import require
+from orpo.setup import find_dtype, reading
 
 
 def merge_adapter(
@@ -36,7 +37,7 @@ def merge_adapter(
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: `adapter` holds no adapter.
+        ValueError: `adapter` holds no adapter, or a broken one, or `output` is a file.
     """
     require("peft", "merging an adapter")
     import peft
@@ -46,13 +47,18 @@ def merge_adapter(
     weights = adapter / "adapter_model.safetensors"
     if not weights.is_file() or not (adapter / "adapter_config.json").is_file():
         raise ValueError(f"{adapter} holds no adapter: adapter_config.json and adapter_model.safetensors are needed")
-    config = peft.PeftConfig.from_pretrained(adapter)
-    model = AutoModelForCausalLM.from_pretrained(
-        config.base_model_name_or_path, revision=config.revision, dtype=dtype, trust_remote_code=trust_remote_code
-    )
-    with safe_open(weights, "pt") as file:
-        _untie_if_adapted(model, list(file.keys()))
-    merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    if output.is_file():
+        raise ValueError(f"{output} is a file, where a folder has to be made")
+    with reading(adapter):
+        config = peft.PeftConfig.from_pretrained(adapter)
+    options = {"revision": config.revision, "dtype": find_dtype(dtype), "trust_remote_code": trust_remote_code}
+    with reading(config.base_model_name_or_path):
+        model = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, **options)
+    with reading(adapter):
+        with safe_open(weights, "pt") as file:
+            adapted = list(file.keys())
+        _untie_if_adapted(model, adapted)
+        merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
     merged.save_pretrained(output)
     AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code).save_pretrained(output)
     return merged

@@ -23,6 +23,6 @@ def not_utf8(line: int, error: UnicodeDecodeError) -> str:
     """What to say of a file whose line `line` could not be decoded."""
     byte = error.object[error.start]
     return (
-        f"is not UTF-8: line {line} has the byte 0x{byte:02x}; save it as UTF-8, where it is Latin-1 with "
-        "iconv -f latin1 -t utf-8"
+        f"is not UTF-8: line {line} has the byte 0x{byte:02x}; save it as UTF-8, for example with iconv -f latin1 -t "
+        "utf-8 (or -f cp1252, -f utf-16, as it was written)"
     )
