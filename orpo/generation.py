@@ -232,7 +232,7 @@ def load(name: str, *, dtype: str = "auto", device: str | None = None, trust_rem
         from peft import AutoPeftModelForCausalLM
 
         options = {"use_safetensors": True, "trust_remote_code": trust_remote_code}
-        with reading(name):
+        with reading(name, runs_code=trust_remote_code):
             model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=find_dtype(dtype), **options)
     else:
         model = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -52,7 +52,7 @@ def merge_adapter(
     with reading(adapter):
         config = peft.PeftConfig.from_pretrained(adapter)
     options = {"revision": config.revision, "dtype": find_dtype(dtype), "trust_remote_code": trust_remote_code}
-    with reading(config.base_model_name_or_path):
+    with reading(config.base_model_name_or_path, runs_code=trust_remote_code):
         model = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, **options)
     with reading(adapter):
         with safe_open(weights, "pt") as file:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from dataclasses import fields
 from typing import Any
 
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import SchedulerType
 
 # Least value, and the bound that it has to stay below.
 RANGES = {
@@ -70,25 +73,34 @@ def check_ranges(args: Any) -> None:
         )
     if args.save_steps == 0 and args.save_strategy == "steps":
         raise ValueError("save_steps is 0; to save no checkpoint, set save_strategy to no")
-    for name in args._VALID_DICT_FIELDS:
-        _check_mapping(name, getattr(args, name))
+    given = {name: _mapping(name, getattr(args, name)) for name in args._VALID_DICT_FIELDS}
+    _refuse_unknown("accelerator_config", given, [field.name for field in fields(AcceleratorConfig)])
+    schedule = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(args.lr_scheduler_type)])
+    own = ("optimizer", "num_warmup_steps", "num_training_steps")
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in schedule.parameters.values()):
+        _refuse_unknown("lr_scheduler_kwargs", given, [name for name in schedule.parameters if name not in own])
 
 
 # Those that may also name a file.
 _FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 
 
-def _check_mapping(name: str, value: Any) -> None:
-    if isinstance(value, str):
-        if not value.startswith("{"):
-            if name not in _FILES:
-                raise ValueError(f"{name} is {value!r}; it has to be a mapping, on the command line as JSON")
-            return
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name} is no JSON: {error}; it is {value!r}") from error
-    if name == "accelerator_config" and isinstance(value, dict):
-        known = [field.name for field in fields(AcceleratorConfig)]
-        if unknown := sorted(set(value) - set(known)):
-            raise ValueError(f"accelerator_config holds {', '.join(unknown)}; it may hold {', '.join(known)}")
+def _mapping(name: str, value: Any) -> dict[str, Any] | None:
+    """The mapping that `value` is or that its JSON holds; None where it names a file, or is something else."""
+    if isinstance(value, dict):
+        return value
+    if not isinstance(value, str):
+        return None
+    if not value.startswith("{"):
+        if name in _FILES:
+            return None
+        raise ValueError(f"{name} is {value!r}; it has to be a mapping, on the command line as JSON")
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is no JSON: {error}; it is {value!r}") from error
+
+
+def _refuse_unknown(name: str, given: dict[str, dict[str, Any] | None], known: list[str]) -> None:
+    if unknown := sorted(set(given[name] or ()) - set(known)):
+        raise ValueError(f"{name} holds {', '.join(unknown)}; it may hold {', '.join(known) or 'nothing'}")

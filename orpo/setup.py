@@ -28,8 +28,12 @@ from orpo.packages import require
 
 
 @contextmanager
-def reading(name: str | Path) -> Iterator[None]:
+def reading(name: str | Path, *, runs_code: bool = False) -> Iterator[None]:
     """Where the files of the model `name` are read: names them in errors of the libraries that read them.
+
+    Args:
+        name: a folder, or a name on the hub.
+        runs_code: code that comes with the model runs too, whose own errors are left as they are.
 
     Raises:
         ValueError: a file is broken; of JSON, which one.
@@ -40,7 +44,10 @@ def reading(name: str | Path) -> Iterator[None]:
         # These speak of what they read. Of a broken file come KeyError, TypeError, Exception itself and others.
         if isinstance(error, OSError | ImportError | torch.OutOfMemoryError) or type(error) is ValueError:
             raise
-        reason = _broken_json(Path(name)) or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = _broken_json(Path(name))
+        if reason is None and runs_code:
+            raise
+        reason = reason or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ValueError(f"{name} cannot be loaded: {reason}") from error
 
 
@@ -69,7 +76,7 @@ def load_model(name: str, *, trust_remote_code: bool = False, **options: Any) ->
     kwargs = {"trust_remote_code": trust_remote_code, "use_safetensors": True, **options}
     kwargs["dtype"] = find_dtype(kwargs.get("dtype"))
     check_hub_name(name, cache_dir=options.get("cache_dir"))
-    with reading(name):
+    with reading(name, runs_code=trust_remote_code):
         config = AutoConfig.from_pretrained(
             name, revision=kwargs.get("revision"), trust_remote_code=kwargs["trust_remote_code"]
         )
@@ -78,7 +85,7 @@ def load_model(name: str, *, trust_remote_code: bool = False, **options: Any) ->
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
         raise ValueError(f"{name} is a {config.model_type} model, which has no language-modeling head to train with")
     try:
-        with reading(name):
+        with reading(name, runs_code=trust_remote_code):
             model, loaded = AutoModelForCausalLM.from_pretrained(name, **kwargs, output_loading_info=True)
     except ImportError as error:
         if "flash" in str(error).lower():
@@ -144,7 +151,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str 
     if Path(name).is_dir() and not list(Path(name).glob("*token*")):
         raise ValueError(f"{name} holds a model without its tokenizer: save it there with tokenizer.save_pretrained")
     check_hub_name(name)
-    with reading(name):
+    with reading(name, runs_code=trust_remote_code):
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
 

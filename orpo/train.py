@@ -31,6 +31,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig
     """One run: loads, trains, evaluates, saves the model, its metrics, its state and its curves in ``output_dir``."""
     if model_args.merge_adapter and not model_args.use_peft:
         raise ValueError("merge_adapter is given without use_peft: there is no adapter to merge")
+    if args.max_steps <= 0 and args.num_train_epochs == 0:
+        raise ValueError("num_train_epochs is 0, and max_steps is not given: nothing would be trained")
     evaluates = args.do_eval or args.eval_strategy != "no" or data_args.eval_dataset_name is not None
     if args.generate_during_eval and not evaluates:
         raise ValueError(

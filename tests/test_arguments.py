@@ -107,6 +107,7 @@ def test_older_names_of_trls_scripts():
             "--lr_scheduler_kwargs abc",
             "lr_scheduler_kwargs is 'abc'; it has to be a mapping, on the command line as JS",
         ),
+        ('--lr_scheduler_kwargs {"nope":1}', "lr_scheduler_kwargs holds nope; it may hold last_epoch"),
         ("--orpo_alpha 0.1", "--orpo_alpha is no option, the name in axolotl for beta"),
         ("--micro-batch-size=2", "--micro-batch-size=2 is no option, the name in axolotl for per_device_train_batch"),
         ("--cutoff_len 9", "--cutoff_len is no option, the name in LLaMA-Factory for max_length"),
