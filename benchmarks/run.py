@@ -124,8 +124,9 @@ def measure(group: str, piece: Piece, names: list[str]) -> None:
     print(f"  ({time.perf_counter() - start:.0f} s)", flush=True)
 
 
-def show_list(wanted: str | None, only: str, names: list[str]) -> None:
-    """A line for each piece, of one group where one is wanted."""
+def listed(wanted: str | None, only: str, names: list[str]) -> list[str]:
+    """A line for each piece that holds `only`, of one group where one is wanted."""
+    lines = []
     others = {
         "accuracy": "errors against float64",
         "long": "the length at which each peer runs out of memory",
@@ -134,9 +135,10 @@ def show_list(wanted: str | None, only: str, names: list[str]) -> None:
     for group in GROUPS if wanted is None else (wanted,):
         for piece in LOSS_GROUPS.get(group, ()):
             if only in str(piece):
-                print(f"{group:13s} {'measured' if is_measured(group, piece, names) else '-':9s} {piece}")
+                lines.append(f"{group:13s} {'measured' if is_measured(group, piece, names) else '-':9s} {piece}")
         if group in others and only in others[group]:
-            print(f"{group:13s} {others[group]}")
+            lines.append(f"{group:13s} {others[group]}")
+    return lines
 
 
 def ignored(options: argparse.Namespace) -> str | None:
@@ -184,7 +186,10 @@ def main() -> None:
     if options.pieces is not None and options.pieces < 1:
         parser.error(f"--pieces is {options.pieces}; it is at least 1")
     if options.list or not options.group:
-        show_list(options.group, options.only, names)
+        lines = listed(options.group, options.only, names)
+        if not lines:
+            parser.error(f"--only {options.only!r} is in no line of {options.group or 'any group'}")
+        print("\n".join(lines))
         return
     model = options.model or os.environ.get("ORPO_BENCH_MODEL")
     if options.group == "long":

@@ -14,7 +14,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from orpo.hub import check_hub_name
 from orpo.packages import require
-from orpo.setup import load_model
+from orpo.setup import load_model, reading
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -48,7 +48,8 @@ def read_config(folder: str | Path) -> Any:
     require("peft", f"the adapter in {folder}")
     import peft
 
-    config = peft.PeftConfig.from_pretrained(str(folder))
+    with reading(folder):
+        config = peft.PeftConfig.from_pretrained(str(folder))
     if not config.base_model_name_or_path:
         raise ValueError(f"{ADAPTER_CONFIG_NAME} in {folder} does not name the adapter's base model")
     return config
@@ -79,7 +80,8 @@ def load_adapter(
     _resize_as_saved(model, folder, config)
     if prepare is not None:
         model = prepare(model)
-    return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
+    with reading(folder):
+        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
 
 
 def trained_tokens(config: Any) -> list[int]:
@@ -98,7 +100,7 @@ def _resize_as_saved(model: nn.Module, folder: str | Path, config: Any) -> None:
     parts = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [path for path, module in model.named_modules() if any(module is part for part in parts)]
     if Path(folder, WEIGHTS).is_file():
-        with safe_open(Path(folder, WEIGHTS), "pt") as file:
+        with reading(folder), safe_open(Path(folder, WEIGHTS), "pt") as file:
             whole = [key for path in names for key in file.keys() if key.endswith(f".{path}.weight")]
             needed += [file.get_slice(key).get_shape()[0] for key in whole]
     if max(needed) > rows:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from orpo.command import OneLineErrors
-from orpo.config import ORPOConfig
+from orpo.config import ORPOConfig, older_name
 from orpo.launch import launch_config
+from orpo.other_names import advice
 from orpo.packages import require
-from orpo.recipes import describe_recipes, find_config
+from orpo.recipes import describe_recipes
+from orpo.run_file import read_run_file
 from orpo.setup import load_tokenizer
 from orpo.sources import NoSuchSplit, load_pairs
+from orpo.text_file import read_text
 
 HELD_OUT = (
     "--eval_dataset_name FILE, or parts of the one data set: "
@@ -46,16 +48,43 @@ class ModelArguments:
         default=None,
         metadata={"help": "Modules with a LoRA, by name, or all-linear."},
     )
+    lora_target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Parameters with a LoRA, by name: of experts, which are no modules."}
+    )
     lora_modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained whole."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Load the base model in 4 bits (bitsandbytes, NF4)."})
+    lora_task_type: str = field(default="CAUSAL_LM", metadata={"help": "Accepted from TRL scripts; nothing else is."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale the LoRA by alpha / sqrt(r) (RS-LoRA)."})
+    use_dora: bool = field(default=False, metadata={"help": "Train the weights' magnitudes beside the LoRA (DoRA)."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Load the base model in 4 bits (bitsandbytes)."})
     load_in_8bit: bool = field(default=False, metadata={"help": "Load the base model in 8 bits (bitsandbytes)."})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "With load_in_4bit: nf4 or fp4."})
     use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantize the 4-bit constants as well."})
+    bnb_4bit_quant_storage: str | None = field(
+        default=None, metadata={"help": "With load_in_4bit: dtype of the packed weights; FSDP wants that of the rest."}
+    )
     merge_adapter: bool = field(
         default=False, metadata={"help": "Also save the whole model with the LoRA merged, in output_dir/merged."}
     )
     chat_template: str | None = field(
         default=None, metadata={"help": "A Jinja chat template or a file that holds one, in place of the tokenizer's."}
     )
+
+    torch_dtype: str | None = older_name("dtype")
+
+    def __post_init__(self) -> None:
+        if self.torch_dtype is not None:
+            self.dtype = self.torch_dtype
+            warnings.warn(f"torch_dtype is an older name: use dtype={self.dtype!r}", FutureWarning, stacklevel=3)
+        if self.lora_task_type != "CAUSAL_LM":
+            raise ValueError(f"lora_task_type is {self.lora_task_type!r}; ORPO trains a CAUSAL_LM, leave it out")
+        if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
+            raise ValueError(f"bnb_4bit_quant_type is {self.bnb_4bit_quant_type!r}; it has to be nf4 or fp4")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit are both given; a model is loaded in one of them")
+        if self.lora_r < 1:
+            raise ValueError(f"lora_r is {self.lora_r}; it has to be at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}; it has to be at least 0 and below 1")
 
     def init_kwargs(self) -> dict[str, Any]:
         """Arguments of ``from_pretrained``."""
@@ -69,8 +98,9 @@ class ModelArguments:
             kwargs["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=self.load_in_4bit,
                 load_in_8bit=self.load_in_8bit,
-                bnb_4bit_quant_type="nf4",
+                bnb_4bit_quant_type=self.bnb_4bit_quant_type,
                 bnb_4bit_use_double_quant=self.use_bnb_nested_quant,
+                bnb_4bit_quant_storage=self.bnb_4bit_quant_storage,
                 # Left to its default, every matmul of a quantized layer is computed in float32.
                 bnb_4bit_compute_dtype=self.dtype if self.dtype in ("bfloat16", "float16") else None,
             )
@@ -87,9 +117,11 @@ class ModelArguments:
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            # peft knows "all-linear" as a string only; in a list it would look for a module of that name.
-            target_modules="all-linear" if self.lora_target_modules == ["all-linear"] else self.lora_target_modules,
+            target_modules=_names_or_pattern(self.lora_target_modules),
+            target_parameters=_names_or_pattern(self.lora_target_parameters),
             modules_to_save=self.lora_modules_to_save,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
             task_type="CAUSAL_LM",
         )
 
@@ -101,12 +133,18 @@ class ModelArguments:
         if "{" not in template:
             if not Path(template).is_file():
                 raise ValueError(f"--chat_template is {template!r}: no such file, and no Jinja template either")
-            template = Path(template).read_text("utf-8")
+            template = read_text(template)
         tokenizer = load_tokenizer(
             self.model_name_or_path, trust_remote_code=args.trust_remote_code, revision=self.model_revision
         )
         tokenizer.chat_template = template
         return tokenizer
+
+
+def _names_or_pattern(names: list[str] | None) -> list[str] | str | None:
+    """What peft knows as a string only, all-linear or a regular expression: in a list it would look for that name."""
+    is_pattern = names is not None and len(names) == 1 and not re.fullmatch(r"[\w.]+", names[0])
+    return names[0] if is_pattern else names
 
 
 @dataclass
@@ -122,6 +160,11 @@ class DataArguments:
     )
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out pairs, if elsewhere."})
     dataset_streaming: bool = field(default=False, metadata={"help": "Read the pairs as they are trained on."})
+    ignore_bias_buffers: bool | None = older_name("nothing: buffers are left as the model has them")
+
+    def __post_init__(self) -> None:
+        if self.ignore_bias_buffers is not None:
+            warnings.warn("ignore_bias_buffers does nothing here: leave it out", FutureWarning, stacklevel=3)
 
     def train_pairs(self) -> Any:
         """The pairs to train on."""
@@ -166,12 +209,13 @@ def parse(argv: Sequence[str], description: str | None = None) -> tuple[ModelArg
         "--print_config", "--print-config", action=_PrintConfig, help="Print a configuration of accelerate launch."
     )
     config = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].config
-    options = {} if config is None else _read_config(config, {action.dest for action in parser._actions})
+    options = {} if config is None else read_run_file(config, parser.settings)
     parser.set_defaults(**options)
     try:
         *arguments, _, left = parser.parse_args_into_dataclasses(args=list(argv), return_remaining_strings=True)
     except ValueError as error:
         given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+        given |= {name.removeprefix("no_") for name in given}
         for name in sorted(options.keys() - given):
             if re.search(rf"\b{name}\b", str(error)):
                 error.add_note(f"--config {config} sets {name} to {options[name]}")
@@ -186,26 +230,41 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 class _Parser(OneLineErrors, HfArgumentParser):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, usage="%(prog)s [--config FILE] [--option value ...]", formatter_class=_Help, **kwargs)
-        for action in self._actions:
-            if action.type is string_to_bool and action.nargs is None:
+    """Every field of the three classes as an option, and every boolean also as ``--no_NAME``."""
+
+    def __init__(self, classes: Sequence[type], *args: Any, **kwargs: Any) -> None:
+        usage = "%(prog)s [--config FILE] [--option value ...]"
+        super().__init__(classes, *args, usage=usage, formatter_class=_Help, **kwargs)
+        self.settings = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
+        fields = {action.dest for action in self._actions}
+        self.settings = {name: hint for name, hint in self.settings.items() if name in fields}
+        for action in list(self._actions):
+            if action.type is not string_to_bool:
+                continue
+            if action.nargs is None:
                 # Those without a default of their own: HfArgumentParser wants a value for them alone.
                 action.nargs, action.const = "?", True
-            if action.dest == "resume_from_checkpoint":
-                action.help = (
-                    "A checkpoint or a folder of them; true: the newest in output_dir, which has to be there; false: "
-                    "start anew. Left out: go on from the newest complete one in output_dir, if there is one."
+            # TRL's lines turn off what is on there by default, where some of it is off or unset here.
+            names = [f"--{word}" for word in (f"no_{action.dest}", f"no-{action.dest.replace('_', '-')}")]
+            if names[0] not in self._option_string_actions:
+                self.add_argument(
+                    *names, action="store_false", dest=action.dest, default=action.default, help=argparse.SUPPRESS
                 )
+        (resume,) = (action for action in self._actions if action.dest == "resume_from_checkpoint")
+        resume.help = (
+            "A checkpoint or a folder of them; true: the newest in output_dir, which has to be there; false: start "
+            "anew. Left out: go on from the newest complete one in output_dir, if there is one."
+        )
 
 
 def _unknown(words: Sequence[str], known: Collection[str]) -> str:
     """What to say of `words` on the line that are no options, with the nearest of those that are."""
     texts = []
     for word in words:
-        near = difflib.get_close_matches(word.partition("=")[0], known, n=1)
-        if word.startswith("--") or near:
-            texts.append(f"{word} is no option" + (f", did you mean {near[0]}?" if near else ""))
+        name = word.partition("=")[0]
+        said = advice(name.removeprefix("--"), known, prefix="--" if name.startswith("--") else "")
+        if word.startswith("--") or (said or "").startswith("did"):
+            texts.append(f"{word} is no option" + (f", {said}" if said else ""))
     return "; ".join(texts or [f"nothing takes {' '.join(words)}"])
 
 
@@ -222,24 +281,3 @@ class _PrintConfig(argparse.Action):
         except ValueError as error:
             parser.error(str(error))
         parser.exit()
-
-
-def _read_config(name: str, known: set[str]) -> dict[str, Any]:
-    """The options in a YAML file, or in a shipped recipe of that name.
-
-    Raises:
-        ValueError: there is no such file or recipe, it is no mapping, or it holds options that do not exist.
-    """
-    path = find_config(name)
-    try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"{path} has to hold a mapping of options, not a {type(options).__name__}")
-    unknown = sorted(set(options) - known)
-    if unknown:
-        near = [(name, difflib.get_close_matches(name, known, n=1)) for name in unknown]
-        names = ", ".join(name + (f" (did you mean {found[0]}?)" if found else "") for name, found in near)
-        raise ValueError(f"{path} holds options that do not exist: {names}")
-    return options

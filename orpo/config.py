@@ -15,6 +15,7 @@ from orpo.data import Limits
 from orpo.diagnose import refuse_cut_gradients
 from orpo.layout import LAYOUTS
 from orpo.packages import require
+from orpo.ranges import check_ranges, name_nothing
 from orpo.redact import RedactedArguments
 
 # Trackers that are tried by the tests; transformers knows more, and checks those itself.
@@ -41,7 +42,8 @@ def _setting(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def _older(new: str) -> Any:
+def older_name(new: str) -> Any:
+    """A field that is accepted with a warning, and mapped to `new`."""
     return field(default=None, metadata={"help": f"Older name, mapped with a warning to {new}."})
 
 
@@ -125,16 +127,19 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
     early_stopping_threshold: float = _setting(0.0, "By how much it has to improve to count.")
     is_encoder_decoder: bool | None = _setting(None, "Accepted from TRL scripts; true is refused.")
 
-    evaluation_strategy: str | None = _older("eval_strategy")
-    warmup_ratio: float | None = _older("warmup_steps, a fraction of the run where it is below 1")
-    no_cuda: bool | None = _older("use_cpu")
-    label_pad_token_id: int | None = _older("nothing: labels are not padded")
-    overwrite_output_dir: bool | None = _older("nothing: resume_from_checkpoint decides")
-    save_safetensors: bool | None = _older("nothing: checkpoints are safetensors")
-    logging_dir: str | None = _older("nothing: set the TENSORBOARD_LOGGING_DIR environment variable")
+    evaluation_strategy: str | None = older_name("eval_strategy")
+    warmup_ratio: float | None = older_name("warmup_steps, a fraction of the run where it is below 1")
+    no_cuda: bool | None = older_name("use_cpu")
+    group_by_length: bool | None = older_name("train_sampling_strategy")
+    gradient_checkpointing_use_reentrant: bool | None = older_name("activation_checkpointing_kwargs")
+    label_pad_token_id: int | None = older_name("nothing: labels are not padded")
+    overwrite_output_dir: bool | None = older_name("nothing: resume_from_checkpoint decides")
+    save_safetensors: bool | None = older_name("nothing: checkpoints are safetensors")
+    logging_dir: str | None = older_name("nothing: set the TENSORBOARD_LOGGING_DIR environment variable")
 
     def __post_init__(self) -> None:
         self._map_older_names()
+        name_nothing(self)
         self._resolve_preset()
         self._check()
         if self.activation_checkpointing is None:
@@ -181,15 +186,21 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
         }
 
     def _map_older_names(self) -> None:
-        for old, new in (
-            ("evaluation_strategy", "eval_strategy"),
-            ("warmup_ratio", "warmup_steps"),
-            ("no_cuda", "use_cpu"),
+        for old, new, mapped in (
+            ("evaluation_strategy", "eval_strategy", lambda value: value),
+            ("warmup_ratio", "warmup_steps", lambda value: value),
+            ("no_cuda", "use_cpu", lambda value: value),
+            ("group_by_length", "train_sampling_strategy", lambda value: "group_by_length" if value else "random"),
+            (
+                "gradient_checkpointing_use_reentrant",
+                "activation_checkpointing_kwargs",
+                lambda value: {"use_reentrant": value},
+            ),
         ):
             value = getattr(self, old)
             if value is not None:
-                self._warn(f"{old} is an older name: use {new}={value!r}")
-                setattr(self, new, value)
+                self._warn(f"{old} is an older name: use {new}={mapped(value)!r}")
+                setattr(self, new, mapped(value))
                 setattr(self, old, None)
         for old in ("label_pad_token_id", "overwrite_output_dir", "save_safetensors", "logging_dir"):
             if getattr(self, old) is not None:
@@ -219,9 +230,7 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; it has to be one of {', '.join(map(str, allowed))}"
                 )
-        for name in ("beta", "nll_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}; it has to be 0 or more, and finite")
+        check_ranges(self)
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}; ORPO has no label smoothing, set 0"

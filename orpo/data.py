@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orpo.formats import AS_THEY_ARE, EMPTY_ANSWER, PROMPTS_DIFFER, PairText, UnusableRow, pair_text, skips_template
+from orpo.prepared import checked
 from orpo.streams import ATTRIBUTE, DropCounter, summarize
 
 # Where a prepared data set keeps the report on it.
@@ -202,7 +203,7 @@ def prepare_dataset(
 
     data = as_dataset(data)
     if set(COLUMNS) <= set(data.column_names or ()):
-        return data
+        return checked(data, name)
     tokenize = PairTokenizer(tokenizer, limits)
     if isinstance(data, datasets.IterableDataset):
         columns = data.column_names or list(next(iter(data)))
@@ -213,6 +214,10 @@ def prepare_dataset(
             report(f"{name}: {AS_THEY_ARE}")
         counter = DropCounter(name, reasons)
         prepared = tokenized.filter(counter).remove_columns("dropped")
+        if next(iter(prepared), None) is None:
+            raise ValueError(f"no row of the {name} set can train: {summarize(name, *counter.take())}")
+        # What was read to see that is read again.
+        counter.take()
         setattr(prepared, ATTRIBUTE, counter)
         return prepared
     tokenized = data.map(

@@ -69,7 +69,10 @@ def pair_text(row: Mapping[str, Any], tokenizer: Any) -> PairText:
         raise UnusableRow(EMPTY_ANSWER)
     if _is_conversation(chosen) and _is_conversation(rejected):
         # A column of dictionaries holds None for the names that a row does not have.
-        given = {name: v for name, v in (row.get("chat_template_kwargs") or {}).items() if v is not None}
+        keywords = row.get("chat_template_kwargs") or {}
+        if not isinstance(keywords, Mapping):
+            raise ValueError(f"'chat_template_kwargs' has to be a mapping, not {type(keywords).__name__}")
+        given = {name: v for name, v in keywords.items() if v is not None}
         return _conversation(prompt, list(chosen), list(rejected), tokenizer, given)
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
         kinds = f"{type(chosen).__name__} and {type(rejected).__name__}"
@@ -116,6 +119,9 @@ def _conversation(
             "the data set holds conversations, and the tokenizer has no chat template to render them with: "
             "set tokenizer.chat_template (--chat_template), or give prompt, chosen and rejected as strings"
         )
+    for message in (*chosen, *rejected, *(prompt if _is_conversation(prompt) else ())):
+        if not isinstance(message.get("role"), str):
+            raise ValueError(f"a message holds {sorted(message)}; it needs 'role' and 'content': rename its keys")
     if not chosen or not rejected:
         raise UnusableRow(EMPTY_ANSWER)
     if _is_conversation(prompt) and prompt:
@@ -132,7 +138,15 @@ def _conversation(
         messages, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     for answer in (chosen, rejected):
         _refuse_empty("".join(str(m.get("content") or "") for m in answer))
-    sides = (_render(messages, answer, tokenizer, keywords) for answer in (chosen, rejected))
+    try:
+        sides = [_render(messages, answer, tokenizer, keywords) for answer in (chosen, rejected)]
+    except ImportError:
+        raise
+    except Exception as error:
+        # Also what the template's own expressions raise, of any type.
+        line = f" (line {error.lineno} of the template)" if getattr(error, "lineno", None) else ""
+        turns = [message.get("role") for message in messages + chosen]
+        raise ValueError(f"the chat template cannot render turns of {turns}: {error}{line}") from error
     return PairText(*(text for side in sides for text in side), templated=True)
 
 

@@ -13,6 +13,7 @@ column ``prompt`` of a data set in any form that orpo-train reads, as strings or
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from orpo.command import OneLineErrors, run_command
 from orpo.files import as_json, write_whole
 from orpo.generation import Answer, Messages, generate, load
 from orpo.sources import load_pairs
+from orpo.text_file import read_text
 
 
 def read_prompts(name: str, split: str = "train") -> list[str | Messages]:
@@ -33,7 +35,7 @@ def read_prompts(name: str, split: str = "train") -> list[str | Messages]:
     """
     path = Path(name).expanduser()
     if path.suffix.lower() == ".txt" and path.is_file():
-        prompts: list[Any] = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        prompts: list[Any] = [line for line in read_text(path).split("\n") if line.strip()]
     else:
         data = load_pairs(name, split)
         if "prompt" not in data.column_names:
@@ -83,6 +85,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--output is {options.output}, which is a folder: name a file in it")
     if options.output is not None and options.prompts is not None and _is_one_file(options.output, options.prompts):
         parser.error(f"--output is {options.output}, which is the file of --prompts: name another one")
+    # Said now, not by generate when the model is loaded.
+    if options.temperature is not None and not 0 <= options.temperature < math.inf:
+        parser.error(f"--temperature is {options.temperature}; it has to be 0 or more, and finite")
+    if not 0 < options.top_p <= 1:
+        parser.error(f"--top_p is {options.top_p}; it has to be above 0 and at most 1")
     if options.format is not None:
         _answer_judge(options, parser)
         return

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from orpo.adapters import adapter_folder, load_adapter
 from orpo.prompts import left_to_the_answer, prompt_tokens, trained_plain
-from orpo.setup import load_model, load_tokenizer
+from orpo.setup import find_device, load_model, load_tokenizer
 
 Messages = list[dict[str, str]]
 
@@ -109,8 +109,10 @@ def generate(
     Raises:
         ValueError: a setting is out of its range, or a prompt cannot be rendered or is too long for the model.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}; it has to be 0 or more")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it has to be 0 or more, and finite")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}; it has to be 0 or more, and below 2**63")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; it has to be above 0 and at most 1")
     for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
@@ -228,15 +230,15 @@ def load(name: str, *, dtype: str = "auto", device: str | None = None, trust_rem
 
     Raises:
         ImportError: the folder holds an adapter, and peft is not installed.
-        ValueError: there is no such folder, or no language model with its head and tokenizer in it.
+        ValueError: there is no such folder, or no language model with its head and tokenizer in it; or torch has no
+            such `dtype`, or no such `device` here.
     """
+    place = find_device(device)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     folder = adapter_folder(name)
     model = load_model(name, **options) if folder is None else load_adapter(folder, **options)
     tokenizer = load_tokenizer(name if folder is None else str(folder), trust_remote_code=trust_remote_code)
-    if device is None:
-        device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    if dtype == "auto" and model.dtype == torch.bfloat16 and torch.device(device).type == "cpu":
+    if dtype == "auto" and model.dtype == torch.bfloat16 and place.type == "cpu":
         # Emulated on an AVX2 CPU, bfloat16 takes six times as long to multiply as float32.
         model = model if torch_logits.multiplies_bfloat16() else model.float()
-    return model.to(device), tokenizer
+    return model.to(place), tokenizer

@@ -32,6 +32,7 @@ from typing import Any
 
 from orpo.files import as_json, write_whole
 from orpo.generation import Messages, generate
+from orpo.text_file import read_text
 
 # Most tokens of an answer: FastChat's default; for AlpacaEval our choice, so long that answers end by themselves.
 MAX_NEW_TOKENS = {"alpacaeval": 2048, "mt-bench": 1024}
@@ -59,14 +60,14 @@ def read_questions(name: str | Path, form: str) -> list[dict[str, Any]]:
     path = Path(name).expanduser()
     if not path.is_file():
         raise ValueError(f"{name} is no file; --format {form} reads the judge's own file of questions")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     try:
         if text.lstrip().startswith("["):
             rows = json.loads(text)
         else:
             # Not splitlines, which also ends a line at characters that questions hold.
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{name} is neither a JSON list nor a JSON object a line: {error}") from error
     if not rows:
         raise ValueError(f"{name} holds no question")

@@ -20,14 +20,15 @@ def settings_table() -> str:
     """The Markdown of ``SETTINGS.md``: every setting of our own, and those of transformers with another default."""
     own = [field for field in fields(ORPOConfig) if field.name in ORPOConfig.__annotations__]
     inherited = {field.name for field in fields(TrainingArguments)}
-    older = [field for field in own if _help(field).startswith(OLDER)]
+    alone = {cls: fields(cls) for cls in (ModelArguments, DataArguments)}
+    older = [field for listed in (own, *alone.values()) for field in listed if _help(field).startswith(OLDER)]
     new = [field for field in own if field not in older]
     changed = [field for field in new if field.name in inherited]
     sections = (
         ("The run", "Fields of `orpo.ORPOConfig`.", [field for field in new if field not in changed]),
         ("The run: other defaults than transformers'", "Fields of `orpo.ORPOConfig` as well.", changed),
-        ("The model", "Options of `orpo-train` alone.", fields(ModelArguments)),
-        ("The data", "Options of `orpo-train` alone.", fields(DataArguments)),
+        ("The model", "Options of `orpo-train` alone.", [f for f in alone[ModelArguments] if f not in older]),
+        ("The data", "Options of `orpo-train` alone.", [f for f in alone[DataArguments] if f not in older]),
     )
     text = [
         "# Settings",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,39 @@ from orpo.model import attach_orpo_loss, base_model
 from orpo.packages import require
 
 
+@contextmanager
+def reading(name: str | Path, *, runs_code: bool = False) -> Iterator[None]:
+    """Where the files of the model `name` are read: names them in errors of the libraries that read them.
+
+    Args:
+        name: a folder, or a name on the hub.
+        runs_code: code that comes with the model runs too, whose own errors are left as they are.
+
+    Raises:
+        ValueError: a file is broken; of JSON, which one.
+    """
+    try:
+        yield
+    except Exception as error:
+        # These speak of what they read. Of a broken file come KeyError, TypeError, Exception itself and others.
+        if isinstance(error, OSError | ImportError | torch.OutOfMemoryError) or type(error) is ValueError:
+            raise
+        reason = _broken_json(Path(name))
+        if reason is None and runs_code:
+            raise
+        reason = reason or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(f"{name} cannot be loaded: {reason}") from error
+
+
+def _broken_json(folder: Path) -> str | None:
+    for file in sorted(folder.glob("*.json")):
+        try:
+            json.loads(file.read_bytes())
+        except ValueError as error:
+            return f"{file.name} is no JSON: {error}"
+    return None
+
+
 def load_model(name: str, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
     """The causal language model called `name`, a folder or a model of the hub; also one that sees images.
 
@@ -44,11 +78,12 @@ def load_model(name: str, *, trust_remote_code: bool = False, **options: Any) ->
         raise ValueError(f"there is no folder {name} to load a model from")
     kwargs = {"trust_remote_code": trust_remote_code, "use_safetensors": True, **options}
     if "dtype" in kwargs:
-        kwargs["dtype"] = as_dtype(kwargs["dtype"])
+        kwargs["dtype"] = find_dtype(kwargs["dtype"])
     check_hub_name(name, cache_dir=options.get("cache_dir"))
-    config = AutoConfig.from_pretrained(
-        name, revision=kwargs.get("revision"), trust_remote_code=kwargs["trust_remote_code"]
-    )
+    with reading(name, runs_code=trust_remote_code):
+        config = AutoConfig.from_pretrained(
+            name, revision=kwargs.get("revision"), trust_remote_code=kwargs["trust_remote_code"]
+        )
     if config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; this loss is for decoder-only (causal) language models")
     auto = AutoModelForCausalLM
@@ -57,7 +92,8 @@ def load_model(name: str, *, trust_remote_code: bool = False, **options: Any) ->
     elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
         raise ValueError(f"{name} is a {config.model_type} model, which has no language-modeling head to train with")
     try:
-        model, loaded = auto.from_pretrained(name, **kwargs, output_loading_info=True)
+        with reading(name, runs_code=trust_remote_code):
+            model, loaded = auto.from_pretrained(name, **kwargs, output_loading_info=True)
     except ImportError as error:
         if "flash" in str(error).lower():
             error.add_note("without FlashAttention: attn_implementation sdpa")
@@ -66,17 +102,39 @@ def load_model(name: str, *, trust_remote_code: bool = False, **options: Any) ->
     return model
 
 
-def as_dtype(dtype: Any) -> Any:
-    """The torch dtype of that name; "auto", None and what is no name stay as they are.
+def find_dtype(dtype: Any) -> Any:
+    """The torch dtype of that name; "auto", None and dtypes themselves as they are.
 
     Raises:
-        ValueError: there is no such dtype.
+        ValueError: torch has no dtype of that name, or weights cannot have it.
     """
     if not isinstance(dtype, str) or dtype == "auto":
         return dtype
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype is {dtype!r}; it has to be 'auto' or a torch dtype")
-    return getattr(torch, dtype)
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype is {dtype!r}; it has to be 'auto' or a torch dtype of floating-point numbers")
+    return found
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name; None is an accelerator if there is one, or else the CPU.
+
+    Raises:
+        ValueError: torch knows no such device, or finds none here.
+    """
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name is None:
+        return here or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}, which torch does not know: cpu, cuda, cuda:1, ...") from error
+    if device.type == "cpu":
+        return device
+    if here is None or device.type != here.type or (device.index or 0) >= torch.accelerator.device_count():
+        there = "the CPU" if here is None else f"the CPU and {torch.accelerator.device_count()} {here.type}"
+        raise ValueError(f"device is {name!r}, and torch finds {there} here: leave it out, or name one of them")
+    return device
 
 
 def _refuse_random_head(name: str, model: PreTrainedModel, missing: Collection[str]) -> None:
@@ -105,7 +163,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str 
             return load_tokenizer(base.get("base_model_name_or_path") or "", **options)
         raise ValueError(f"{name} holds a model without its tokenizer: save it there with tokenizer.save_pretrained")
     check_hub_name(name)
-    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    with reading(name, runs_code=trust_remote_code):
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def pad_token_id(args: ORPOConfig, tokenizer: Any, model: nn.Module | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -10,10 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from orpo.file_check import LINES_OF_A_STREAM, OPENERS, check_file
 from orpo.hub import check_hub_name
+from orpo.packages import require
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
-COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+COMPRESSIONS = (*OPENERS, ".zst")
 
 
 class NoSuchSplit(ValueError):
@@ -39,10 +40,12 @@ def load_pairs(name: str, split: str = "train", *, config: str | None = None, st
         streaming: read it as it is trained on, rather than beforehand.
 
     Raises:
+        ImportError: a file is compressed with zstd, and zstandard is not installed.
         ValueError: there is no such file, it is empty, broken or of no kind that we read, or the hub cannot be reached.
         NoSuchSplit: there is no such split.
     """
     import datasets
+    import pyarrow as pa
 
     path = Path(name).expanduser()
     if path.is_file():
@@ -57,26 +60,42 @@ def load_pairs(name: str, split: str = "train", *, config: str | None = None, st
     else:
         check_hub_name(name, "dataset")
         arguments = {"path": str(path) if path.is_dir() else name, "name": config}
+    _check_files(path, streaming)
+    kind = arguments["path"] if path.is_file() else "a data set"
     try:
         with _silent_reader():
-            return datasets.load_dataset(**arguments, split=split, streaming=streaming)
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{name} could not be unpacked: {error}") from error
+            data = datasets.load_dataset(**arguments, split=split, streaming=streaming)
+            if streaming and path.exists():
+                # A stream meets what is wrong with its file when it is read.
+                next(iter(data))
+            return data
     except (StopIteration, datasets.exceptions.DatasetGenerationError) as error:
         # What went wrong in the file is the cause, behind a sentence that says nothing.
         reason = _broken_line(path) or error.__cause__ or "no row was found"
-        raise ValueError(f"{name} could not be read as {arguments['path']}: {reason}") from error
-    except ValueError as error:
+        raise ValueError(f"{name} could not be read as {kind}: {reason}") from error
+    except (ValueError, pa.ArrowException) as error:
         if "corresponds to no data" in str(error):
             raise ValueError(
                 f"{name} has no row in {split!r}: it is empty, or has too few rows for that part"
             ) from error
         if "split" in str(error).lower():
             raise NoSuchSplit(f"{name} has no split {split!r}: {error}") from error
-        reason = _broken_line(path)
+        reason = _broken_line(path) or (error if path.exists() else None)
         if reason is None:
             raise
-        raise ValueError(f"{name} could not be read as {arguments['path']}: {reason}") from error
+        raise ValueError(f"{name} could not be read as {kind}: {reason}") from error
+
+
+def _check_files(path: Path, streaming: bool) -> None:
+    """:func:`orpo.file_check.check_file` of the text files that `path` is, or that lie below it."""
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        reader = reader_for(file)
+        if reader is None or not file.is_file():
+            continue
+        if file.suffix.lower() == ".zst":
+            require("zstandard", f"{file}, compressed with zstd,")
+        elif reader in ("json", "csv"):
+            check_file(file, is_json=reader == "json", most_lines=LINES_OF_A_STREAM if streaming else None)
 
 
 @contextmanager
@@ -92,15 +111,11 @@ def _silent_reader() -> Iterator[None]:
 
 def _broken_line(path: Path) -> str | None:
     """What is wrong in a file of JSON lines, its lines counted from 1; None where nothing is, or it is no such file."""
-    opened = {".jsonl": open, ".json": open, ".gz": gzip.open}.get(path.suffix.lower())
+    opened = {".jsonl": open, ".json": open, **OPENERS}.get(path.suffix.lower())
     if opened is None or not path.is_file() or reader_for(path) != "json":
         return None
-    try:
-        with opened(path, "rt", encoding="utf-8", errors="replace") as file:
-            return _first_broken(file)
-    except (OSError, EOFError):
-        # A file that does not unpack: what the reader says of it stands.
-        return None
+    with opened(path, "rt", encoding="utf-8", errors="replace") as file:
+        return _first_broken(file)
 
 
 def _first_broken(lines: Iterable[str]) -> str | None:

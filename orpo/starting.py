@@ -10,7 +10,7 @@ from torch import nn
 from orpo.adapters import adapter_folder, load_adapter, read_config
 from orpo.config import ORPOConfig
 from orpo.merge import is_merged, merge_adapter
-from orpo.setup import as_dtype, load_model, prepare_quantized
+from orpo.setup import find_dtype, load_model, prepare_quantized
 
 # In output_dir: what a new adapter names as its base has to be somewhere.
 MERGED = "base"
@@ -33,7 +33,7 @@ def load_start(name: str, args: ORPOConfig, peft_config: Any) -> tuple[nn.Module
     """
     options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     # Before the hub is asked, which may take its time.
-    as_dtype(options.get("dtype"))
+    find_dtype(options.get("dtype"))
     folder = adapter_folder(name, **options)
     if folder is None:
         return load_model(name, **options), name

@@ -47,6 +47,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig
     if model_args.merge_adapter:
         # Said now, not when the adapter is trained.
         check_output(Path(args.output_dir) / "merged", args.output_dir, model_args.model_name_or_path)
+    if args.max_steps <= 0 and args.num_train_epochs == 0:
+        raise ValueError("num_train_epochs is 0, and max_steps is not given: nothing would be trained")
     evaluates = args.do_eval or args.eval_strategy != "no" or data_args.eval_dataset_name is not None
     if args.generate_during_eval and not evaluates:
         raise ValueError(

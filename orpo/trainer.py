@@ -76,7 +76,11 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
     ) -> None:
         args = ORPOConfig() if args is None else args
         if not isinstance(args, ORPOConfig):
-            raise ValueError(f"args has to be an ORPOConfig, not {type(args).__name__}")
+            given = f"{type(args).__module__.partition('.')[0]}.{type(args).__name__}"
+            raise ValueError(
+                f"args has to be an orpo.ORPOConfig, not {given}: from orpo import ORPOConfig, which takes the same "
+                "arguments"
+            )
         if tokenizer is not None and processing_class is not None:
             raise ValueError("tokenizer is the older name of processing_class: give one of them, not both")
         if train_dataset is None and eval_dataset is None:

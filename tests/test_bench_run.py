@@ -56,6 +56,13 @@ def test_a_group_that_was_forgotten_is_no_reason_to_list_and_ignore(command, cap
     assert "--again would be ignored: a list measures nothing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", [["--only", "banana"], ["--list", "--group", "long", "--only", "banana"]])
+def test_a_list_of_nothing_is_refused(command, capsys, options):
+    with pytest.raises(SystemExit):
+        command(*options)
+    assert "--only 'banana' is in no line of" in capsys.readouterr().err
+
+
 def test_a_list_is_of_what_is_asked_for(command, capsys):
     assert command("--list", "--group", "heads", "--only", "Phi-2") == []
     lines = capsys.readouterr().out.splitlines()

@@ -271,3 +271,25 @@ def test_a_folder_is_no_output(folder, capsys):
     with pytest.raises(SystemExit):
         main([str(folder), "--prompt", "hello", "--output", str(folder)])
     assert "which is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--temperature", "nan"], "--temperature is nan; it has to be 0 or more, and finite"),
+        (["--temperature", "inf"], "--temperature is inf"),
+        (["--top_p", "-1"], "--top_p is -1.0; it has to be above 0 and at most 1"),
+        (["--top_p", "nan"], "--top_p is nan"),
+    ],
+)
+def test_what_cannot_be_sampled_by_is_said_before_the_model_is_loaded(option, said, capsys):
+    with pytest.raises(SystemExit):
+        main(["no-model", "--prompt", "hello", *option])
+    assert said in capsys.readouterr().err
+
+
+def test_seeds_and_temperatures_that_torch_would_misread(model):
+    with pytest.raises(ValueError, match="temperature is nan; it has to be 0 or more, and finite"):
+        generate(model, make_tokenizer(), ["hello"], temperature=float("nan"))
+    with pytest.raises(ValueError, match="seed is -1; it has to be 0 or more"):
+        generate(model, make_tokenizer(), ["hello"], seed=-1)

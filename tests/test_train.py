@@ -180,6 +180,11 @@ def test_half_a_call_is_refused(line, message, tmp_path):
         train.main([*line, "--output_dir", str(tmp_path)])
 
 
+def test_a_run_of_no_epoch_is_refused(files, tmp_path):
+    with pytest.raises(ValueError, match="num_train_epochs is 0, and max_steps is not given: nothing would be trained"):
+        train.main(options(files, tmp_path, max_steps=-1, num_train_epochs=0))
+
+
 @pytest.mark.parametrize(
     ("line", "call"),
     [

@@ -13,7 +13,7 @@ from orpo import ORPOTrainer
     [
         ({"train_dataset": None}, "neither train_dataset nor eval_dataset"),
         ({"processing_class": "both"}, "give one of them, not both"),
-        ({"args": "TrainingArguments"}, "args has to be an ORPOConfig, not TrainingArguments"),
+        ({"args": "TrainingArguments"}, "an orpo.ORPOConfig, not transformers.TrainingArguments: from orpo import"),
         ({"model_init_kwargs": {"dtype": "float32"}}, "model_init_kwargs is given, but the model is loaded already"),
         ({"peft_config": {"r": 3}}, "peft_config has to be a peft.PeftConfig, not dict"),
         ({"tokenizer": None}, "the model has no name to find its tokenizer by"),
@@ -46,3 +46,10 @@ def test_a_collator_of_another_kind_is_refused(tmp_path):
 def test_a_bad_dtype_name_is_refused(tmp_path):
     with pytest.raises(ValueError, match="dtype is 'float7'"):
         ORPOTrainer("anything", make_args(tmp_path, model_init_kwargs={"dtype": "float7"}), train_dataset=SEVEN)
+
+
+def test_trls_config_is_refused_with_the_import_that_is_missing(tmp_path):
+    theirs = pytest.importorskip("trl.experimental.orpo", reason="TRL is not installed").ORPOConfig
+    args = theirs(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match=r"not trl\.ORPOConfig: from orpo import ORPOConfig, which takes the same arg"):
+        ORPOTrainer(make_model("llama"), args, train_dataset=SEVEN, processing_class=make_tokenizer())
