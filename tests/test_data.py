@@ -106,6 +106,14 @@ def test_a_pair_that_fits_keeps_a_prompt_longer_than_max_prompt_length():
     assert example["chosen_prompt_length"] > 3
 
 
+def test_a_pair_of_exactly_max_length_is_not_cut():
+    whole = one(WORDS, " yes yes", " no")
+    limits = Limits(max_length=len(whole["chosen_input_ids"]), max_prompt_length=3)
+    assert one(WORDS, " yes yes", " no", limits=limits) == whole
+    shorter = Limits(max_length=limits.max_length - 1, max_prompt_length=3)
+    assert one(WORDS, " yes yes", " no", limits=shorter)["chosen_prompt_length"] == 3
+
+
 def test_max_completion_length_cuts_answers():
     example = one("hello", " " + WORDS, " no", limits=Limits(max_length=None, max_completion_length=4))
     assert len(answer(example, "chosen")) == 4

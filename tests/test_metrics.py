@@ -68,6 +68,15 @@ def test_the_rows_of_a_bad_loss_are_named():
         guard.end_step(7, scalar("nan"))
 
 
+@pytest.mark.parametrize("bad", [("nan", -1.0), (-1.0, "nan")], ids=["chosen", "rejected"])
+def test_a_pair_is_named_for_either_of_its_answers(bad):
+    guard = NonFiniteGuard(rank=0)
+    chosen, rejected = (torch.tensor([-1.0, float(value)]) for value in bad)
+    guard.watch(scalar("nan"), chosen, rejected, torch.tensor([4, 9]))
+    with pytest.raises(NonFiniteError, match=r"rows \[9\] of the data set"):
+        guard.end_step(1, scalar(1))
+
+
 def test_a_bad_loss_of_finite_pairs_names_the_micro_batch():
     guard = NonFiniteGuard(rank=0)
     micro_batch(guard, loss=float("inf"))

@@ -129,6 +129,13 @@ def test_evaluation_weighs_tokens_and_pairs(tmp_path):
     assert {f"eval_one_{name}" for name in METRICS} <= metrics.keys()
 
 
+def test_evaluation_weighs_the_nll_as_training_does(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset=SEVEN, nll_weight=0.3, beta=0.7)
+    pairs = list(trainer.train_dataset)
+    nll, both = (reference_loss(make_model("llama"), pairs, beta=beta).item() for beta in (0.0, 0.7))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(0.3 * nll + both - nll, rel=1e-6)
+
+
 @pytest.mark.parametrize("layout", ["padded", "shared"])
 def test_tokens_seen_are_those_that_are_no_padding(layout, tmp_path):
     """A shared prompt is seen once."""
@@ -209,9 +216,12 @@ def test_mixed_precision_keeps_float32_weights(tmp_path):
     assert logged(trainer, "loss") != logged(plain, "loss")
 
 
-def test_router_loss_is_added_as_trl_adds_it(tmp_path):
+@pytest.mark.parametrize("size", [4, 1])
+def test_router_loss_is_added_as_trl_adds_it(size, tmp_path):
+    """As the mean of its micro-batches."""
     experts = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
-    trainer = make_trainer(tmp_path, model=make_model("mixtral", **experts), eval_dataset=SEVEN, max_steps=1)
+    sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_steps": 1}
+    trainer = make_trainer(tmp_path, model=make_model("mixtral", **experts), eval_dataset=SEVEN, **sizes)
     evaluation = trainer.evaluate()
     trainer.train()
     (entry,) = [e for e in trainer.state.log_history if "loss" in e]
@@ -264,6 +274,25 @@ def test_a_nan_stops_the_run_before_the_weights_change(tmp_path):
     assert {int(row) for row in rows.split(", ")} == {i for i, tokens in enumerate(used) if token in tokens}
     assert torch.equal(head, trainer.model.lm_head.weight)
     assert not logged(trainer, "loss")
+
+
+def test_a_nan_in_a_rejected_answer_names_its_pair(tmp_path):
+    # Padded, since in a shared row the chosen answer would be NaN as well.
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=7, layout="padded")
+    pairs = list(trainer.train_dataset)
+    of_the_second = set(pairs[1]["rejected_input_ids"])
+    poison(trainer, min(of_the_second - {i for p in pairs for i in p["chosen_input_ids"]}))
+    with pytest.raises(NonFiniteError, match=r"loss of step 1 on rank 0 is not finite: rows \[1\] of the data set"):
+        trainer.train()
+
+
+def test_a_nan_in_the_gradient_alone_stops_the_run_too(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.model.lm_head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    head = trainer.model.lm_head.weight.clone()
+    with pytest.raises(NonFiniteError, match="the gradient of step 1 is not finite, though rank 0's losses are"):
+        trainer.train()
+    assert torch.equal(head, trainer.model.lm_head.weight)
 
 
 @pytest.mark.parametrize("arguments", [0, 1])
