@@ -111,6 +111,16 @@ def test_batch_moves_with_its_counts():
     assert moved.pair_ids.tolist() == [7, -1] and moved.num_nll_tokens == 7
 
 
+def test_the_first_pairs_of_a_batch():
+    """Those that fill the last batch of an epoch again are left out, both of their answers."""
+    first, alone = (PaddedLayout(pad_token_id=0)(pairs)["orpo"] for pairs in (PAIRS, [PAIRS[0]]))
+    first = first.first(1)
+    assert (first.num_nll_tokens, first.num_pairs) == (alone.num_nll_tokens, alone.num_pairs) == (5, 1)
+    assert torch.equal(first.rows.targets_N, alone.rows.targets_N)
+    # Rejected ones are numbered after the chosen ones of both pairs.
+    assert first.rows.sequence_N.tolist() == [2 * s for s in alone.rows.sequence_N.tolist()]
+
+
 def test_unknown_layout_is_refused():
     with pytest.raises(ValueError, match="layout is 'woven'; it has to be one of"):
         make_layout("woven", pad_token_id=0)

@@ -19,6 +19,8 @@ def test_means_weigh_each_micro_batch():
     means.add({"a": scalar(4)}, 3)
     assert means.reduce(lambda t: t, CPU) == {"a": pytest.approx(13 / 4), "b": 10.0}
     assert means.reduce(lambda t: t, CPU) == {}
+    means.add({"a": scalar(7)}, 2)
+    assert means.reduce(lambda t: t, CPU) == {"a": 7.0}
 
 
 def test_parts_are_added_as_they_are():
