@@ -1,11 +1,14 @@
-"""Plant each fault of mutations.py in a copy of the tree, and show which check notices it.
+"""Plant each fault of mutations.py and mutations_training.py in a copy of the tree, and show which check notices it.
 
-    python tests/mutate_kernels.py                 all; exit status 1 if one survives
+    python tests/mutate_kernels.py                 all; exit status 1 if one is not noticed
     python tests/mutate_kernels.py --only strip    those whose name or file contains "strip"
 
-The checks run in order until one fails: kernels interpreted with every access watched, the loss against float64 truth,
-the same kernels compiled and executed, the choice of a form (first for the files that it is about). First they have to
-pass on the untouched copy, which is taken once: the working tree is never edited, and may change meanwhile.
+A fault that names a test is tried with that test. The others are of the kernels, and tried with the checks below, in
+order until one fails: kernels interpreted with every access watched, the loss against float64 truth, the same kernels
+compiled and executed, the choice of a form (first for the files that it is about). All of them have to pass on the
+untouched copy first, which is taken once: the working tree is never edited, and may change meanwhile.
+
+A check that does not end has noticed nothing: it may be slow for another reason. Nor has one that could not start.
 """
 
 import argparse
@@ -20,9 +23,11 @@ from functools import partial
 from pathlib import Path
 
 from mutations import MUTATIONS, Mutation
+from mutations_training import TRAINING
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("kernels", "orpo", "tests", "benchmarks", "pyproject.toml")
+ALL = [*MUTATIONS, *TRAINING]
 
 # Seconds each; the loss's own tests come after the watched ones because they take longer.
 CHECKS = (
@@ -53,9 +58,11 @@ FORM_FILES = ("triton_strip_backend.py", "form.py", "tuning.py")
 # A fault may make a loop endless.
 SECONDS = 300
 
+NOTICED, SURVIVED, TIMED_OUT, NOT_RUN = "noticed", "SURVIVED", "TIMED OUT", "NOT RUN"
 
-def copy_tree(folder: Path, root: Path = ROOT) -> None:
-    """Copy what the kernel tests need."""
+
+def copy_tree(folder: Path, root: Path) -> None:
+    """Copy what the tests need."""
     for name in COPIED:
         source = root / name
         if source.is_dir():
@@ -64,23 +71,32 @@ def copy_tree(folder: Path, root: Path = ROOT) -> None:
             shutil.copy(source, folder / name)
 
 
-def first_failure(folder: Path, file: str = "") -> str | None:
-    """Run the checks on the tree in `folder`, first those about `file`; in words the first that fails, or None."""
+def checks_of(mutation: Mutation) -> tuple[tuple[str, list[str]], ...]:
+    """(name, arguments of pytest) of what may notice `mutation`, in order."""
+    if mutation.test:
+        return (("test", [mutation.test]),)
+    if Path(mutation.file).name in FORM_FILES:
+        return tuple(sorted(CHECKS, key=lambda check: check[0] != "form"))
+    return CHECKS
+
+
+def run_checks(folder: Path, checks: tuple[tuple[str, list[str]], ...], seconds: float | None) -> tuple[str, str]:
+    """Run `checks` on the tree in `folder` until one does not pass: (a status, in words what happened)."""
     environment = dict(os.environ, PYTHONPATH=f"{folder / 'kernels'}{os.pathsep}{folder}", PYTHONDONTWRITEBYTECODE="1")
     environment.pop("TRITON_INTERPRET", None)
     environment.setdefault("OMP_NUM_THREADS", "1")
-    about_form = Path(file).name in FORM_FILES
-    for name, arguments in sorted(CHECKS, key=lambda check: check[0] != "form") if about_form else CHECKS:
+    for name, arguments in checks:
         command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
         try:
             result = subprocess.run(
-                command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS
+                command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds
             )
         except subprocess.TimeoutExpired:
-            return f"{name}: no end within {SECONDS} s"
+            return TIMED_OUT, f"{name}: no end within {seconds} s"
         if result.returncode:
-            return f"{name}: {_what_failed(result)}"
-    return None
+            # pytest's 1 is a test that failed, a signal is a crash of one; 2 to 5 say that no test came to its verdict.
+            return NOT_RUN if result.returncode > 1 else NOTICED, f"{name}: {_what_failed(result)}"
+    return SURVIVED, "every check passes"
 
 
 def _what_failed(result: subprocess.CompletedProcess) -> str:
@@ -90,14 +106,14 @@ def _what_failed(result: subprocess.CompletedProcess) -> str:
     return summary[1]
 
 
-def try_mutation(mutation: Mutation, root: Path = ROOT) -> str | None:
-    """In words which check notices `mutation` in a copy of the tree at `root`, or None."""
+def try_mutation(mutation: Mutation, root: Path = ROOT) -> tuple[str, str]:
+    """Plant `mutation` in a copy of the tree at `root`: (a status, in words which check noticed it)."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_tree(folder, root)
         file = folder / mutation.file
         file.write_text(mutation.apply(file.read_text()))
-        return first_failure(folder, mutation.file)
+        return run_checks(folder, checks_of(mutation), SECONDS)
 
 
 def main() -> int:
@@ -105,24 +121,29 @@ def main() -> int:
     parser.add_argument("--only", default="", help="try the mutations whose fault or file contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutations tried at once")
     options = parser.parse_args()
-    chosen = [mutation for mutation in MUTATIONS if options.only in f"{mutation.fault} {mutation.file}"]
+    chosen = [mutation for mutation in ALL if options.only in f"{mutation.fault} {mutation.file}"]
     for mutation in chosen:
         mutation.apply((ROOT / mutation.file).read_text())
 
-    survivors = []
+    found = []
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        copy_tree(root)
-        if failure := first_failure(root):
-            print(f"the checks fail without any mutation: {failure}")
+        copy_tree(root, ROOT)
+        named = sorted({mutation.test for mutation in chosen if mutation.test})
+        checks = CHECKS if any(not mutation.test for mutation in chosen) else ()
+        status, words = run_checks(root, (*checks, *([("tests", named)] if named else [])), None)
+        if status != SURVIVED:
+            print(f"the checks fail without any mutation: {words}")
             return 1
         with ThreadPoolExecutor(options.jobs) as pool:
-            found = pool.map(partial(try_mutation, root=root), chosen)
-            for mutation, noticed in zip(chosen, found, strict=True):
-                print(f"{mutation.file}: {mutation.fault}: {noticed or 'SURVIVED'}", flush=True)
-                survivors += [mutation] if noticed is None else []
-    print(f"{len(chosen)} mutations, {len(survivors)} survived")
-    return 1 if survivors or not chosen else 0
+            for mutation, outcome in zip(chosen, pool.map(partial(try_mutation, root=root), chosen), strict=True):
+                found.append((*outcome, f"{mutation.file}: {mutation.fault}"))
+                print("{2}: {0}: {1}".format(*found[-1]), flush=True)
+    others = [entry for entry in found if entry[0] != NOTICED]
+    print(f"{len(found)} mutations, {len(others)} not noticed")
+    for status, words, fault in others:
+        print(f"  {status}: {fault}: {words}")
+    return 1 if others or not chosen else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Deliberate faults of the kernels, each a small edit of one file: what the tests of the kernels have to notice."""
+"""Deliberate faults of the kernels, each a small edit of one file: what the tests of the kernels have to notice.
+
+Those of loss, data, layouts, trainer and checkpoints are in mutations_training.py.
+"""
 
 from dataclasses import dataclass
 
@@ -7,13 +10,17 @@ KERNELS = "kernels/orpo_kernels/"
 
 @dataclass(frozen=True)
 class Mutation:
-    """Replace `old` by `new` in `file`; `old` must occur, and `which` says at which occurrence."""
+    """Replace `old` by `new` in `file`; `old` must occur, and `which` says at which occurrence.
+
+    `test` is the one that has to notice it; without, any of the kernels' checks may.
+    """
 
     fault: str
     file: str
     old: str
     new: str
     which: int = 0
+    test: str = ""
 
     def apply(self, text: str) -> str:
         """The mutated text. Raises `ValueError` where the kernel has changed and the mutation no longer applies."""
@@ -29,6 +36,10 @@ class Mutation:
 def _in(file: str, *faults: tuple) -> list[Mutation]:
     return [Mutation(fault, KERNELS + file, *edit) for fault, *edit in faults]
 
+
+_PARTNER = "tests/test_kernel_numerics.py::test_an_answer_without_a_partner_has_no_odds"
+_FLOOR = "tests/test_kernel_numerics.py::test_the_odds_of_a_certain_answer_stop_at_a_floor"
+_EITHER = ("(length_w > 0.0) & (length_l > 0.0)", "(length_w > 0.0) | (length_l > 0.0)")
 
 MUTATIONS = [
     *_in(
@@ -193,6 +204,28 @@ MUTATIONS = [
             "mask=offs_s < S",
             "mask=offs_s < 1",
         ),
+    ),
+    *_in(
+        "odds_ratio.py",
+        (
+            "gradient of an answer without a partner",
+            "tl.where(present, beta",
+            "tl.where(present | True, beta",
+            0,
+            _PARTNER,
+        ),
+        (
+            "loss of an answer without a partner",
+            "tl.where(present_P, softplus",
+            "tl.where(offs_p < P, softplus",
+            0,
+            _PARTNER,
+        ),
+        ("log odds of an answer without a partner", "tl.where(present, r, 0.0)", "r", 0, _PARTNER),
+        ("one answer makes a pair", *_EITHER, 0, _PARTNER),
+        ("one answer is counted as a pair", *_EITHER, 1, _PARTNER),
+        ("no floor for a certain chosen answer", "tl.maximum(-expm1(a_w), Q_EPS)", "-expm1(a_w)", 0, _FLOOR),
+        ("no floor for a certain rejected answer", "tl.maximum(-expm1(a_l), Q_EPS)", "-expm1(a_l)", 0, _FLOOR),
     ),
     *_in(
         "device_math.py",

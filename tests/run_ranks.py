@@ -112,7 +112,8 @@ def make_trainer(folder, *, model=None, lora=None, train=EIGHT, evaluate=SEVEN, 
         os.environ["ACCELERATE_USE_FSDP"] = "true"
     args = make_args(folder, **settings)
     if not isinstance(model, str):
-        model = make_model("llama", **{"tie_word_embeddings": False, **(model or {})})
+        model = {"model_type": "llama", "tie_word_embeddings": False, **(model or {})}
+        model = make_model(**model)
     adapter = None
     if lora:
         import peft

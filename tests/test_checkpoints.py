@@ -83,6 +83,16 @@ def test_a_whole_model_is_exported_with_its_ties(way, uninterrupted):
         ({"seed": 7, "learning_rate": 1e-4}, "learning_rate was 0.001 and is 0.0001; seed was 42 and is 7"),
         ({"per_device_train_batch_size": 2}, "per_device_train_batch_size was 4 and is 2"),
         ({"train_dataset": {k: v[::-1] for k, v in SEVEN.items()}}, "train_dataset was 7 pairs .* and is 7 pairs"),
+        # Columns mixed up: every pair is as long as it was.
+        (
+            {"train_dataset": {**SEVEN, "chosen": SEVEN["rejected"], "rejected": SEVEN["chosen"]}},
+            r"train_dataset was 7 pairs \(\w+\) and is 7 pairs",
+        ),
+        (
+            {"max_length": 90, "max_prompt_length": 50, "max_completion_length": 60, "truncation_mode": "keep_start"},
+            "max_length was 1024 and is 90; max_prompt_length was None and is 50; "
+            "max_completion_length was None and is 60; truncation_mode was keep_end and is keep_start",
+        ),
         ({"model": make_model("llama", num_hidden_layers=1)}, "model was llama of .* and is llama of"),
         ({"peft_config": peft.LoraConfig(r=2)}, "lora_alpha of the adapter was None and is 8"),
     ],

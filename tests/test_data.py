@@ -4,6 +4,7 @@ import json
 
 import datasets
 import pytest
+from record_trl_trace import SETTINGS, TRACE, trace_pairs, trace_tokenizer
 from tiny import CHATML, NO_END, SEVEN, make_tokenizer
 
 from orpo.data import Limits, as_dataset, check_token_ids, describe_example, prepare_dataset
@@ -106,6 +107,14 @@ def test_a_pair_that_fits_keeps_a_prompt_longer_than_max_prompt_length():
     assert example["chosen_prompt_length"] > 3
 
 
+def test_a_pair_of_exactly_max_length_is_not_cut():
+    whole = one(WORDS, " yes yes", " no")
+    limits = Limits(max_length=len(whole["chosen_input_ids"]), max_prompt_length=3)
+    assert one(WORDS, " yes yes", " no", limits=limits) == whole
+    shorter = Limits(max_length=limits.max_length - 1, max_prompt_length=3)
+    assert one(WORDS, " yes yes", " no", limits=shorter)["chosen_prompt_length"] == 3
+
+
 def test_max_completion_length_cuts_answers():
     example = one("hello", " " + WORDS, " no", limits=Limits(max_length=None, max_completion_length=4))
     assert len(answer(example, "chosen")) == 4
@@ -206,20 +215,14 @@ def test_other_containers_are_refused():
         as_dataset(3)
 
 
-def test_tokenization_is_trls(shared):
-    """Token for token what TRL's trainer makes of its reference run's pairs, cut at 128 tokens and at 40."""
-    orpo_trainer = pytest.importorskip("trl.experimental.orpo", reason="compares with TRL, which is not installed")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(shared / "oracle/tokenizer")
-    pairs = json.loads((shared / "oracle/pairs.json").read_text())
-    trainer = object.__new__(orpo_trainer.ORPOTrainer)
-    trainer.processing_class, trainer.is_encoder_decoder = tokenizer, False
-    for trainer.max_length in (128, 60):
-        ours, _ = prepare(pairs, tokenizer, Limits(max_length=trainer.max_length))
-        assert len(ours) > 40
-        for example in ours:
-            theirs = trainer.tokenize_row(pairs[example["pair_id"]])
-            for side in ("chosen", "rejected"):
-                assert example[f"{side}_input_ids"] == theirs[f"{side}_input_ids"]
-                assert example[f"{side}_prompt_length"] == theirs[f"{side}_labels"].count(-100)
+def test_tokenization_is_trls():
+    """Token for token what TRL's trainer made of its recorded run's pairs."""
+    ours, _ = prepare(trace_pairs(), trace_tokenizer(), Limits(max_length=SETTINGS["max_length"]))
+    tokens = [
+        {side: [pair[f"{side}_input_ids"], pair[f"{side}_prompt_length"]] for side in ("chosen", "rejected")}
+        for pair in ours
+    ]
+    assert tokens == json.loads(TRACE.read_text())["tokens"]
+    # Some of them are cut, and a merge over the boundary gives one pair two prompts.
+    assert max(len(ids) for pair in tokens for ids, _ in pair.values()) == SETTINGS["max_length"]
+    assert tokens[-1]["chosen"][1] < tokens[-1]["rejected"][1]

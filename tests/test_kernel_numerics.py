@@ -3,8 +3,10 @@
 import pytest
 import torch
 from orpo_kernels.head import Head
+from orpo_kernels.reference import Q_EPS
 from orpo_kernels.rows import Rows
 from problems import make_problem, relative_error
+from tiny import log_odds
 
 from orpo import orpo_loss
 
@@ -56,3 +58,51 @@ def test_log_odds_of_nearly_certain_answers_keep_their_digits(mean_logp, kernel_
     a_w, a_l = logp.double().cpu()
     expected = (a_w - a_l) - (torch.log(-torch.expm1(a_w)) - torch.log(-torch.expm1(a_l)))
     torch.testing.assert_close(result.log_odds_P.double().cpu(), expected[None], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("means", [(0.0, -2.0), (-2.0, 0.0), (0.0, 0.0)], ids=["chosen", "rejected", "both"])
+def test_the_odds_of_a_certain_answer_stop_at_a_floor(means, kernel_device):
+    from orpo_kernels.odds_ratio import objective
+
+    logp = torch.tensor(means, device=kernel_device)
+    index, flags = torch.arange(2, device=kernel_device), torch.ones(2, dtype=torch.bool, device=kernel_device)
+    result = objective(logp, Rows(index, index, index, flags, ~flags, pairs=1), beta=0.1, nll_weight=1.0)
+    a = torch.tensor(means, dtype=torch.float64)
+    q = (-torch.expm1(a)).clamp(min=Q_EPS)
+    odds = a - q.log()
+    r = odds[0] - odds[1]
+    expected = 0.1 * torch.sigmoid(-r) * torch.stack([-1 / q[0], 1 / q[1]])
+    torch.testing.assert_close(result.log_odds_P.double().cpu(), r[None], rtol=1e-6, atol=0)
+    torch.testing.assert_close(result.coef_N.double().cpu(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("num_pairs", [None, 5.0], ids=["counted", "given"])
+def test_an_answer_without_a_partner_has_no_odds(num_pairs, kernel_device):
+    """Pairs with both answers, with one of them, with none: the loss of the first alone, and its derivative."""
+    from orpo_kernels.odds_ratio import objective
+
+    # Of the third pair's chosen sequence the prompt alone is there.
+    sequence = torch.tensor([0, 0, 0, 1, 1, 2, 4, 4, 6, 6, 6])
+    response, nll = sequence != 2, sequence < 4
+    logp = -torch.linspace(0.2, 2.2, 11, dtype=torch.float64).requires_grad_()
+    a = torch.stack([logp[response & (sequence == s)].mean() for s in (0, 4, 1, 6)])
+    r = log_odds(a[0]) - log_odds(a[1])
+    odds_ratio_loss = torch.log1p(torch.exp(-r)) / (num_pairs or 1)
+    loss = -logp[nll].mean() + 0.3 * odds_ratio_loss
+    (coef,) = torch.autograd.grad(loss, logp)
+
+    arrays = (t.to(kernel_device) for t in (torch.arange(11), torch.arange(11), sequence, response, nll))
+    given = logp.detach().float().to(kernel_device)
+    result = objective(given, Rows(*arrays, pairs=4), beta=0.3, nll_weight=1.0, num_pairs=num_pairs)
+    zero = torch.zeros(())
+    expected = {
+        "loss": loss,
+        "odds_ratio_loss": odds_ratio_loss,
+        "mean_logp_S": torch.stack([a[0], a[2], zero, zero, a[1], zero, a[3], zero]),
+        "log_odds_P": torch.stack([r, zero, zero, zero]),
+        "coef_N": coef,
+    }
+    assert result.pair_mask_P.tolist() == [True, False, False, False]
+    for name, value in expected.items():
+        found = getattr(result, name).double().cpu()
+        torch.testing.assert_close(found, value.detach().double(), rtol=1e-6, atol=1e-7, msg=name)

@@ -72,6 +72,14 @@ def test_nll_span(nll, expected):
     assert scored(batch, rows.in_response_N)[0] == [20, 21, 2]
 
 
+def test_a_skipped_token_is_skipped_in_the_prompt_too():
+    """An earlier turn of a dialogue ends with the end-of-sequence token as well."""
+    pair = {**PAIRS[0], "chosen_input_ids": [1, 10, 2, 20, 21, 2]}
+    batch = PaddedLayout(pad_token_id=0, nll=NLLSpan(skip_token_id=2))([pair])
+    assert scored(batch, batch["orpo"].rows.in_nll_N)[0] == [10, 20, 21]
+    assert batch["orpo"].num_nll_tokens == 3
+
+
 def test_rows_equal_those_made_from_labels():
     """The same five arrays as orpo_loss makes from TRL's padded labels."""
     batch = PaddedLayout(pad_token_id=0)(PAIRS)
@@ -101,6 +109,16 @@ def test_batch_moves_with_its_counts():
     moved = batch.to("meta")
     assert isinstance(moved, PairBatch) and moved.rows.rows_N.is_meta
     assert moved.pair_ids.tolist() == [7, -1] and moved.num_nll_tokens == 7
+
+
+def test_the_first_pairs_of_a_batch():
+    """Those that fill the last batch of an epoch again are left out, both of their answers."""
+    first, alone = (PaddedLayout(pad_token_id=0)(pairs)["orpo"] for pairs in (PAIRS, [PAIRS[0]]))
+    first = first.first(1)
+    assert (first.num_nll_tokens, first.num_pairs) == (alone.num_nll_tokens, alone.num_pairs) == (5, 1)
+    assert torch.equal(first.rows.targets_N, alone.rows.targets_N)
+    # Rejected ones are numbered after the chosen ones of both pairs.
+    assert first.rows.sequence_N.tolist() == [2 * s for s in alone.rows.sequence_N.tolist()]
 
 
 def test_unknown_layout_is_refused():
@@ -149,6 +167,17 @@ def test_short_pairs_fill_a_row_together():
     batch = SharedLayout(pad_token_id=0)([short, PAIRS[0], short])
     assert batch["input_ids"].tolist() == [[1, 10, 11, 20, 21, 2, 30, 2], [1, 10, 5, 6, 1, 10, 5, 6]]
     assert batch["position_ids"][1].tolist() == [0, 1, 2, 2, 0, 1, 2, 2]
+
+
+def test_prompts_that_differ_share_what_comes_before():
+    """The second tokens differ; the third, equal again, comes after different ones and cannot be shared."""
+    pair = {**PAIRS[0], "rejected_input_ids": [1, 13, 11, 30, 2]}
+    batch = SharedLayout(pad_token_id=0)([pair])
+    assert batch["input_ids"].tolist() == [[1, 10, 11, 20, 21, 2, 13, 11, 30, 2]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 1, 2, 3, 4]]
+    assert batch["attention_mask"].branch_BT.tolist() == [[0, 1, 1, 1, 1, 1, 2, 2, 2, 2]]
+    assert batch["orpo"].rows.rows_N.tolist() == [0, 1, 2, 3, 4, 7, 8]
+    assert batch["orpo"].rows.targets_N.tolist() == [10, 11, 20, 21, 2, 30, 2]
 
 
 def test_packed_restarts_positions_and_has_no_mask():

@@ -101,6 +101,40 @@ def test_metrics_are_trls():
         torch.testing.assert_close(value.double(), expected[name].double(), rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_metrics_are_means_over_the_pairs_with_two_answers():
+    problem = make_problem(P=5, bias=True)
+    # The second pair has no chosen answer, the fourth no rejected one, the fifth neither.
+    for sequence in (1, 4, 8, 9):
+        problem.labels[sequence] = -100
+    metrics = orpo_loss(problem.hidden, problem.weight, problem.labels, **problem.keywords).metrics(logits=False)
+    logits = problem.hidden.double() @ problem.weight.double().T + problem.bias.double()
+    logp = logits.log_softmax(-1)[:, :-1].gather(-1, problem.labels[:, 1:, None].clamp(min=0))[..., 0]
+    a_w, a_l = (
+        torch.stack([logp[s][problem.labels[s, 1:] != -100].mean() for s in sequences])
+        for sequences in ((0, 2), (5, 7))
+    )
+    r = (a_w - a_l) - (torch.log1p(-a_w.exp()) - torch.log1p(-a_l.exp()))
+    expected = {
+        "rewards/chosen": problem.beta * a_w.mean(),
+        "rewards/rejected": problem.beta * a_l.mean(),
+        "rewards/accuracies": (a_w > a_l).double().mean(),
+        "rewards/margins": problem.beta * (a_w - a_l).mean(),
+        "logps/chosen": a_w.mean(),
+        "logps/rejected": a_l.mean(),
+        "log_odds_ratio": torch.nn.functional.logsigmoid(r).mean(),
+        "log_odds_chosen": r.mean(),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name].double(), value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_answers_that_are_as_likely_are_no_success():
+    problem = make_problem(P=3)
+    out = orpo_loss(problem.hidden, problem.weight, problem.labels, **problem.keywords)
+    out.chosen_logps, out.rejected_logps = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.0, -3.0, -0.5])
+    assert out.metrics()["rewards/accuracies"].item() == pytest.approx(1 / 3)
+
+
 @BUDGETS
 def test_accumulation_with_counts_equals_the_large_batch(budget):
     problem = make_problem(P=4).requiring_grad()

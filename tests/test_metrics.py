@@ -19,6 +19,8 @@ def test_means_weigh_each_micro_batch():
     means.add({"a": scalar(4)}, 3)
     assert means.reduce(lambda t: t, CPU) == {"a": pytest.approx(13 / 4), "b": 10.0}
     assert means.reduce(lambda t: t, CPU) == {}
+    means.add({"a": scalar(7)}, 2)
+    assert means.reduce(lambda t: t, CPU) == {"a": 7.0}
 
 
 def test_parts_are_added_as_they_are():
@@ -66,6 +68,15 @@ def test_the_rows_of_a_bad_loss_are_named():
     micro_batch(guard, loss=float("nan"), bad={9})
     with pytest.raises(NonFiniteError, match=r"loss of step 7 on rank 3 is not finite: rows \[9\] of the data set"):
         guard.end_step(7, scalar("nan"))
+
+
+@pytest.mark.parametrize("bad", [("nan", -1.0), (-1.0, "nan")], ids=["chosen", "rejected"])
+def test_a_pair_is_named_for_either_of_its_answers(bad):
+    guard = NonFiniteGuard(rank=0)
+    chosen, rejected = (torch.tensor([-1.0, float(value)]) for value in bad)
+    guard.watch(scalar("nan"), chosen, rejected, torch.tensor([4, 9]))
+    with pytest.raises(NonFiniteError, match=r"rows \[9\] of the data set"):
+        guard.end_step(1, scalar(1))
 
 
 def test_a_bad_loss_of_finite_pairs_names_the_micro_batch():

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
+from record_trl_trace import EVALUATED, RUNS, SETTINGS, TRACE, trace_model, trace_pairs, trace_tokenizer
 from tiny import CHATML, SEVEN, make_model, make_tokenizer, reference_loss
 from trainers import logged, make_args, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,55 +22,56 @@ METRICS = {
 }
 
 
-def oracle_run(shared, tmp_path, run, **changes):
-    """TRL's trace of that run, and our trainer after the same run."""
-    folder = shared / "oracle"
-    trace = json.loads((folder / "trl_trace.json").read_text())[run]
-    pairs = Dataset.from_list(json.loads((folder / "pairs.json").read_text()))
+def trace_run(tmp_path, run, **changes):
+    """TRL's recorded run of that name, and our trainer after the same run."""
+    pairs = Dataset.from_list(trace_pairs())
     trainer = ORPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder / "tiny-llama"),
-        args=ORPOConfig(output_dir=str(tmp_path), **{**trace["args"], **changes}),
+        model=trace_model(),
+        args=ORPOConfig(output_dir=str(tmp_path), **{**SETTINGS, **RUNS[run], **changes}),
         train_dataset=pairs,
-        eval_dataset=pairs.select(range(16)),
-        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        eval_dataset=pairs.select(range(EVALUATED)),
+        processing_class=trace_tokenizer(),
     )
     trainer.train()
-    return trace, trainer
+    return json.loads(TRACE.read_text())["runs"][run], trainer
 
 
-def assert_same_metrics(ours, theirs, tolerance=1e-5):
+def assert_same_metrics(ours, theirs):
     # TRL averages logits over padding too, and evaluation losses over batches.
     left_out = {"logits/chosen", "logits/rejected", "eval_logits/chosen", "eval_logits/rejected"}
     left_out |= {"eval_loss", "eval_nll_loss"}
     for name in theirs.keys() - left_out:
-        assert ours[name] == pytest.approx(theirs[name], abs=tolerance), name
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), name
 
 
-@pytest.mark.parametrize("run", ["base", "beta05", "ckpt", "clip_off"])
-def test_trls_run_is_reproduced(run, shared, tmp_path):
-    trace, trainer = oracle_run(shared, tmp_path, run)
+def assert_same_log(trainer, trace):
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(steps) == len(trace["log"]) == 10
+    assert len(steps) == len(trace["log"]) == 6
     for ours, theirs in zip(steps, trace["log"], strict=True):
         assert_same_metrics(ours, theirs)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+@pytest.mark.parametrize("run", ["plain", "unclipped"])
+def test_trls_run_is_reproduced(run, layout, tmp_path):
+    trace, trainer = trace_run(tmp_path, run, layout=layout)
+    assert_same_log(trainer, trace)
     evaluation = trainer.evaluate()
     assert_same_metrics(evaluation, trace["eval"])
-    if run == "base":
-        assert evaluation["eval_loss"] == pytest.approx(6.149384, abs=1e-5)
+    expected = reference_loss(trainer.model, list(trainer.eval_dataset), beta=trainer.args.beta).item()
+    assert evaluation["eval_loss"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_accumulation_equals_the_large_batch_where_trls_does_not(shared, tmp_path):
-    trace, trainer = oracle_run(shared, tmp_path, "ga2")
-    whole = oracle_run(shared, tmp_path, "base")[1]
-    for ours, large in zip(trainer.state.log_history[:10], whole.state.log_history[:10], strict=True):
-        assert_same_metrics(ours, large)
-    assert abs(logged(trainer, "loss")[0] - trace["log"][0]["loss"]) > 1e-3
+def test_accumulation_equals_the_large_batch_where_trls_does_not(tmp_path):
+    trace, trainer = trace_run(tmp_path, "accumulated")
+    whole = json.loads(TRACE.read_text())["runs"]["plain"]
+    assert_same_log(trainer, whole)
+    assert abs(trace["log"][1]["loss"] - whole["log"][1]["loss"]) > 1e-2
 
 
-def test_normalization_by_micro_batch_is_trls(shared, tmp_path):
-    trace, trainer = oracle_run(shared, tmp_path, "ga2", normalization="micro_batch")
-    for ours, theirs in zip(trainer.state.log_history[:10], trace["log"], strict=True):
-        assert_same_metrics(ours, theirs)
+def test_normalization_by_micro_batch_is_trls(tmp_path):
+    trace, trainer = trace_run(tmp_path, "accumulated", normalization="micro_batch")
+    assert_same_log(trainer, trace)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -127,6 +129,13 @@ def test_evaluation_weighs_tokens_and_pairs(tmp_path):
     expected = reference_loss(make_model("llama"), list(trainer.train_dataset)).item()
     assert metrics["eval_one_loss"] == metrics["eval_two_loss"] == pytest.approx(expected, rel=1e-6)
     assert {f"eval_one_{name}" for name in METRICS} <= metrics.keys()
+
+
+def test_evaluation_weighs_the_nll_as_training_does(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset=SEVEN, nll_weight=0.3, beta=0.7)
+    pairs = list(trainer.train_dataset)
+    nll, both = (reference_loss(make_model("llama"), pairs, beta=beta).item() for beta in (0.0, 0.7))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(0.3 * nll + both - nll, rel=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["padded", "shared"])
@@ -209,9 +218,12 @@ def test_mixed_precision_keeps_float32_weights(tmp_path):
     assert logged(trainer, "loss") != logged(plain, "loss")
 
 
-def test_router_loss_is_added_as_trl_adds_it(tmp_path):
+@pytest.mark.parametrize("size", [4, 1])
+def test_router_loss_is_added_as_trl_adds_it(size, tmp_path):
+    """As the mean of its micro-batches."""
     experts = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
-    trainer = make_trainer(tmp_path, model=make_model("mixtral", **experts), eval_dataset=SEVEN, max_steps=1)
+    sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_steps": 1}
+    trainer = make_trainer(tmp_path, model=make_model("mixtral", **experts), eval_dataset=SEVEN, **sizes)
     evaluation = trainer.evaluate()
     trainer.train()
     (entry,) = [e for e in trainer.state.log_history if "loss" in e]
@@ -264,6 +276,25 @@ def test_a_nan_stops_the_run_before_the_weights_change(tmp_path):
     assert {int(row) for row in rows.split(", ")} == {i for i, tokens in enumerate(used) if token in tokens}
     assert torch.equal(head, trainer.model.lm_head.weight)
     assert not logged(trainer, "loss")
+
+
+def test_a_nan_in_a_rejected_answer_names_its_pair(tmp_path):
+    # Padded, since in a shared row the chosen answer would be NaN as well.
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=7, layout="padded")
+    pairs = list(trainer.train_dataset)
+    of_the_second = set(pairs[1]["rejected_input_ids"])
+    poison(trainer, min(of_the_second - {i for p in pairs for i in p["chosen_input_ids"]}))
+    with pytest.raises(NonFiniteError, match=r"loss of step 1 on rank 0 is not finite: rows \[1\] of the data set"):
+        trainer.train()
+
+
+def test_a_nan_in_the_gradient_alone_stops_the_run_too(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.model.lm_head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    head = trainer.model.lm_head.weight.clone()
+    with pytest.raises(NonFiniteError, match="the gradient of step 1 is not finite, though rank 0's losses are"):
+        trainer.train()
+    assert torch.equal(head, trainer.model.lm_head.weight)
 
 
 @pytest.mark.parametrize("arguments", [0, 1])

@@ -82,6 +82,19 @@ def test_several_ranks_equal_one(head, wrapper, ranks, tmp_path, one_process):
         assert_same_run(one_process("tied" if head else "untied", head), seen)
 
 
+def test_router_losses_of_two_ranks_are_means(tmp_path):
+    experts = {"model_type": "mixtral", "num_local_experts": 4, "output_router_logits": True}
+    options = {"model": {**experts, "router_aux_loss_coef": 0.5}, "max_steps": 2}
+    one, two = (returned(train, ranks, tmp_path / str(ranks), options)[0] for ranks in (1, 2))
+    # Both had the same pairs as micro-batches of one.
+    for a, b in zip(one["log"], two["log"], strict=True):
+        if "loss" in a:
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+            assert a["loss"] - a["nll_loss"] + 0.1 * a["log_odds_ratio"] > 0.5
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("wrapper", [{}, {"fsdp": True}], ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize("way", LORA)
 def test_lora_on_two_ranks_equals_one(way, wrapper, tmp_path, one_process):
