@@ -36,6 +36,23 @@ def load_model(name: str, *, trust_remote_code: bool = False, **options: Any) ->
         ValueError: there is no such folder, the hub cannot be reached, the model is an encoder-decoder or has no
             language-modeling head, or ``dtype`` names no torch dtype.
     """
+    kwargs = check_model(name, trust_remote_code=trust_remote_code, **options)
+    try:
+        model, loaded = AutoModelForCausalLM.from_pretrained(name, **kwargs, output_loading_info=True)
+    except ImportError as error:
+        if "flash" in str(error).lower():
+            error.add_note("without FlashAttention: attn_implementation sdpa")
+        raise
+    _refuse_random_head(name, model, loaded["missing_keys"])
+    return model
+
+
+def check_model(name: str, *, trust_remote_code: bool = False, **options: Any) -> dict[str, Any]:
+    """What can be refused of the model called `name` before its weights are read; the arguments to read them with.
+
+    Raises:
+        ValueError: as :func:`load_model`, but for what only the weights tell.
+    """
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise ValueError(f"there is no folder {name} to load a model from")
     kwargs = {"trust_remote_code": trust_remote_code, "use_safetensors": True, **options}
@@ -52,14 +69,7 @@ def load_model(name: str, *, trust_remote_code: bool = False, **options: Any) ->
         raise ValueError(f"{name} is an encoder-decoder; this loss is for decoder-only (causal) language models")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
         raise ValueError(f"{name} is a {config.model_type} model, which has no language-modeling head to train with")
-    try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(name, **kwargs, output_loading_info=True)
-    except ImportError as error:
-        if "flash" in str(error).lower():
-            error.add_note("without FlashAttention: attn_implementation sdpa")
-        raise
-    _refuse_random_head(name, model, loaded["missing_keys"])
-    return model
+    return kwargs
 
 
 def _refuse_random_head(name: str, model: PreTrainedModel, missing: Collection[str]) -> None:
