@@ -174,13 +174,17 @@ def as_dataset(data: Any) -> Any:
         data: a Dataset, an IterableDataset, a dict of equally long lists, or a list of dicts.
     """
     import datasets
+    import pyarrow as pa
 
     if isinstance(data, (datasets.Dataset, datasets.IterableDataset)):
         return data
-    if isinstance(data, Mapping):
-        return datasets.Dataset.from_dict(dict(data))
-    if isinstance(data, (list, tuple)):
-        return datasets.Dataset.from_list(list(data))
+    try:
+        if isinstance(data, Mapping):
+            return datasets.Dataset.from_dict(dict(data))
+        if isinstance(data, (list, tuple)):
+            return datasets.Dataset.from_list(list(data))
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"the rows make no table, each column of which holds one type only: {error}") from error
     raise ValueError(
         "a data set has to be a datasets.Dataset or IterableDataset, a dict of lists or a list of dicts, "
         f"not {type(data).__name__}"

@@ -81,9 +81,8 @@ def pair_text(row: Mapping[str, Any], tokenizer: Any) -> PairText:
                 "the data set holds conversations, and the tokenizer has no chat template to render them with: "
                 "set tokenizer.chat_template (--chat_template), or give prompt, chosen and rejected as strings"
             )
-        # A column of dictionaries holds None for the names that a row does not have.
-        given = {name: v for name, v in (row.get("chat_template_kwargs") or {}).items() if v is not None}
-        return PairText(*conversation_text(prompt, chosen, rejected, tokenizer, given), templated=True)
+        keywords = _keywords(row.get("chat_template_kwargs") or {})
+        return PairText(*conversation_text(prompt, chosen, rejected, tokenizer, keywords), templated=True)
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
         kinds = f"{type(chosen).__name__} and {type(rejected).__name__}"
         raise ValueError(f"'chosen' and 'rejected' have to be two strings or two lists of messages, not {kinds}")
@@ -93,6 +92,18 @@ def pair_text(row: Mapping[str, Any], tokenizer: Any) -> PairText:
         raise ValueError(f"'prompt' has to be a string where the answers are strings, not {type(prompt).__name__}")
     _refuse_empty(chosen, rejected)
     return PairText(prompt, chosen, prompt, rejected, templated=False)
+
+
+def _keywords(given: Any) -> dict[str, Any]:
+    """What a row says to the chat template."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"'chat_template_kwargs' has to be a dictionary, not {type(given).__name__}")
+    # A column of dictionaries holds None for the names that a row does not have.
+    keywords = {name: value for name, value in given.items() if value is not None}
+    own = {"conversation", "tokenize", "add_generation_prompt", "continue_final_message"} & keywords.keys()
+    if own:
+        raise ValueError(f"'chat_template_kwargs' sets {', '.join(sorted(own))}, which is set here: leave it out")
+    return keywords
 
 
 def _refuse_empty(*answers: str) -> None:

@@ -177,6 +177,20 @@ def test_a_call_of_a_tool_is_an_answer():
     assert text == CHAT._replace(chosen='[{"name": "f"}]<|im_end|>\n')
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("x", "has to be a dictionary, not str"),
+        ({"add_generation_prompt": True}, "sets add_generation_prompt, which is"),
+    ],
+)
+def test_what_a_row_may_not_say_to_the_template(given, said, chat_tokenizer):
+    with pytest.raises(ValueError, match=said):
+        pair_text(
+            {"prompt": [USER], **{s: [m] for s, m in PAIR.items()}, "chat_template_kwargs": given}, chat_tokenizer
+        )
+
+
 def test_what_a_row_says_to_the_template_reaches_it():
     told = "{% if loud %}LOUD {% endif %}{% if absent is defined %}NONE {% endif %}"
     template = told + "{% for m in messages %}{{ m.content }};{% endfor %}"
