@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from orpo.batch import pair_batch, without_repeats
 from orpo.checkpoints import CheckpointingTrainer
 from orpo.config import ORPOConfig
-from orpo.data import check_token_ids, describe_example, first_pair, prepare_dataset
+from orpo.data import prepare_dataset
 from orpo.diagnose import gradient_norms, pair_statistics, refuse_cut_gradients
 from orpo.disk import check_writable
 from orpo.guard import NonFiniteGuard
@@ -26,6 +26,7 @@ from orpo.layout import make_layout
 from orpo.metrics import WeightedMeans
 from orpo.model import LossCall, base_model
 from orpo.overlap import report_overlap
+from orpo.prepared import check_token_ids, describe_example, first_pair
 from orpo.probe import check_fused_logps, choose_layout
 from orpo.reports import ReportingTrainer
 from orpo.setup import adapt, check_model, load_model, load_tokenizer, pad_token_id, router_coefficient

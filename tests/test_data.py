@@ -6,8 +6,9 @@ import datasets
 import pytest
 from tiny import CHATML, NO_END, SEVEN, make_tokenizer
 
-from orpo.data import Limits, as_dataset, check_token_ids, describe_example, first_pair, prepare_dataset
+from orpo.data import Limits, as_dataset, prepare_dataset
 from orpo.layout import PaddedLayout
+from orpo.prepared import check_token_ids, describe_example, first_pair
 
 UNLIMITED = Limits(max_length=None)
 
