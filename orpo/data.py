@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orpo.formats import AS_THEY_ARE, EMPTY_ANSWER, PROMPTS_DIFFER, PairText, UnusableRow, pair_text, skips_template
-from orpo.prepared import checked
+from orpo.formats import AS_THEY_ARE, PairText, check_columns, pair_text, skips_template
+from orpo.pretokenized import checked
 from orpo.streams import ATTRIBUTE, DropCounter, summarize
+from orpo.unusable import EMPTY_ANSWER, EQUAL_ANSWERS, EQUAL_ONCE_CUT, REASONS, UnusableRow
 
 # Where a prepared data set keeps the report on it.
 SUMMARY = "orpo_summary"
@@ -76,38 +77,41 @@ class PairTokenizer:
 
     The answer begins after the common token prefix of ``tokenize(prompt)`` and ``tokenize(prompt + answer)``, for each
     answer by itself: a merge over the boundary belongs to the answer. Plain strings get BOS in front and EOS at the end
-    where they are missing. A chat template writes its own; EOS is added only if the rendered turn has no special token
-    near its end, for then nothing would teach the model to stop.
+    where they are missing. A chat template writes its own; EOS is added only if the rendered turn does not end with a
+    special token, for then nothing would teach the model to stop.
     """
 
     def __init__(self, tokenizer: Any, limits: Limits) -> None:
         self.tokenizer = tokenizer
         self.limits = limits
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        self.special_ids = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        self.special_tokens = (*tokenizer.all_special_tokens, *(token.content for token in added if token.special))
 
     def __call__(self, rows: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        """A batch of rows as columns -> the prepared columns and ``dropped`` (the reason, or "")."""
+        """A batch of rows as columns -> the prepared columns, ``dropped`` (the reason, or "") and ``detail`` of it."""
         size = len(indices)
         texts: list[PairText | None] = []
-        dropped = [""] * size
+        dropped, details = [""] * size, [""] * size
         for i in range(size):
             try:
                 texts.append(pair_text({name: column[i] for name, column in rows.items()}, self.tokenizer))
-            except UnusableRow as reason:
+            except UnusableRow as unusable:
                 texts.append(None)
-                dropped[i] = str(reason)
+                dropped[i], details[i] = unusable.reason, unusable.detail
+            except ValueError as error:
+                error.add_note(f"in row {indices[i]}, counted from 0")
+                raise
         flat = [t for text in texts if text for t in self._parts(text)]
         ids = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
         out: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         for i, text in enumerate(texts):
             pair = None
             if text is not None:
-                sides = [self._side(next(ids), next(ids), text.templated) for _ in range(2)]
+                sides = [self._side(next(ids), next(ids), text.templated, t) for t in (text.chosen, text.rejected)]
                 try:
                     pair = self._fit(sides)
-                except UnusableRow as reason:
-                    dropped[i] = str(reason)
+                except UnusableRow as unusable:
+                    dropped[i], details[i] = unusable.reason, unusable.detail
             (chosen_prompt, chosen), (rejected_prompt, rejected) = pair or (([], []), ([], []))
             out["chosen_input_ids"].append(chosen_prompt + chosen)
             out["rejected_input_ids"].append(rejected_prompt + rejected)
@@ -115,7 +119,7 @@ class PairTokenizer:
             out["rejected_prompt_length"].append(len(rejected_prompt))
         # transformers groups batches by this column, where `train_sampling_strategy` asks for it.
         length = [len(c) + len(r) for c, r in zip(out["chosen_input_ids"], out["rejected_input_ids"], strict=True)]
-        return {**out, "pair_id": list(indices), "length": length, "dropped": dropped}
+        return {**out, "pair_id": list(indices), "length": length, "dropped": dropped, "detail": details}
 
     @staticmethod
     def _parts(text: PairText) -> tuple[str, str, str, str]:
@@ -126,19 +130,22 @@ class PairTokenizer:
             text.rejected_prompt + text.rejected,
         )
 
-    def _side(self, prompt: list[int], whole: list[int], templated: bool) -> tuple[list[int], list[int]]:
-        """(prompt tokens, answer tokens) of one side, with BOS and EOS."""
+    def _side(self, prompt: list[int], whole: list[int], templated: bool, text: str) -> tuple[list[int], list[int]]:
+        """(prompt tokens, answer tokens) of one side, whose answer is `text`, with BOS and EOS."""
         split = 0
         while split < min(len(prompt), len(whole)) and prompt[split] == whole[split]:
             split += 1
         prompt, answer = whole[:split], whole[split:]
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if templated:
-            ended = any(token in self.special_ids for token in answer[-3:])
+            # Not by special tokens among the last few: of a short answer, the tag of its role would be one.
+            ended = text.rstrip().endswith(self.special_tokens)
         else:
             ended = bool(answer) and answer[-1] == eos
-            if bos is not None and prompt[:1] != [bos]:
+            if bos is not None and whole[:1] != [bos]:
                 prompt = [bos, *prompt]
+            elif bos is not None and not prompt:
+                prompt, answer = [bos], answer[1:]
         if eos is not None and not ended:
             answer = [*answer, eos]
         return prompt, answer
@@ -146,6 +153,8 @@ class PairTokenizer:
     def _fit(self, sides: list[tuple[list[int], list[int]]]) -> list[tuple[list[int], list[int]]]:
         """Both sides within the limits, each with at least one answer token that another token precedes."""
         limits = self.limits
+        if sides[0] == sides[1]:
+            raise UnusableRow(EQUAL_ANSWERS)
         sides = [(prompt, answer[: limits.max_completion_length]) for prompt, answer in sides]
         if limits.max_length is not None and max(len(p) + len(a) for p, a in sides) > limits.max_length:
             sides = [(limits.cut_prompt(p, self.tokenizer.bos_token_id), a) for p, a in sides]
@@ -154,6 +163,8 @@ class PairTokenizer:
             sides = [(p, a[: limits.max_length - len(p)]) for p, a in sides]
         if min(len(p) + len(a) for p, a in sides) < 2:
             raise UnusableRow(EMPTY_ANSWER)
+        if sides[0] == sides[1]:
+            raise UnusableRow(EQUAL_ONCE_CUT)
         return sides
 
 
@@ -164,13 +175,17 @@ def as_dataset(data: Any) -> Any:
         data: a Dataset, an IterableDataset, a dict of equally long lists, or a list of dicts.
     """
     import datasets
+    import pyarrow as pa
 
     if isinstance(data, (datasets.Dataset, datasets.IterableDataset)):
         return data
-    if isinstance(data, Mapping):
-        return datasets.Dataset.from_dict(dict(data))
-    if isinstance(data, (list, tuple)):
-        return datasets.Dataset.from_list(list(data))
+    try:
+        if isinstance(data, Mapping):
+            return datasets.Dataset.from_dict(dict(data))
+        if isinstance(data, (list, tuple)):
+            return datasets.Dataset.from_list(list(data))
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"the rows make no table, each column of which holds one type only: {error}") from error
     raise ValueError(
         "a data set has to be a datasets.Dataset or IterableDataset, a dict of lists or a list of dicts, "
         f"not {type(data).__name__}"
@@ -194,10 +209,12 @@ def prepare_dataset(
         limits: lengths in tokens.
         name: what the report calls this data set.
         num_proc: processes that tokenize. The result is cached by ``datasets`` where the data set lies on disk.
-        report: called with the report. A stream is counted as it is read: :class:`orpo.streams.StreamReport` says when.
+        report: called with the report, which counts rows from 0. A stream is counted as it is read:
+            :class:`orpo.streams.StreamReport` says when.
 
     Raises:
-        ValueError: `data` has no form that we know, or no row is left.
+        ValueError: `data` has no form that we know, or no row is left. Of a stream :func:`orpo.prepared.first_pair`
+            says so.
     """
     import datasets
 
@@ -206,20 +223,19 @@ def prepare_dataset(
         return checked(data, name)
     tokenize = PairTokenizer(tokenizer, limits)
     if isinstance(data, datasets.IterableDataset):
-        columns = data.column_names or list(next(iter(data)))
+        columns = data.column_names or list(next(iter(data), {}))
+        check_columns(columns)
         tokenized = data.map(tokenize, batched=True, with_indices=True, remove_columns=columns)
         report(f"{name}: a stream; rows that cannot train are left out as they come, and counted after each epoch")
-        reasons = (EMPTY_ANSWER, PROMPTS_DIFFER, *([] if limits.max_length is None else [limits.too_long]))
-        if skips_template(next(iter(data)), tokenizer):
+        if skips_template(next(iter(data), {}), tokenizer):
             report(f"{name}: {AS_THEY_ARE}")
-        counter = DropCounter(name, reasons)
-        prepared = tokenized.filter(counter).remove_columns("dropped")
-        if next(iter(prepared), None) is None:
-            raise ValueError(f"no row of the {name} set can train: {summarize(name, *counter.take())}")
-        # What was read to see that is read again.
-        counter.take()
+        counter = DropCounter(name, (*REASONS, *([] if limits.max_length is None else [limits.too_long])))
+        prepared = tokenized.filter(counter).remove_columns(["dropped", "detail"])
         setattr(prepared, ATTRIBUTE, counter)
         return prepared
+    if not len(data):
+        raise ValueError(f"the {name} set holds no rows")
+    check_columns(data.column_names)
     tokenized = data.map(
         tokenize,
         batched=True,
@@ -228,53 +244,23 @@ def prepare_dataset(
         num_proc=num_proc,
         desc=f"Tokenizing the {name} set",
     )
-    reasons = Counter(reason for reason in tokenized["dropped"] if reason)
-    summary = summarize(name, len(data), reasons)
+    reasons: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for row, (reason, detail) in enumerate(zip(tokenized["dropped"], tokenized["detail"], strict=True)):
+        if reason:
+            reasons[reason] += 1
+            first.setdefault(reason, f"row {row}, {detail}" if detail else f"row {row}")
+    summary = summarize(name, len(data), reasons, first)
     if reasons.total() == len(data):
         raise ValueError(f"no row of the {name} set can train: {summary}")
     report(summary)
     if skips_template(data[0], tokenizer):
         report(f"{name}: {AS_THEY_ARE}")
     kept = tokenized.filter(_is_kept, num_proc=num_proc, desc=f"Filtering the {name} set") if reasons else tokenized
-    prepared = kept.remove_columns("dropped")
+    prepared = kept.remove_columns(["dropped", "detail"])
     setattr(prepared, SUMMARY, summary)
     return prepared
 
 
 def _is_kept(example: Mapping[str, Any]) -> bool:
     return not example["dropped"]
-
-
-def check_token_ids(data: Any, vocabulary: int) -> None:
-    """Refuses a prepared data set with tokens that the model has no embedding for. A stream is not looked at.
-
-    Raises:
-        ValueError: with the largest id and the number of embeddings.
-    """
-    import pyarrow.compute as pc
-
-    if not hasattr(data, "data"):
-        return
-    for side in ("chosen", "rejected"):
-        largest = pc.max(pc.list_flatten(data.data.column(f"{side}_input_ids"))).as_py()
-        if largest is not None and largest >= vocabulary:
-            raise ValueError(
-                f"the data set holds token id {largest}, and the model has {vocabulary} embeddings: it needs its own "
-                "tokenizer, or model.resize_token_embeddings(len(tokenizer))"
-            )
-
-
-def describe_example(example: Mapping[str, Any], layout: Callable[..., dict[str, Any]], tokenizer: Any) -> str:
-    """One pair, decoded, as each term of the loss scores it: read off the rows that `layout` makes of it."""
-    rows = layout([example])["orpo"].rows
-    chosen = rows.sequence_N == 0
-    spans = {
-        "NLL": rows.in_nll_N,
-        "odds ratio, chosen": rows.in_response_N & chosen,
-        "odds ratio, rejected": rows.in_response_N & ~chosen,
-    }
-    lines = (
-        f"  {label:<20} {int(kept.sum()):>5} tokens  {tokenizer.decode(rows.targets_N[kept].tolist())!r}"
-        for label, kept in spans.items()
-    )
-    return "what each term scores, in the first pair:\n" + "\n".join(lines)

@@ -1,75 +1,56 @@
-"""A data set that comes tokenized: refused where its columns cannot be a batch, and given the ``length`` it lacks."""
+"""A prepared data set as it is looked at before training: its first pair, and whether the model knows its tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
+from orpo.streams import counters, summarize
 
 
-def checked(data: Any, name: str) -> Any:
-    """`data` with the column ``length``, tokens of both sequences together. A stream is checked as it is read.
-
-    Args:
-        data: a ``datasets.Dataset`` or ``IterableDataset`` with the columns of :data:`orpo.data.COLUMNS`.
-        name: what errors call it.
+def first_pair(data: Any) -> dict[str, Any]:
+    """The first pair of a prepared data set.
 
     Raises:
-        ValueError: a column is of another type, or a row holds null, a negative id, no token, or a prompt longer than
-            its sequence. The message names column and row.
+        ValueError: it is a stream of which no row can train.
     """
-    import datasets
-
-    if isinstance(data, datasets.IterableDataset):
-
-        def add_length(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[int]]:
-            return {"length": _lengths(pa.table(rows), name, indices[0])}
-
-        return data.map(add_length, batched=True, with_indices=True)
-    lengths: list[int] = []
-    for table in data.with_format("arrow").iter(1000):
-        lengths += _lengths(table, name, len(lengths))
-    return data if "length" in data.column_names else data.add_column("length", lengths)
+    pair = next(iter(data), None)
+    if pair is None:
+        drops = [summarize(counter.name, *counter.take()) for counter in counters(data)]
+        raise ValueError(f"no row of the stream can train: {'; '.join(drops)}")
+    return pair
 
 
-def _lengths(table: pa.Table, name: str, first: int) -> list[int]:
-    """Tokens of both sequences of each row; `first` is the number of the table's first row, from 0."""
-    total: Any = 0
+def check_token_ids(data: Any, vocabulary: int) -> None:
+    """Refuses a prepared data set with tokens that the model has no embedding for. A stream is not looked at.
+
+    Raises:
+        ValueError: with the largest id and the number of embeddings.
+    """
+    import pyarrow.compute as pc
+
+    if not hasattr(data, "data"):
+        return
     for side in ("chosen", "rejected"):
-        ids, prompt = (table.column(f"{side}_{part}").combine_chunks() for part in ("input_ids", "prompt_length"))
-        if not (_is_list(ids.type) and pa.types.is_integer(ids.type.value_type)):
-            raise ValueError(f"{name}: {side}_input_ids holds {ids.type}; it has to hold lists of whole numbers")
-        if not pa.types.is_integer(prompt.type):
-            raise ValueError(f"{name}: {side}_prompt_length holds {prompt.type}; it has to hold whole numbers")
-        flat, sizes = pc.list_flatten(ids), pc.list_value_length(ids)
-        is_whole = not (ids.null_count or flat.null_count or prompt.null_count)
-        if not is_whole or not _fits(flat, sizes, prompt):
-            _refuse(ids.to_pylist(), prompt.to_pylist(), name, side, first)
-        total = pc.add(pc.cast(sizes, pa.int64()), total)
-    return total.to_pylist()
+        largest = pc.max(pc.list_flatten(data.data.column(f"{side}_input_ids"))).as_py()
+        if largest is not None and largest >= vocabulary:
+            raise ValueError(
+                f"the data set holds token id {largest}, and the model has {vocabulary} embeddings: it needs its own "
+                "tokenizer, or model.resize_token_embeddings(len(tokenizer))"
+            )
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-def _fits(flat: Any, sizes: Any, prompt: Any) -> bool:
-    negative = len(flat) and pc.min(flat).as_py() < 0
-    beyond = pc.any(pc.or_(pc.less(prompt, 0), pc.greater(prompt, sizes))).as_py()
-    return not (negative or beyond or pc.any(pc.equal(sizes, 0)).as_py())
-
-
-def _refuse(ids: list[Any], prompts: list[Any], name: str, side: str, first: int) -> None:
-    for row, (tokens, prompt) in enumerate(zip(ids, prompts, strict=True), first):
-        if tokens is None or prompt is None or None in tokens:
-            problem = f"{side}_input_ids or {side}_prompt_length holds null"
-        elif not tokens:
-            problem = f"{side}_input_ids holds no token"
-        elif min(tokens) < 0:
-            problem = f"{side}_input_ids holds {min(tokens)}; an id is 0 or more, and padding does not belong there"
-        elif not 0 <= prompt <= len(tokens):
-            problem = f"{side}_prompt_length is {prompt}, of {side}_input_ids' {len(tokens)} tokens, prompt included"
-        else:
-            continue
-        raise ValueError(f"{name}: row {row} cannot be trained on: {problem}")
+def describe_example(example: Mapping[str, Any], layout: Callable[..., dict[str, Any]], tokenizer: Any) -> str:
+    """One pair, decoded, as each term of the loss scores it: read off the rows that `layout` makes of it."""
+    rows = layout([example])["orpo"].rows
+    chosen = rows.sequence_N == 0
+    spans = {
+        "NLL": rows.in_nll_N,
+        "odds ratio, chosen": rows.in_response_N & chosen,
+        "odds ratio, rejected": rows.in_response_N & ~chosen,
+    }
+    lines = (
+        f"  {label:<20} {int(kept.sum()):>5} tokens  {tokenizer.decode(rows.targets_N[kept].tolist())!r}"
+        for label, kept in spans.items()
+    )
+    return "what each term scores, in the first pair:\n" + "\n".join(lines)

@@ -74,6 +74,24 @@ def load_model(name: str, *, trust_remote_code: bool = False, **options: Any) ->
         ValueError: there is no such folder, the hub cannot be reached, the model is an encoder-decoder or has no
             language-modeling head, or ``dtype`` names no torch dtype.
     """
+    auto, kwargs = check_model(name, trust_remote_code=trust_remote_code, **options)
+    try:
+        with reading(name, runs_code=trust_remote_code):
+            model, loaded = auto.from_pretrained(name, **kwargs, output_loading_info=True)
+    except ImportError as error:
+        if "flash" in str(error).lower():
+            error.add_note("without FlashAttention: attn_implementation sdpa")
+        raise
+    _refuse_random_head(name, model, loaded["missing_keys"])
+    return model
+
+
+def check_model(name: str, *, trust_remote_code: bool = False, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Refuses of the model called `name` what can be known before its weights are read: (Auto class, its arguments).
+
+    Raises:
+        ValueError: as :func:`load_model`, but for what only the weights tell.
+    """
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise ValueError(f"there is no folder {name} to load a model from")
     kwargs = {"trust_remote_code": trust_remote_code, "use_safetensors": True, **options}
@@ -91,15 +109,7 @@ def load_model(name: str, *, trust_remote_code: bool = False, **options: Any) ->
         auto = AutoModelForImageTextToText
     elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
         raise ValueError(f"{name} is a {config.model_type} model, which has no language-modeling head to train with")
-    try:
-        with reading(name, runs_code=trust_remote_code):
-            model, loaded = auto.from_pretrained(name, **kwargs, output_loading_info=True)
-    except ImportError as error:
-        if "flash" in str(error).lower():
-            error.add_note("without FlashAttention: attn_implementation sdpa")
-        raise
-    _refuse_random_head(name, model, loaded["missing_keys"])
-    return model
+    return auto, kwargs
 
 
 def find_dtype(dtype: Any) -> Any:

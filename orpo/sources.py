@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -54,16 +55,24 @@ def load_pairs(name: str, split: str = "train", *, config: str | None = None, st
         reader = reader_for(path)
         if reader is None:
             raise ValueError(f"{name} is of no known kind; it has to end in {', '.join(READERS)}, compressed or not")
-        arguments: dict[str, Any] = {"path": reader, "data_files": str(path)}
+        # The name of a file that is there is no pattern, though [0-2] in it could be one.
+        arguments: dict[str, Any] = {"path": reader, "data_files": glob.escape(str(path))}
     elif (name.startswith((".", "/", "~")) or reader_for(name) is not None) and not path.exists():
         raise ValueError(f"there is no file or folder {name}")
     else:
         check_hub_name(name, "dataset")
+        if path.is_dir() and glob.has_magic(str(path.absolute())):
+            raise ValueError(
+                f"{name} is a folder whose path holds one of * ? [, and would be read as a pattern: rename it, or name "
+                "a file in it"
+            )
         arguments = {"path": str(path) if path.is_dir() else name, "name": config}
     _check_files(path, streaming)
     kind = arguments["path"] if path.is_file() else "a data set"
     try:
         with _silent_reader():
+            if path.is_dir() or arguments["path"] == "csv":
+                arguments |= _as_text(datasets.load_dataset_builder(**arguments))
             data = datasets.load_dataset(**arguments, split=split, streaming=streaming)
             if streaming and path.exists():
                 # A stream meets what is wrong with its file when it is read.
@@ -96,6 +105,25 @@ def _check_files(path: Path, streaming: bool) -> None:
             require("zstandard", f"{file}, compressed with zstd,")
         elif reader in ("json", "csv"):
             check_file(file, is_json=reader == "json", most_lines=LINES_OF_A_STREAM if streaming else None)
+
+
+def _as_text(builder: Any) -> dict[str, Any]:
+    """What a reader of CSV has to be told so that no column is guessed at; nothing for other readers.
+
+    Left to itself it takes "NA", "None" and "null" for missing values, and the answer "007" for a number.
+    """
+    import pandas
+    from datasets.exceptions import DatasetGenerationError
+    from datasets.packaged_modules.csv.csv import CsvConfig
+
+    if not isinstance(builder.config, CsvConfig):
+        return {}
+    files = (file for split in builder.config.data_files.values() for file in split)
+    try:
+        names = {name for file in files for name in pandas.read_csv(file, nrows=0).columns}
+    except ValueError as error:
+        raise DatasetGenerationError from error
+    return {"converters": dict.fromkeys(sorted(names), str), "na_filter": False}
 
 
 @contextmanager

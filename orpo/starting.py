@@ -10,14 +10,31 @@ from torch import nn
 from orpo.adapters import adapter_folder, load_adapter, read_config
 from orpo.config import ORPOConfig
 from orpo.merge import is_merged, merge_adapter
-from orpo.setup import find_dtype, load_model, prepare_quantized
+from orpo.setup import check_model, find_dtype, load_model, prepare_quantized
 
 # In output_dir: what a new adapter names as its base has to be somewhere.
 MERGED = "base"
 
 
-def load_start(name: str, args: ORPOConfig, peft_config: Any) -> tuple[nn.Module, str]:
-    """The model called `name` as a run with `args` starts from it, and where its tokenizer is looked for.
+def check_start(name: str, args: ORPOConfig) -> str:
+    """Refuses what can be known of `name` before weights are read; returns where its tokenizer is looked for.
+
+    Raises:
+        ImportError, ValueError: as :func:`load_start`.
+    """
+    options = _options(args)
+    # Before the hub is asked, which may take its time.
+    find_dtype(options.get("dtype"))
+    folder = adapter_folder(name, **options)
+    if folder is None:
+        check_model(name, **options)
+        return name
+    read_config(folder)
+    return str(folder)
+
+
+def load_start(name: str, args: ORPOConfig, peft_config: Any) -> nn.Module:
+    """The model called `name` as a run with `args` starts from it.
 
     An adapter is loaded around its base model and trained further. Where `peft_config` asks for a new one, it is merged
     into its base first, and the merged model is saved in ``output_dir/base``, which the new adapter names as its base.
@@ -31,21 +48,22 @@ def load_start(name: str, args: ORPOConfig, peft_config: Any) -> tuple[nn.Module
         ImportError: it is an adapter, and peft is not installed.
         ValueError: as :func:`orpo.setup.load_model`, and :func:`orpo.merge.merge_adapter`.
     """
-    options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    # Before the hub is asked, which may take its time.
-    find_dtype(options.get("dtype"))
+    options = _options(args)
     folder = adapter_folder(name, **options)
     if folder is None:
-        return load_model(name, **options), name
+        return load_model(name, **options)
     base = read_config(folder).base_model_name_or_path
     report = print if args.should_log else lambda _: None
     if peft_config is None:
         report(f"{name} is an adapter on {base}: it is trained further")
-        model = load_adapter(folder, trainable=True, prepare=lambda model: prepare_quantized(model, args), **options)
-        return model, str(folder)
+        return load_adapter(folder, trainable=True, prepare=lambda model: prepare_quantized(model, args), **options)
     merged, dtype = Path(args.output_dir, MERGED).absolute(), options.get("dtype", "auto")
     report(f"{name} is an adapter on {base}: it is merged, in {merged}, and the new adapter is trained on that")
     with args.main_process_first(desc="merging the adapter"):
         if not is_merged(merged, folder, dtype):
             merge_adapter(folder, merged, dtype=dtype, trust_remote_code=args.trust_remote_code)
-    return load_model(str(merged), **{**options, "revision": None}), str(folder)
+    return load_model(str(merged), **{**options, "revision": None})
+
+
+def _options(args: ORPOConfig) -> dict[str, Any]:
+    return {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}

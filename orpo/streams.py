@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,6 +31,9 @@ class DropCounter:
         self.counts_WR = torch.zeros(workers, len(self.reasons), dtype=torch.int64).share_memory_()
 
     def __call__(self, example: Mapping[str, Any]) -> bool:
+        if example["detail"]:
+            # Once for each text, and from the process that reads: the counts alone are shared.
+            warnings.warn(f"{self.name}: {example['dropped']}: {example['detail']}", stacklevel=2)
         info = torch.utils.data.get_worker_info()
         self.counts_WR[0 if info is None else info.id, self.reasons.index(example["dropped"])] += 1
         return not example["dropped"]
@@ -76,13 +80,24 @@ def counters(data: Any) -> list[DropCounter]:
     return [getattr(part, ATTRIBUTE) for part in parts if hasattr(part, ATTRIBUTE)]
 
 
-def summarize(name: str, total: int, reasons: Counter[str]) -> str:
-    """For example "train: kept 1,771 of 1,800: 4 empty answers, 25 prompts of 512 tokens or more"."""
+def summarize(name: str, total: int, reasons: Counter[str], first: Mapping[str, str] | None = None) -> str:
+    """For example "train: kept 1,771 of 1,800: 4 empty answers (first: row 7), 25 prompts of 512 tokens or more".
+
+    Args:
+        name: of the data set.
+        total: its rows.
+        reasons: rows dropped by reason.
+        first: what to say of the first row that each reason dropped; not every reason has to be there.
+    """
     text = f"{name}: kept {total - reasons.total():,} of {total:,}"
     if not reasons:
         return text
-    counts = (f"{n:,} {reason if n == 1 else _plural(reason)}" for reason, n in reasons.most_common())
-    return f"{text}: {', '.join(counts)}"
+    parts = []
+    for reason, n in reasons.most_common():
+        known = (first or {}).get(reason)
+        where = "" if known is None else f" ({known})" if n == 1 else f" (first: {known})"
+        parts.append(f"{n:,} {reason if n == 1 else _plural(reason)}{where}")
+    return f"{text}: {', '.join(parts)}"
 
 
 def _plural(reason: str) -> str:

@@ -18,18 +18,20 @@ from transformers.trainer_utils import EvalLoopOutput
 from orpo.batch import pair_batch, without_repeats
 from orpo.checkpoints import CheckpointingTrainer
 from orpo.config import ORPOConfig
-from orpo.data import check_token_ids, describe_example, prepare_dataset
+from orpo.data import prepare_dataset
 from orpo.diagnose import gradient_norms, pair_statistics, refuse_cut_gradients
 from orpo.disk import check_writable
 from orpo.layout import make_layout
 from orpo.metrics import WeightedMeans
 from orpo.model import LossCall, base_model
+from orpo.overlap import report_overlap
+from orpo.prepared import check_token_ids, describe_example, first_pair
 from orpo.probe import check_fused_logps, choose_layout
 from orpo.prompts import boundary_note, remember_form
 from orpo.reports import ReportingTrainer
 from orpo.setup import adapt, load_tokenizer, pad_token_id, router_coefficient
 from orpo.sharding import agreed, prepare_ranks
-from orpo.starting import load_start
+from orpo.starting import check_start, load_start
 from orpo.streams import StreamReport, counters
 
 
@@ -93,11 +95,10 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
         name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
         options = args.model_init_kwargs or {}
         if isinstance(model, str):
-            model, name = load_start(model, args, peft_config)
+            name = check_start(model, args)
         elif options:
             raise ValueError("model_init_kwargs is given, but the model is loaded already")
-        if model is not None:
-            model = adapt(model, args, peft_config)
+        # The data before the weights, which may take minutes to load: a wrong column is known in a second.
         processing_class = tokenizer if processing_class is None else processing_class
         if processing_class is None:
             processing_class = load_tokenizer(
@@ -113,13 +114,19 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
             eval_dataset = {key: prepare(data, f"eval ({key})") for key, data in eval_dataset.items()}
         else:
             eval_dataset = prepare(eval_dataset, "eval")
+        if args.should_log and train_dataset is not None:
+            report_overlap(train_dataset, eval_dataset)
+        if isinstance(model, str):
+            model = load_start(model, args, peft_config)
+        if model is not None:
+            model = adapt(model, args, peft_config)
         pad_id, nll = pad_token_id(args, text_tokenizer, model), args.nll(text_tokenizer.eos_token_id)
         layout_options = {"pad_token_id": pad_id, "nll": nll}
         chooses_layout = data_collator is None
         if chooses_layout:
             data_collator = make_layout("padded", **layout_options)
             if args.should_log and train_dataset is not None:
-                print(describe_example(next(iter(train_dataset)), data_collator, text_tokenizer))
+                print(describe_example(first_pair(train_dataset), data_collator, text_tokenizer))
         super().__init__(
             model=model,
             args=args,

@@ -7,8 +7,9 @@ import pytest
 from record_trl_trace import SETTINGS, TRACE, trace_pairs, trace_tokenizer
 from tiny import CHATML, NO_END, SEVEN, make_tokenizer
 
-from orpo.data import Limits, as_dataset, check_token_ids, describe_example, prepare_dataset
+from orpo.data import Limits, as_dataset, prepare_dataset
 from orpo.layout import PaddedLayout
+from orpo.prepared import check_token_ids, describe_example, first_pair
 
 UNLIMITED = Limits(max_length=None)
 
@@ -42,6 +43,12 @@ def test_bos_and_eos_are_not_doubled():
     assert example["rejected_input_ids"].count(1) == example["rejected_input_ids"].count(2) == 1
 
 
+def test_bos_is_not_doubled_where_the_prompt_is_empty():
+    example = one("", "<s>hi", "go")
+    assert [example[f"{side}_input_ids"].count(1) for side in ("chosen", "rejected")] == [1, 1]
+    assert [example[f"{side}_prompt_length"] for side in ("chosen", "rejected")] == [1, 1]
+
+
 def test_a_tokenizer_without_bos_adds_none():
     example = one("hello", " hi", " go", tokenizer=make_tokenizer(bos_token=None))
     assert 1 not in example["chosen_input_ids"]
@@ -68,6 +75,32 @@ def test_chat_turns_end_as_the_template_ends_them():
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nchosen<|im_end|>\n"
     )
     assert tokenizer.decode(answer(example, "rejected")) == "rejected<|im_end|>\n"
+
+
+# Its role tags are special tokens, it knows no generation prompt, and nothing ends a turn.
+TAGS_ALONE = (
+    "{% for m in messages %}{{ '<|im_start|>' if m.role == 'user' else '<|im_end|>' }}{{ m.content }}{% endfor %}"
+)
+# As Llama-2's and Zephyr's: EOS behind a space, or before a line break.
+SPACED_END = "{% for m in messages %}{{ m.role }}: {{ m.content }} {{ eos_token }}\n\n{% endfor %}"
+
+
+@pytest.mark.parametrize("content", ["a", "a b c d e f g", "Ja", "</s> ends it"])
+@pytest.mark.parametrize(
+    ("template", "end"), [(TAGS_ALONE, "</s>"), (NO_END, "\n</s>"), (SPACED_END, " </s>\n\n"), (CHATML, "<|im_end|>\n")]
+)
+def test_an_answer_of_any_length_ends_once(template, end, content):
+    """An answer of one token has the tag of its role among its last tokens."""
+    tokenizer = make_tokenizer(chat_template=template)
+    turn = [{"role": "user", "content": "hello"}]
+    row = {"prompt": turn, "chosen": [{"role": "assistant", "content": content}]}
+    row["rejected"] = [{"role": "assistant", "content": "b"}]
+    example = prepare([row], tokenizer)[0][0]
+    assert tokenizer.decode(example["chosen_input_ids"]).endswith(content + end)
+    whole = tokenizer.apply_chat_template(turn + row["chosen"], tokenize=False)
+    given = tokenizer.encode(whole, add_special_tokens=False)
+    added = [2] if template in (TAGS_ALONE, NO_END) else []
+    assert example["chosen_input_ids"] == given + added
 
 
 def test_a_template_without_an_end_gets_eos():
@@ -142,7 +175,7 @@ def test_dropped_rows_are_counted_by_reason_and_the_rest_keep_their_numbers():
         {"prompt": "how", "chosen": " hi", "rejected": " no"},
     ]
     prepared, lines = prepare(rows, limits=Limits(max_length=12))
-    assert lines == ["train: kept 2 of 5: 2 empty answers, 1 prompt of 12 tokens or more"]
+    assert lines == ["train: kept 2 of 5: 2 empty answers (first: row 0), 1 prompt of 12 tokens or more (row 1)"]
     assert prepared["pair_id"] == [2, 4]
 
 
@@ -152,7 +185,78 @@ def test_the_summary_of_real_dialogues(shared):
     with gzip.open(shared / "data/hh-rlhf-harmless/pairs.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
     _, lines = prepare(rows, limits=Limits(max_length=4096))
-    assert lines == ["train: kept 1,794 of 1,800: 4 empty answers, 2 pairs whose prompts differ"]
+    assert lines == [
+        "train: kept 1,794 of 1,800: 4 empty answers (first: row 86), 2 pairs whose prompts differ (first: row 1254)"
+    ]
+
+
+def test_pairs_of_equal_answers_are_dropped_also_where_a_cut_makes_them_equal():
+    rows = [
+        {"prompt": "hello", "chosen": " hi", "rejected": " hi"},
+        {"prompt": "hello", "chosen": f" {WORDS} yes", "rejected": f" {WORDS} no"},
+        {"prompt": "hello", "chosen": " hi", "rejected": " no"},
+    ]
+    prepared, lines = prepare(rows, limits=Limits(max_length=12))
+    assert prepared["pair_id"] == [2]
+    assert lines == [
+        "train: kept 1 of 3: 1 pair of equal answers (row 0), 1 pair whose answers are equal once cut (row 1)"
+    ]
+    assert prepare(rows)[0]["pair_id"] == [1, 2]
+    with pytest.raises(
+        ValueError, match=r"no row of the train set can train: .* 2 pairs of equal answers \(first: row 0"
+    ):
+        prepare(rows[:1] * 2)
+
+
+MUTE = "{% for m in messages if m.role == 'user' %}{{ m.content }}{{ eos_token }}{% endfor %}"
+STRICT = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+)
+
+
+def chat(*contents, first="user"):
+    roles = {"user": ("user", "assistant"), "system": ("system", "user", "assistant")}[first]
+    return [{"role": roles[i % len(roles)], "content": content} for i, content in enumerate(contents)]
+
+
+def test_what_the_template_refuses_is_dropped_with_its_own_words():
+    rows = [
+        {"chosen": chat("q", "a"), "rejected": chat("q", "b")},
+        {"chosen": chat("be kind", "q", "a", first="system"), "rejected": chat("be kind", "q", "b", first="system")},
+    ]
+    prepared, lines = prepare(rows, make_tokenizer(chat_template=STRICT))
+    assert prepared["pair_id"] == [0]
+    assert lines == ["train: kept 1 of 2: 1 row that the chat template refuses (row 1, System role not supported)"]
+    with pytest.raises(ValueError, match=r"no row .* System role not supported"):
+        prepare(rows[1:], make_tokenizer(chat_template=STRICT))
+    stream, _ = prepare(datasets.Dataset.from_list(rows).to_iterable_dataset(), make_tokenizer(chat_template=STRICT))
+    with pytest.warns(UserWarning, match="train: row that the chat template refuses: System role not supported"):
+        assert [example["pair_id"] for example in stream] == [0]
+
+
+def test_a_template_that_leaves_answers_out_trains_nothing():
+    with pytest.raises(
+        ValueError, match=r"no row .* 1 answer that the chat template leaves out \(row 0, role 'assistant'\)"
+    ):
+        prepare([{"chosen": chat("q", "a"), "rejected": chat("q", "b")}], make_tokenizer(chat_template=MUTE))
+
+
+def test_a_row_that_is_no_pair_is_named():
+    image = [{"type": "image"}, {"type": "text", "text": "what is this?"}]
+    row = {side: chat(image, [{"type": "text", "text": side}]) for side in ("chosen", "rejected")}
+    tokenizer = make_tokenizer(chat_template=CHATML)
+    with pytest.raises(ValueError, match=r"part of type 'image': only text(.|\n)*in row 0, counted from 0"):
+        prepare([row], tokenizer)
+
+
+def test_a_stream_of_which_no_row_can_train_says_so():
+    rows = [{"prompt": "a", "chosen": "", "rejected": "b"}] * 3
+    stream, _ = prepare(datasets.Dataset.from_list(rows).to_iterable_dataset())
+    with pytest.raises(ValueError, match="no row of the stream can train: train: kept 0 of 3: 3 empty answers"):
+        first_pair(stream)
+    with pytest.raises(ValueError, match="the train set holds no rows"):
+        prepare([])
 
 
 def test_no_row_left_is_an_error():
@@ -208,6 +312,12 @@ def test_tokens_without_an_embedding_are_refused():
 def test_limits_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
         Limits(**options)
+
+
+def test_rows_of_several_types_are_refused():
+    rows = [{"prompt": "a", "chosen": answer, "rejected": "c"} for answer in ("b", 3)]
+    with pytest.raises(ValueError, match="each column of which holds one type only"):
+        as_dataset(rows)
 
 
 def test_other_containers_are_refused():

@@ -8,8 +8,14 @@ from orpo.formats import PairText, UnusableRow, pair_text
 USER = {"role": "user", "content": "hello"}
 GOOD = {"role": "assistant", "content": "hi"}
 BAD = {"role": "assistant", "content": "go away"}
+PAIR = {"chosen": GOOD, "rejected": BAD}
 PROMPT = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
 CHAT = PairText(PROMPT, "hi<|im_end|>\n", PROMPT, "go away<|im_end|>\n", templated=True)
+
+
+SYSTEM = {"role": "system", "content": "be kind"}
+MORE = {"role": "user", "content": "and?"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": None}]}
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +71,18 @@ def test_equal_conversations_keep_their_last_message_as_the_answer(chat_tokenize
         ({"chosen": "x\n\nAssistant: a", "rejected": "y\n\nAssistant: b"}, "pair whose prompts differ"),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [{**BAD, "content": ""}]}, "empty answer"),
         ({"chosen": [], "rejected": [USER, BAD]}, "empty answer"),
+        ({"prompt": [USER], "chosen": [USER], "rejected": [USER, BAD]}, "empty answer"),
+        ({"prompt": None, "chosen": "a", "rejected": "b"}, "pair without a prompt"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "pair without a prompt"),
+        ({"prompt": [], "chosen": [GOOD], "rejected": [BAD]}, "pair without a prompt"),
+        ({"chosen": "a", "rejected": "b"}, "dialogue without .*Assistant:': .*nothing to split 'a' after"),
+        ({"chosen": [USER, GOOD], "rejected": [{**USER, "content": "bye"}, BAD]}, "pair whose prompts differ"),
+        ({"prompt": [SYSTEM], "chosen": [USER, GOOD], "rejected": [MORE, BAD]}, "pair whose prompts differ"),
+        ({"prompt": "hi", "chosen": [USER, GOOD], "rejected": [MORE, BAD]}, "pair whose prompts differ"),
+        ({"chosen": [USER, GOOD, MORE, GOOD], "rejected": [USER, BAD, MORE, BAD]}, "answer with a user's turn"),
+        ({"prompt": [USER], "chosen": [{**GOOD, "role": "gpt"}], "rejected": [BAD]}, "another role .* role 'gpt'"),
+        ({"prompt": [USER], "chosen": [CALL], "rejected": [BAD]}, "the chat template leaves out: role 'assistant'"),
+        ({"prompt": [{**USER, "content": None}], "chosen": [GOOD], "rejected": [BAD]}, "holds nothing: role 'user'"),
     ],
 )
 def test_rows_that_cannot_train_say_why(row, reason, chat_tokenizer):
@@ -75,8 +93,13 @@ def test_rows_that_cannot_train_say_why(row, reason, chat_tokenizer):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "p", "chosen": "a"}, r"needs the columns .*; this one has \['chosen', 'prompt'\]"),
-        ({"chosen": "a", "rejected": "b"}, "split after the last .*does not hold: 'a'"),
+        ({"prompt": "p", "chosen": "a"}, r"needs the columns .*; this one has \['chosen', 'prompt'\]: rename"),
+        (
+            {"prompt": "p", "completion": "a", "label": True},
+            "as KTO trains on.*make a row of each prompt that has both",
+        ),
+        ({"messages": [USER, GOOD]}, "as fine-tuning .* trains on.*add a worse one"),
+        ({"prompt": "p", "completion": "a"}, "as fine-tuning .* trains on.*add a worse one"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "'prompt' has to be a string .* not int"),
         ({"prompt": "p", "chosen": "a", "rejected": [GOOD]}, "not str and list"),
     ],
@@ -89,6 +112,83 @@ def test_other_forms_are_refused(row, message):
 def test_conversations_need_a_chat_template():
     with pytest.raises(ValueError, match="no chat template"):
         pair_text({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, make_tokenizer())
+
+
+def test_a_prompt_repeated_on_one_side_only_is_no_answer(chat_tokenizer):
+    row = {"prompt": [USER], "chosen": [USER, GOOD], "rejected": [BAD]}
+    assert pair_text(row, chat_tokenizer) == CHAT
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [SYSTEM], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": "hello", "chosen": [SYSTEM, GOOD], "rejected": [SYSTEM, BAD]},
+    ],
+    ids=["the user's turn in the answers", "the system's"],
+)
+def test_turns_that_answer_nothing_belong_to_the_prompt(row, chat_tokenizer):
+    system = "<|im_start|>system\nbe kind<|im_end|>\n"
+    text = pair_text(row, chat_tokenizer)
+    assert text == CHAT._replace(chosen_prompt=system + PROMPT, rejected_prompt=system + PROMPT)
+
+
+def test_parts_of_text_are_rendered_as_text():
+    """As the template takes them: as parts, or as one string where it knows strings only."""
+    parts = [{"type": "text", "text": "hel", "image": None}, {"type": "text", "text": "lo", "image": None}]
+    row = {"prompt": [{"role": "user", "content": parts}]}
+    row |= {side: [{**m, "content": [{"type": "text", "text": m["content"]}]}] for side, m in PAIR.items()}
+    in_parts = CHATML.replace(
+        "{{ m['content'] }}", "{% for p in m.content %}{{ 'IMAGE' if 'image' in p }}{{ p.text }}{% endfor %}"
+    )
+    assert in_parts != CHATML
+    for template in (CHATML, in_parts):
+        assert pair_text(row, make_tokenizer(chat_template=template)) == CHAT
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "a part of type 'image_url'"),
+        ({"role": "user", "content": [3]}, "a part of type 'int'"),
+        ({"role": "user", "content": 3}, "a string or parts of text, not int"),
+        ({"role": "user", "content": {"text": "a"}}, "a string or parts of text, not dict"),
+        ([USER], "has to be a string or a list of messages, not list"),
+        ({"from": "human", "value": "a"}, r"a message holds \['from', 'value'\], and needs 'role'"),
+    ],
+)
+def test_messages_that_are_no_text_are_refused(message, said, chat_tokenizer):
+    with pytest.raises(ValueError, match=said):
+        pair_text({"prompt": [message], "chosen": [GOOD], "rejected": [BAD]}, chat_tokenizer)
+
+
+def test_names_that_a_message_does_not_have_stay_out_of_the_template():
+    """Arrow gives every message the names of all."""
+    tokenizer = make_tokenizer(
+        chat_template=CHATML.replace("<|im_end|>", "{{ 'TOOL' if 'tool_calls' in m }}<|im_end|>")
+    )
+    row = {"prompt": [{**USER, "tool_calls": None}], "chosen": [{**GOOD, "name": None}], "rejected": [BAD]}
+    assert pair_text(row, tokenizer) == CHAT
+
+
+def test_a_call_of_a_tool_is_an_answer():
+    template = CHATML.replace("{{ m['content'] }}", "{{ m.content or (m.tool_calls | tojson) }}")
+    text = pair_text({"prompt": [USER], "chosen": [CALL], "rejected": [BAD]}, make_tokenizer(chat_template=template))
+    assert text == CHAT._replace(chosen='[{"name": "f"}]<|im_end|>\n')
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("x", "has to be a dictionary, not str"),
+        ({"add_generation_prompt": True}, "sets add_generation_prompt, which is"),
+    ],
+)
+def test_what_a_row_may_not_say_to_the_template(given, said, chat_tokenizer):
+    with pytest.raises(ValueError, match=said):
+        pair_text(
+            {"prompt": [USER], **{s: [m] for s, m in PAIR.items()}, "chat_template_kwargs": given}, chat_tokenizer
+        )
 
 
 def test_what_a_row_says_to_the_template_reaches_it():

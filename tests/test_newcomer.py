@@ -29,6 +29,7 @@ def folder(tmp_path_factory):
     make_tokenizer().save_pretrained(folder / "model")
     make_model("llama").save_pretrained(folder / "no-tokenizer")
     LlamaModel(LlamaConfig(**SMALL)).save_pretrained(folder / "no-head")
+    make_tokenizer().save_pretrained(folder / "no-head")
     ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4).save_pretrained(folder / "vit")
     make_model("llama").save_pretrained(folder / "no-pad")
     make_tokenizer(pad_token=None).save_pretrained(folder / "no-pad")

@@ -72,7 +72,7 @@ def test_tokens_are_cached(tmp_path, monkeypatch, own_cache):
     monkeypatch.setattr("orpo.data.PairTokenizer._side", lambda *a: calls.append(a))
     second = prepare_dataset(load_pairs(str(file), "train"), make_tokenizer(), Limits(max_length=64), report=str)
     assert second.to_list() == first.to_list() and not calls
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="no row of the train set can train"):
         # Another length is another result, not the cached one.
         prepare_dataset(load_pairs(str(file), "train"), make_tokenizer(), Limits(max_length=60), report=str)
     assert calls

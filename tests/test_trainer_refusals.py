@@ -1,11 +1,14 @@
 """orpo.trainer: calls, tokenizers and collators that cannot train are refused in words."""
 
+import datasets
 import pytest
 import torch
 from tiny import SEVEN, make_model, make_tokenizer
 from trainers import make_args, make_trainer
 
 from orpo import ORPOTrainer
+
+ANSWERS = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
 
 
 @pytest.mark.parametrize(
@@ -41,6 +44,32 @@ def test_a_collator_of_another_kind_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, data_collator=lambda rows: {"input_ids": torch.tensor([[1, 2]])})
     with pytest.raises(ValueError, match=r"a batch has to hold 'orpo'.* gives \['input_ids'\]"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"prompt": "a", "good": "b", "bad": "c"}],
+            r"needs the columns 'chosen' and 'rejected'.*\['bad', 'good', 'pr",
+        ),
+        ([{"prompt": [{"role": "user", "content": "a"}], **ANSWERS}], "has no chat template"),
+        ([{"prompt": "a", "chosen": "b", "rejected": ""}], "no row of the train set can train"),
+    ],
+    ids=["columns", "template", "rows"],
+)
+def test_data_that_cannot_train_is_refused_before_weights_are_read(rows, message, tmp_path):
+    """The folder holds none."""
+    make_model("llama").config.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        ORPOTrainer(str(tmp_path / "model"), make_args(tmp_path / "out"), train_dataset=rows)
+
+
+def test_a_stream_without_a_pair_is_refused(tmp_path):
+    rows = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": ""}]).to_iterable_dataset()
+    with pytest.raises(ValueError, match="no row of the stream can train: train: kept 0 of 1: 1 empty answer"):
+        make_trainer(tmp_path, train_dataset=rows)
 
 
 def test_a_bad_dtype_name_is_refused(tmp_path):

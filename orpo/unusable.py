@@ -1,0 +1,49 @@
+"""Why a row cannot train: the reasons under which rows are counted."""
+
+from __future__ import annotations
+
+# In HH-RLHF's dialogues, what the answer follows.
+ASSISTANT = "\n\nAssistant:"
+
+EMPTY_ANSWER = "empty answer"
+EQUAL_ANSWERS = "pair of equal answers"
+EQUAL_ONCE_CUT = "pair whose answers are equal once cut"
+NO_PROMPT = "pair without a prompt"
+PROMPTS_DIFFER = "pair whose prompts differ"
+UNMARKED = f"dialogue without {ASSISTANT!r}"
+USERS_TURN = "answer with a user's turn"
+NO_CONTENT = "conversation with a message that holds nothing"
+REFUSED = "row that the chat template refuses"
+LEFT_OUT = "answer that the chat template leaves out"
+OTHER_ROLE = "answer in another role than the generation prompt opens"
+
+# Every reason but that of a prompt that is too long, which names the limit.
+REASONS = (
+    EMPTY_ANSWER,
+    EQUAL_ANSWERS,
+    EQUAL_ONCE_CUT,
+    NO_PROMPT,
+    PROMPTS_DIFFER,
+    UNMARKED,
+    USERS_TURN,
+    NO_CONTENT,
+    REFUSED,
+    LEFT_OUT,
+    OTHER_ROLE,
+)
+
+
+class UnusableRow(Exception):
+    """A row that cannot train.
+
+    Args:
+        reason: under which it is counted, one of a few, in the singular.
+        detail: what more is known of this row.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason

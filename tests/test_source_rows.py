@@ -1,0 +1,60 @@
+"""orpo.sources: what the rows of a file mean is read off the file, and not guessed at."""
+
+import gzip
+import json
+
+import pytest
+
+from orpo.sources import load_pairs
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+CSV = """prompt,chosen,rejected,score
+Is it there?,NA,None,1
+None,null,nan,
+007,1.50,true,2
+,N/A,\t,3
+"""
+READ = [
+    {"prompt": "Is it there?", "chosen": "NA", "rejected": "None", "score": "1"},
+    {"prompt": "None", "chosen": "null", "rejected": "nan", "score": ""},
+    {"prompt": "007", "chosen": "1.50", "rejected": "true", "score": "2"},
+    {"prompt": "", "chosen": "N/A", "rejected": "\t", "score": "3"},
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_column_of_csv_is_text(streaming, tmp_path):
+    (tmp_path / "pairs.csv").write_text(CSV)
+    with gzip.open(tmp_path / "packed.csv.gz", "wt") as file:
+        file.write(CSV)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "train.csv").write_text(CSV)
+    for source in (tmp_path / "pairs.csv", tmp_path / "packed.csv.gz", folder):
+        assert list(load_pairs(str(source), streaming=streaming)) == READ
+
+
+def test_csv_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "pairs.csv").write_bytes("prompt,chosen,réjected\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"pairs\.csv could not be read as csv: .*utf-8"):
+        load_pairs(str(tmp_path / "pairs.csv"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_that_is_there_is_no_pattern(streaming, tmp_path):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    for name, prompt in (("gx[0-2].jsonl", "brackets"), ("gx0.jsonl", "zero"), ("what?.jsonl", "mark")):
+        (tmp_path / name).write_text(json.dumps({**row, "prompt": prompt}))
+    (tmp_path / "[a].csv").write_text("prompt,chosen,rejected\ncsv,b,c\n")
+    for name, prompt in (("gx[0-2].jsonl", "brackets"), ("what?.jsonl", "mark"), ("[a].csv", "csv")):
+        assert [r["prompt"] for r in load_pairs(str(tmp_path / name), streaming=streaming)] == [prompt]
+
+
+def test_a_folder_that_is_a_pattern_is_refused(tmp_path):
+    folder = tmp_path / "v[0-2]"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}')
+    with pytest.raises(ValueError, match="would be read as a pattern: rename it"):
+        load_pairs(str(folder))
+    assert len(load_pairs(str(folder / "train.jsonl"))) == 1
