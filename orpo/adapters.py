@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,16 @@ def read_config(folder: str | Path) -> Any:
     return config
 
 
+@contextmanager
+def naming_base_of(folder: str | Path) -> Iterator[None]:
+    """Where the base model of the adapter in `folder` is looked for: errors say who names it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        error.add_note(f"{ADAPTER_CONFIG_NAME} in {folder} names this base model (base_model_name_or_path)")
+        raise
+
+
 def load_adapter(
     folder: str | Path, *, trainable: bool = False, prepare: Callable[[Any], Any] | None = None, **options: Any
 ) -> Any:
@@ -72,11 +83,8 @@ def load_adapter(
     config = read_config(folder)
     import peft
 
-    try:
+    with naming_base_of(folder):
         model = load_model(config.base_model_name_or_path, **{**options, "revision": config.revision})
-    except (ValueError, OSError) as error:
-        error.add_note(f"{ADAPTER_CONFIG_NAME} in {folder} names this base model (base_model_name_or_path)")
-        raise
     _resize_as_saved(model, folder, config)
     if prepare is not None:
         model = prepare(model)

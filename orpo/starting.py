@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from orpo.adapters import adapter_folder, load_adapter, read_config
+from orpo.adapters import adapter_folder, load_adapter, naming_base_of, read_config
 from orpo.config import ORPOConfig
 from orpo.merge import is_merged, merge_adapter
 from orpo.setup import check_model, find_dtype, load_model, prepare_quantized
@@ -29,7 +29,9 @@ def check_start(name: str, args: ORPOConfig) -> str:
     if folder is None:
         check_model(name, **options)
         return name
-    read_config(folder)
+    config = read_config(folder)
+    with naming_base_of(folder):
+        check_model(config.base_model_name_or_path, **{**options, "revision": config.revision})
     return str(folder)
 
 
