@@ -6,7 +6,7 @@ from orpo_kernels.head import Head
 from orpo_kernels.rows import Rows
 from problems import make_problem, relative_error
 
-from orpo import orpo_loss
+from orpo import orpo_loss, token_logprobs
 
 pytestmark = pytest.mark.kernels
 
@@ -56,3 +56,25 @@ def test_log_odds_of_nearly_certain_answers_keep_their_digits(mean_logp, kernel_
     a_w, a_l = logp.double().cpu()
     expected = (a_w - a_l) - (torch.log(-torch.expm1(a_w)) - torch.log(-torch.expm1(a_l)))
     torch.testing.assert_close(result.log_odds_P.double().cpu(), expected[None], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["triton-fused", "triton-strip"])
+def test_the_largest_hidden_states_of_float16(backend, kernel_device):
+    """Times any coefficient above 1, or divided by a power of two below it, they would be infinite."""
+    problem = make_problem(dtype=torch.float16, bias=True, device=kernel_device)
+    problem.hidden[..., 0], problem.weight[:, 0] = 65504.0, 0.0
+    problem.requiring_grad()
+    orpo_loss(problem.hidden, problem.weight, problem.labels, backend=backend, **problem.keywords).loss.backward()
+    _, dh, dw, db = problem.truth()
+    for grad, exact in ((problem.hidden.grad, dh), (problem.weight.grad, dw), (problem.bias.grad, db)):
+        assert relative_error(grad, exact) < 6e-4
+    found = []
+    for dtype in (torch.float16, torch.float64):
+        rows = problem.hidden.detach()[0].to(dtype)
+        weight = problem.weight.detach().to(dtype).requires_grad_()
+        targets = torch.arange(len(rows), device=rows.device)
+        logp = token_logprobs(rows, weight, targets, backend=backend if dtype == torch.float16 else "torch")
+        # Below 1/16 the largest gradient is one of float16.
+        (logp * torch.linspace(0.001, 0.06, len(rows), device=rows.device).to(logp.dtype)).sum().backward()
+        found.append(weight.grad)
+    assert relative_error(*found) < 6e-4
