@@ -102,7 +102,7 @@ def linear_orpo(
     Tensor,
 ]:
     """loss, nll_loss, odds_ratio_loss, mean_logp_S, log_odds_P, pair_mask_P, mean_hidden_2D; then what backward needs:
-    counts (rows, kept columns; on the host), index_2E, token_3E, exps and maxima where gradients are still to be
+    counts (rows, kept columns; on the host), index_2E, token_4E, exps and maxima where gradients are still to be
     computed, else finished dX_RD, dW_VD, db_V."""
     head, wants = Head(weight_VD, bias_V, logit_scale, logit_softcap), Needs(*needs)
     # Contiguous: kernels step through them one element after the other.
@@ -125,16 +125,16 @@ def linear_orpo(
     settings = dict(beta=beta, nll_weight=nll_weight, num_nll_tokens=num_nll_tokens, num_pairs=num_pairs)
     exps, maxima = buffers(x_ND, keep.tiles if wants.any else 0, torch.promote_types(x_ND.dtype, weight_VD.dtype))
     kept = Kept(keep.columns, exps, maxima) if wants.any and keep.columns else None
-    logp_N, lse_N, result, grads = schedule.forward(
+    logp_N, lse_2N, result, grads = schedule.forward(
         be, x_ND, rows, head, settings, wants, head_frozen, logits_budget, strip_bytes, keep, kept
     )
 
     counts, index_2E = torch.tensor([0, 0]), rows.rows_N.new_empty(0)
-    token_3E, dx_RD, dw_VD, db_V = (logp_N.new_empty(0) for _ in range(4))
+    token_4E, dx_RD, dw_VD, db_V = (logp_N.new_empty(0) for _ in range(4))
     if schedule.recomputes(wants, logits_budget, backend):
         counts = torch.tensor([x_ND.shape[0], keep.columns])
         index_2E = _pad(torch.stack([rows.rows_N, rows.targets_N]), size)
-        token_3E = _pad(torch.stack([logp_N, lse_N, result.coef_N]), size)
+        token_4E = _pad(torch.cat([logp_N[None], lse_2N, result.coef_N[None]]), size)
     elif wants.any:
         # The gradient of a frozen head's hidden states is finished, and nothing is left to keep.
         kept, (exps, maxima) = None, buffers(x_ND, 0, exps.dtype)
@@ -154,7 +154,7 @@ def linear_orpo(
         _mean_hidden(x_ND, rows, dtype),
         counts,
         index_2E,
-        token_3E,
+        token_4E,
         exps,
         maxima,
         dx_RD,
@@ -186,7 +186,7 @@ def _(hidden_RD, weight_VD, bias_V, rows_E, targets_E, *_, pairs, needs, logits_
         floats(2, hidden_RD.shape[1]),
         torch.empty(2, dtype=torch.int64, device="cpu"),
         rows_E.new_empty((2, size) if recompute else 0),
-        floats(3, size) if recompute else floats(0),
+        floats(4, size) if recompute else floats(0),
         *buffers(hidden_RD, tiles, torch.promote_types(hidden_RD.dtype, weight_VD.dtype)),
         saved(hidden_RD, wants.hidden),
         saved(weight_VD, wants.weight),
@@ -203,7 +203,7 @@ def linear_orpo_backward(
     bias_V: Tensor | None,
     counts: Tensor,
     index_2E: Tensor,
-    token_3E: Tensor,
+    token_4E: Tensor,
     exps: Tensor,
     maxima: Tensor,
     dx_RD: Tensor,
@@ -228,12 +228,12 @@ def linear_orpo_backward(
         )
     n, columns = counts.tolist()
     rows_N, targets_N = index_2E[:, :n]
-    logp_N, lse_N, coef_N = token_3E[:, :n]
+    logp_N, lse_2N, coef_N = token_4E[0, :n], token_4E[1:3, :n].contiguous(), token_4E[3, :n]
     head = Head(weight_VD, bias_V, logit_scale, logit_softcap)
     x_ND, coef_N = hidden_RD[rows_N], coef_N * grad_loss
     be = load_form(backend, x_ND, targets_N, head, strip_bytes, columns)
     kept = Kept(columns, exps, maxima) if columns else None
-    grads = schedule.backward_by_strips(be, x_ND, targets_N, logp_N, lse_N, coef_N, head, wants, strip_bytes, kept)
+    grads = schedule.backward_by_strips(be, x_ND, targets_N, logp_N, lse_2N, coef_N, head, wants, strip_bytes, kept)
     return (
         _scatter_rows(grads.x_ND, rows_N, hidden_RD, hidden_RD.dtype) if wants.hidden else coef_N.new_empty(0),
         grads.weight_VD if wants.weight else coef_N.new_empty(0),
@@ -242,8 +242,8 @@ def linear_orpo_backward(
 
 
 @linear_orpo_backward.register_fake
-def _(grad_loss, hidden_RD, weight_VD, bias_V, counts, index_2E, token_3E, *_, needs, **__):
-    none = token_3E.new_empty(0)
+def _(grad_loss, hidden_RD, weight_VD, bias_V, counts, index_2E, token_4E, *_, needs, **__):
+    none = token_4E.new_empty(0)
     return tuple(
         t.new_empty(t.shape) if wanted else none
         for t, wanted in zip((hidden_RD, weight_VD, bias_V), needs, strict=True)
