@@ -122,7 +122,7 @@ def shipped_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], Any]]]:
         head = Head(empty(v, d, dtype=dtype), empty(v, dtype=dtype) if full else None, 1.0, 30.0 if full else None)
         x, targets, vector = empty(n, d, dtype=dtype), empty(n, dtype=torch.int64), empty(n)
         row_scale = vector if dtype == torch.float16 else None
-        grad_arguments = (targets, vector, vector, row_scale, head)
+        grad_arguments = (targets, empty(2, n), vector, row_scale, head)
         strip, statistics = empty(n, v), (empty(1, n), empty(1, n), vector)
         held = kept.Kept(v, *kept.buffers(x, n * -(-v // kept.TILE), dtype))
         with_matmul = (
@@ -137,7 +137,7 @@ def shipped_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], Any]]]:
                 yield case.replace("fp32", "tf32"), tf32(launch)
         yield case, lambda a=(strip, targets, head, statistics): logit_stats.add_strip_stats(*a)
         yield case, lambda a=(strip, *grad_arguments, dtype): logit_grad.strip_grad(*a)
-        yield case, lambda a=(held, targets, vector, vector, row_scale, head.softcap, 0, 4096): kept_grad.kept_grad(*a)
+        yield case, lambda a=(held, *grad_arguments[:-1], 0, 4096): kept_grad.kept_grad(*a)
     n, pairs = REAL_SHAPE[0], 8
     flags = empty(n, dtype=torch.bool)
     rows = Rows(*(empty(n, dtype=torch.int64) for _ in range(3)), flags, flags, pairs)
@@ -152,9 +152,11 @@ def chip_report(name: str, cases: str = "") -> list[Row]:
 
     chip = CHIPS[name]
 
-    def matmul_candidates(x_ND: torch.Tensor, weight_VD: torch.Tensor, keeps: bool = False) -> Any:
+    def matmul_candidates(
+        x_ND: torch.Tensor, weight_VD: torch.Tensor, keeps: bool = False, softcap: bool = False
+    ) -> Any:
         aligned = configs.rows_aligned(x_ND, weight_VD)
-        return configs.matmul_configs(x_ND.dtype, configs.input_precision(), aligned, chip.limits, keeps)
+        return configs.matmul_configs(x_ND.dtype, configs.input_precision(), aligned, chip.limits, keeps, softcap)
 
     def launch_all(kernel: str, candidates: tuple, x_ND: torch.Tensor, head: Any, launch: Callable) -> Any:
         for config in candidates[1:]:

@@ -100,9 +100,16 @@ def odds_ratio_loss(
 
     Returns TRL's five: ``beta * log sigmoid(r)`` (P,), which is <= 0 and which TRL *subtracts* from the NLL; the chosen
     and rejected rewards ``beta * logps`` (P,), detached; the means of log sigmoid(r) and of r, scalars, detached.
-    `ORPOOutput.odds_ratio_loss` is the positive ``mean softplus(-r)``.
+    `ORPOOutput.odds_ratio_loss` is the positive ``mean softplus(-r)``. All are of the arguments' dtype, and computed in
+    float32 where that is narrower.
     """
+    dtype = torch.promote_types(chosen_logps.dtype, rejected_logps.dtype)
+    # 1 - exp(a) has few digits in bfloat16, and `reference.Q_EPS` is 0 in float16.
+    chosen_logps, rejected_logps = (
+        logps.to(torch.promote_types(dtype, torch.float32)) for logps in (chosen_logps, rejected_logps)
+    )
     log_odds = reference.log_odds_ratio(chosen_logps, rejected_logps)
     log_sigmoid = -reference.softplus(-log_odds)
     rewards = beta * chosen_logps.detach(), beta * rejected_logps.detach()
-    return beta * log_sigmoid, *rewards, log_sigmoid.detach().mean(), log_odds.detach().mean()
+    results = beta * log_sigmoid, *rewards, log_sigmoid.detach().mean(), log_odds.detach().mean()
+    return tuple(result.to(dtype) for result in results)

@@ -82,8 +82,9 @@ MUTATIONS = [
     ),
     *_in(
         "logit_grad.py",
-        ("wrong sign of the softmax", "-tl.exp(z_NV - lse_N[:, None])", "tl.exp(z_NV - lse_N[:, None])"),
-        ("softcap's derivative missing", "g_NV *= 1.0 - t_NV * t_NV", "g_NV *= 1.0"),
+        ("wrong sign of the softmax", "-tl.exp(z_NV - max_N", "tl.exp(z_NV - max_N"),
+        ("softmax of the maximum alone", "max_N[:, None] - log_sum_N[:, None]", "max_N[:, None]"),
+        ("softcap's derivative missing", "g_NV *= slope_NV", "g_NV *= 1.0"),
         ("float16 rows unscaled", "if HAS_ROW_SCALE:", "if HAS_ROW_SCALE and not HAS_ROW_SCALE:"),
         ("int32 offset of the gradient", "g_ptrs = g_ptr + offs_n.to(tl.int64)", "g_ptrs = g_ptr + offs_n"),
         ("int32 offset of a strip", "offs = offs_n.to(tl.int64)", "offs = offs_n"),
@@ -144,10 +145,12 @@ MUTATIONS = [
             "maxima_ptr + tile.to(tl.int64) * N + offs_n, mask",
             "maxima_ptr + offs_n, mask",
         ),
-        ("kept: softmax of the running maximum", "max_N - lse_N, 0.0", "max_N - max_N, 0.0"),
-        ("kept: softcap's derivative missing", "g_NV *= 1.0 - t_NV * t_NV", "g_NV *= 1.0"),
-        ("kept: logit of what has vanished", "tl.where(e_NV > 0.0, e_NV, 1.0)", "e_NV"),
-        ("kept: a tile without a maximum", "tl.minimum(max_N - lse_N, 0.0)", "max_N - lse_N"),
+        ("kept: softmax of the running maximum", "max_N - row_max_N - log_sum_N, 0.0", "0.0 - log_sum_N, 0.0"),
+        (
+            "kept: a tile without a maximum",
+            "tl.minimum(max_N - row_max_N - log_sum_N, 0.0)",
+            "max_N - row_max_N - log_sum_N",
+        ),
         ("kept: wrong sign of the softmax", "g_NV = -e_NV", "g_NV = e_NV"),
         ("kept: target's entry missing", "target_grad_N[:, None], g_NV)", "0.0, g_NV)"),
         ("kept: float16 rows unscaled", "if HAS_ROW_SCALE:", "if HAS_ROW_SCALE and not HAS_ROW_SCALE:"),
@@ -174,16 +177,22 @@ MUTATIONS = [
             "return new_max_N, sum_N, target_N, shift_N, e_NV",
             "return new_max_N, sum_N, target_N, max_N, e_NV",
         ),
+        ("kept: softcap's derivative missing", "e_NV *= tl.maximum(1.0 - t_NV * t_NV, 0.0)", "e_NV *= 1.0"),
     ),
     *_in(
         "triton_backend.py",
-        ("kept: target's slope missing", "target_grad_N *= 1 - ((logp_N + lse_N) / head.softcap) ** 2", "pass"),
+        (
+            "kept: target's slope missing",
+            "target_grad_N *= 1 - ((logp_N + lse_2N[1] + lse_2N[0]) / head.softcap) ** 2",
+            "pass",
+        ),
     ),
     *_in(
         "odds_ratio.py",
         ("missing rescale between splits", "sum_N * tl.exp(max_N - shift_N) + part_sum_N", "sum_N + part_sum_N"),
         ("last split dropped", "for _ in range(splits)", "for _ in range(splits - 1)"),
-        ("log of the sum without its maximum", "others_N = max_N + tl.log(sum_N)", "others_N = tl.log(sum_N)"),
+        ("target's logit without the maximum", "mask=mask, other=0.0) - max_N", "mask=mask, other=0.0)"),
+        ("lse without the maximum", "tl.store(lse_ptr + offs_n, max_N,", "tl.store(lse_ptr + offs_n, 0.0 * max_N,"),
         (
             "first token of an answer dropped",
             "start = tl.load(offsets_ptr + s)",
@@ -230,7 +239,7 @@ MUTATIONS = [
     *_in(
         "device_math.py",
         ("bias ignored", "if HAS_BIAS:", "if HAS_BIAS and not HAS_BIAS:"),
-        ("softcap's argument not scaled", "softcap * tanh(z_NV / softcap)", "softcap * tanh(z_NV)"),
+        ("softcap's argument not scaled", "tl.abs(u / softcap)", "tl.abs(u)"),
         ("last group of row blocks too large", "tl.minimum(rows - first, GROUP)", "GROUP"),
         ("expm1 by subtraction", "tl.where(a > -0.5, a * p, tl.exp(a) - 1.0)", "tl.exp(a) - 1.0"),
     ),
@@ -252,8 +261,8 @@ MUTATIONS = [
         ("strip: float16 rows unscaled", "target_grad_N, row_scale_N, head", "target_grad_N, None, head"),
         (
             "strip: softmax of other rows",
-            "strip_grad(z_NW, targets_N, lse_N,",
-            "strip_grad(z_NW, targets_N, lse_N.flip(0),",
+            "strip_grad(z_NW, targets_N, lse_2N,",
+            "strip_grad(z_NW, targets_N, lse_2N.flip(1),",
         ),
     ),
     *_in(

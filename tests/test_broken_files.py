@@ -185,7 +185,7 @@ def test_messages_with_other_keys_and_keywords_that_are_none():
     ):
         prepare_dataset([{"prompt": "a", **talk}], tokenizer, Limits())
     talk = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
-    with pytest.raises(ValueError, match="'chat_template_kwargs' has to be a mapping, not str"):
+    with pytest.raises(ValueError, match="'chat_template_kwargs' has to be a dictionary, not str"):
         prepare_dataset([{"prompt": "a", **talk, "chat_template_kwargs": "x"}], tokenizer, Limits())
 
 

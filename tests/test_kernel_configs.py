@@ -35,8 +35,8 @@ def test_what_a_chip_can_choose_fits_it(dtype, precision, aligned, keeps):
 def test_pruning_by_shared_memory_registers_and_spills():
     from dataclasses import replace
 
-    def blocks(chip, keeps=False):
-        found = configs.matmul_configs(torch.bfloat16, "ieee", True, chip, keeps)
+    def blocks(chip, keeps=False, softcap=False):
+        found = configs.matmul_configs(torch.bfloat16, "ieee", True, chip, keeps, softcap)
         return [
             (config.block_n, config.block_v, config.num_stages, *["descriptors"][: config.descriptors])
             for config in found
@@ -45,6 +45,8 @@ def test_pruning_by_shared_memory_registers_and_spills():
     assert blocks(SM_90) == [(64, 256, 4), (128, 128, 4), (128, 128, 4, "descriptors"), (64, 128, 4, "descriptors")]
     # Exponentials beside the sums do not fit two of them.
     assert blocks(SM_90, keeps=True) == [(128, 128, 4), (64, 128, 4, "descriptors")]
+    # A softcap's slope takes registers as well.
+    assert blocks(SM_90, keeps=True, softcap=True) == [(64, 128, 4, "descriptors")]
     # An RTX 4090's 99 KB.
     assert blocks(replace(SM_90, major=8, max_shared=101376)) == [(128, 128, 3), (64, 128, 4)]
     # A square tile spills on sm_100.

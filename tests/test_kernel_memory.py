@@ -131,6 +131,11 @@ def _statistics(z_NV: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tens
     return z_NV.scatter(1, targets, -torch.inf).logsumexp(1), z_NV.gather(1, targets)[:, 0]
 
 
+def _lse(lse_N: torch.Tensor) -> torch.Tensor:
+    """lse in two parts that are both needed."""
+    return torch.stack([lse_N - 2, torch.full_like(lse_N, 2.0)])
+
+
 def test_weight_rows_beyond_int32():
     from kernelcheck.races import checked
     from orpo_kernels.logit_grad import logit_grad
@@ -145,7 +150,7 @@ def test_weight_rows_beyond_int32():
     others, target = _statistics(z, targets)
     with checked():
         max_KN, sum_KN, target_N = logit_stats(x, targets, Head(weight))
-        g = logit_grad(x, targets, z.logsumexp(1).float(), torch.zeros(5), None, Head(weight))
+        g = logit_grad(x, targets, _lse(z.logsumexp(1).float()), torch.zeros(5), None, Head(weight))
     torch.testing.assert_close((max_KN.double() + sum_KN.double().log()).logsumexp(0), others, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(target_N.double(), target, rtol=1e-5, atol=1e-5)
     expected = -z.softmax(1).scatter(1, targets[:, None], 0)
@@ -167,7 +172,7 @@ def test_rows_of_hidden_states_beyond_int32():
     others, target = _statistics(z, targets[-LAST:])
     with checked(), only(_last_program):
         max_KN, sum_KN, target_N = logit_stats(x, targets, Head(weight))
-        g = logit_grad(x, targets, zeros + 5, zeros, None, Head(weight))
+        g = logit_grad(x, targets, _lse(zeros + 5), zeros, None, Head(weight))
     torch.testing.assert_close((max_KN + sum_KN.log())[-1, -LAST:].double(), others, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(target_N[-LAST:].double(), target, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(g[-LAST:, 1:].double(), -torch.exp(z - 5)[:, 1:], rtol=1e-2, atol=1e-5)
@@ -181,7 +186,7 @@ def test_a_gradient_of_more_than_2_to_the_31_elements():
     x, weight = torch.zeros(ROWS, 16).half(), torch.zeros(WIDE, 16).half()
     targets, ones = torch.full((ROWS,), WIDE - 1), torch.ones(ROWS)
     with checked(), only(_last_program):
-        g = logit_grad(x, targets, ones, ones * 0.25, None, Head(weight))
+        g = logit_grad(x, targets, _lse(ones), ones * 0.25, None, Head(weight))
     assert g.numel() > 2**31
     assert (g[-LAST:, -1] == 0.25).all()
     torch.testing.assert_close(g[-LAST:, -9:-1].float(), torch.full((LAST, 8), -0.36788), rtol=1e-3, atol=0)
@@ -201,7 +206,7 @@ def test_strips_of_more_than_2_to_the_31_logits():
     statistics = max_1N, sum_1N, target_N = start_strip_stats(torch.empty(ROWS, 1))
     with checked(), only(_last_program):
         add_strip_stats(z, targets, Head(torch.empty(WIDE, 1)), statistics)
-        g = strip_grad(z, targets, zeros + 5, zeros + 0.25, None, Head(torch.empty(WIDE, 1)), torch.float32)
+        g = strip_grad(z, targets, _lse(zeros + 5), zeros + 0.25, None, Head(torch.empty(WIDE, 1)), torch.float32)
     torch.testing.assert_close((max_1N + sum_1N.log())[0, -LAST:].double(), others, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(target_N[-LAST:].double(), target, rtol=1e-6, atol=1e-6)
     assert (g[-LAST:, -2] == 0.25).all()
@@ -224,7 +229,7 @@ def test_kept_exponentials_beyond_int32():
     z = x[-LAST:].double() @ weight.double().T
     with checked(), only(_last_program):
         logit_stats(x, targets, Head(weight), WIDE, kept)
-        g = kept_grad(kept, targets, zeros + 5, zeros + 0.25, None, None, 0, WIDE)
+        g = kept_grad(kept, targets, _lse(zeros + 5), zeros + 0.25, None, 0, WIDE)
     # Of the last tile, that of the last program.
     assert (g[-LAST:, -1] == 0.25).all()
     torch.testing.assert_close(g[-LAST:, 1024:-1].double(), -torch.exp(z - 5)[:, 1024:-1], rtol=1e-2, atol=1e-5)

@@ -8,7 +8,7 @@ from orpo_kernels.rows import Rows
 from problems import make_problem, relative_error
 from tiny import log_odds
 
-from orpo import orpo_loss
+from orpo import orpo_loss, token_logprobs
 
 pytestmark = pytest.mark.kernels
 
@@ -106,3 +106,25 @@ def test_an_answer_without_a_partner_has_no_odds(num_pairs, kernel_device):
     for name, value in expected.items():
         found = getattr(result, name).double().cpu()
         torch.testing.assert_close(found, value.detach().double(), rtol=1e-6, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["triton-fused", "triton-strip"])
+def test_the_largest_hidden_states_of_float16(backend, kernel_device):
+    """Times any coefficient above 1, or divided by a power of two below it, they would be infinite."""
+    problem = make_problem(dtype=torch.float16, bias=True, device=kernel_device)
+    problem.hidden[..., 0], problem.weight[:, 0] = 65504.0, 0.0
+    problem.requiring_grad()
+    orpo_loss(problem.hidden, problem.weight, problem.labels, backend=backend, **problem.keywords).loss.backward()
+    _, dh, dw, db = problem.truth()
+    for grad, exact in ((problem.hidden.grad, dh), (problem.weight.grad, dw), (problem.bias.grad, db)):
+        assert relative_error(grad, exact) < 6e-4
+    found = []
+    for dtype in (torch.float16, torch.float64):
+        rows = problem.hidden.detach()[0].to(dtype)
+        weight = problem.weight.detach().to(dtype).requires_grad_()
+        targets = torch.arange(len(rows), device=rows.device)
+        logp = token_logprobs(rows, weight, targets, backend=backend if dtype == torch.float16 else "torch")
+        # Below 1/16 the largest gradient is one of float16.
+        (logp * torch.linspace(0.001, 0.06, len(rows), device=rows.device).to(logp.dtype)).sum().backward()
+        found.append(weight.grad)
+    assert relative_error(*found) < 6e-4

@@ -278,6 +278,20 @@ def test_odds_ratio_loss_is_trls_five():
     assert torch.isfinite(certain.grad).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_odds_ratio_loss_of_certain_answers_in_a_narrow_dtype(dtype):
+    """float16 has no number as small as what 1 - exp(a) is kept above."""
+    means = torch.tensor([[0.0, -0.5, 0.0, -0.01], [-1.0, 0.0, 0.0, -0.02]], dtype=dtype, requires_grad=True)
+    exact = means.detach().double().requires_grad_()
+    found, expected = odds_ratio_loss(*means), odds_ratio_loss(*exact)
+    found[0].sum().backward()
+    expected[0].sum().backward()
+    # Rounded once, from float32.
+    for ours, truth in zip((*found, means.grad), (*expected, exact.grad), strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), truth, rtol=max(torch.finfo(dtype).eps, 1e-6), atol=1e-5)
+
+
 @pytest.mark.parametrize("compute_nll_loss", [True, False])
 def test_ligers_call_shape(compute_nll_loss):
     problem = make_problem(P=2, bias=True)

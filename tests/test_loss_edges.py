@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from problems import make_problem, relative_error
+from problems import Problem, make_problem, relative_error
 
 from orpo import orpo_loss, token_logprobs
 
@@ -86,6 +86,48 @@ def test_all_logits_far_from_zero(budget, shift):
     truth, dh, *_ = problem.truth()
     # Logits of 1e4 have an absolute rounding of 1e-3 in float32, whoever computes them.
     assert relative_error(out.loss, truth.loss) < 1e-3 and relative_error(problem.hidden.grad, dh) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("backend", "budget"),
+    [
+        ("torch", 0),
+        ("torch", 2**20),
+        pytest.param("triton-fused", 0, marks=pytest.mark.kernels),
+        pytest.param("triton-fused", 2**20, marks=pytest.mark.kernels),
+        pytest.param("triton-strip", 0, marks=pytest.mark.kernels),
+    ],
+)
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("offset", [2.0**14, 2.0**26])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_all_logits_have_in_common_costs_no_digits(dtype, offset, frozen, backend, budget, kernel_device):
+    """Logits that are exact in float32, but of which a logarithm added to them would not be."""
+    if (dtype == torch.float64 and backend != "torch") or (dtype == torch.float16 and offset > 65504):
+        pytest.skip("not of this dtype")
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.zeros(2, 6, 2), torch.randn(50, 2, generator=g)
+    # The second column tells gradients apart, in which the first, of nearly equal numbers, is lost.
+    hidden[..., 0], weight[:, 0] = 1.0, offset + 8 * torch.arange(50).remainder(2)
+    labels = torch.arange(12).view(2, 6)
+    labels[:, :2] = -100
+    problem = Problem(hidden.to(dtype), weight.to(dtype), None, labels, None, 1.0, None, 0.3)
+    truth, dh, dw, _ = problem.truth()
+    device = "cpu" if backend == "torch" else kernel_device
+    problem.hidden, problem.weight, problem.labels = (
+        t.to(device) for t in (problem.hidden, problem.weight, problem.labels)
+    )
+    problem.requiring_grad(weight=not frozen)
+    keywords = dict(logits_budget=budget, strip_bytes=640, backend=backend) | problem.keywords
+    out = orpo_loss(problem.hidden, problem.weight, problem.labels, **keywords)
+    with torch.no_grad():
+        assert torch.equal(orpo_loss(problem.hidden, problem.weight, problem.labels, **keywords).loss, out.loss)
+    out.loss.backward()
+    exact = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 6e-4}[dtype]
+    assert relative_error(out.loss.cpu(), truth.loss) < min(exact, 1e-6)
+    assert relative_error(problem.hidden.grad[..., 1].cpu(), dh[..., 1]) < 3 * exact
+    if not frozen:
+        assert relative_error(problem.weight.grad.cpu(), dw) < exact
 
 
 @BUDGETS

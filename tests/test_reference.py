@@ -120,4 +120,14 @@ def test_targets_at_minus_infinity_leave_the_other_rows_alone():
     z = torch.tensor([[0.0, -torch.inf, 1.0], [0.5, 0.1, 0.2]], dtype=torch.float64)
     logp, lse = reference.token_stats(z, torch.tensor([1, 0]))
     assert logp[0] == -torch.inf and torch.isfinite(logp[1])
-    torch.testing.assert_close(lse, torch.logsumexp(z, 1))
+    torch.testing.assert_close(lse.sum(0), torch.logsumexp(z, 1))
+
+
+@pytest.mark.parametrize("offset", [0.0, 2.0**45])
+def test_what_all_logits_have_in_common_costs_no_digits(offset):
+    z, targets = torch.arange(6.0, dtype=torch.float64).view(2, 3), torch.tensor([0, 2])
+    logp, lse = reference.token_stats(z + offset, targets)
+    torch.testing.assert_close(logp, z.log_softmax(1)[[0, 1], targets], rtol=1e-15, atol=0)
+    g = reference.logit_grad(z + offset, logp, lse, targets)
+    expected = torch.nn.functional.one_hot(targets, 3) - z.softmax(1)
+    torch.testing.assert_close(g, expected, rtol=1e-14, atol=0)

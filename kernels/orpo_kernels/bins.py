@@ -172,11 +172,11 @@ def forward(
         if not needs.any:
             tiles = [bin_.slices] if bin_.slices else [(slice(r.first, r.last),) for runs in bin_.answers for r in runs]
             for tile in tiles:
-                logp, _ = backend.tile_stats(_take(x_ND, tile), _take(rows.targets_N, tile), head, memory)
+                logp = backend.tile_stats(_take(x_ND, tile), _take(rows.targets_N, tile), head, memory)
                 _put(logp_N, tile, logp)
         elif bin_.slices:
             x, part = _take(x_ND, bin_.slices), _take_rows(rows, bin_.slices)
-            logp, _, g_NV = backend.tile_stats_and_grad(x, part.targets_N, head, memory)
+            logp, g_NV = backend.tile_stats_and_grad(x, part.targets_N, head, memory)
             _put(logp_N, bin_.slices, logp)
             coef = head.scale * backend.objective(logp, part, **settings).coef_N
             coef = backend.grad_coefficient(coef, logp, g_NV.dtype)
@@ -212,7 +212,7 @@ def _oversized_pair(
         sums.append((answer, main))
         for run in runs:
             here = slice(run.first, run.last)
-            logp, _, g_NV = backend.tile_stats_and_grad(x_ND[here], rows.targets_N[here], head, memory)
+            logp, g_NV = backend.tile_stats_and_grad(x_ND[here], rows.targets_N[here], head, memory)
             logp_N[here] = logp
             one = backend.grad_coefficient(torch.ones_like(logp), logp, g_NV.dtype)
             if dx_ND is not None:

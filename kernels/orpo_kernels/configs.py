@@ -83,10 +83,11 @@ class MatmulConfig:
             num_stages=self.num_stages,
         )
 
-    def fits(self, chip: Limits, element_bytes: int, keeps: bool = False) -> bool:
+    def fits(self, chip: Limits, element_bytes: int, keeps: bool = False, softcap: bool = False) -> bool:
         """Whether operands of every stage fit shared memory, and the sums a quarter of the registers.
 
-        The rest of the registers holds what the epilogue computes of the sums: with half of them it spills.
+        The rest of the registers holds what the epilogue computes of the sums: with half of them it spills, and with a
+        quarter where it keeps exponentials times a softcap's slope (not on AMD).
         """
         shared = self.num_stages * (self.block_n + self.block_v) * self.block_d * element_bytes
         threads = self.num_warps * (64 if chip.is_amd else 32)
@@ -94,7 +95,8 @@ class MatmulConfig:
         spills = not chip.is_amd and chip.major in (*self.spills_on, *(self.spills_keeping if keeps else ()))
         known = not self.descriptors or (chip.major >= 9 and not chip.is_amd)
         registers = min(256, chip.max_registers // threads)
-        return known and shared <= chip.max_shared and 4 * sums <= registers and not spills
+        share = 8 if keeps and softcap and not chip.is_amd else 4
+        return known and shared <= chip.max_shared and share * sums <= registers and not spills
 
 
 # 64 rows, wide: on Hopper and Blackwell two warpgroup matmuls side by side. 160 KB, which sm_80 has too.
@@ -151,11 +153,11 @@ _CPU = (MatmulConfig(32, 64, 32, num_warps=4, num_stages=1, group_n=4),)
 
 @functools.cache
 def matmul_configs(
-    dtype: torch.dtype, precision: str, aligned: bool, chip: Limits, keeps: bool = False
+    dtype: torch.dtype, precision: str, aligned: bool, chip: Limits, keeps: bool = False, softcap: bool = False
 ) -> tuple[MatmulConfig, ...]:
     """Tiles of the kernels with a matmul that fit a chip; the first is taken where nothing may be timed.
 
-    `keeps`: of stage 1 where it stores exponentials, or would if a gradient were wanted.
+    `keeps`: of stage 1 where it stores exponentials, or would if a gradient were wanted; `softcap`: of such a head.
     """
     if not aligned:
         configs = _UNALIGNED_FLOAT32 if dtype == torch.float32 else _UNALIGNED
@@ -167,15 +169,17 @@ def matmul_configs(
         configs = _HOPPER
     else:
         configs = _CONSUMER if chip.major >= 12 else _NVIDIA
-    return tuple(config for config in configs if config.fits(chip, dtype.itemsize, keeps)) or configs[-1:]
+    return tuple(config for config in configs if config.fits(chip, dtype.itemsize, keeps, softcap)) or configs[-1:]
 
 
-def matmul_candidates(x_ND: Tensor, weight_VD: Tensor, keeps: bool = False) -> tuple[MatmulConfig, ...]:
+def matmul_candidates(
+    x_ND: Tensor, weight_VD: Tensor, keeps: bool = False, softcap: bool = False
+) -> tuple[MatmulConfig, ...]:
     """`matmul_configs` of x_ND, contiguous, and weight_VD on the device where they are."""
     if not x_ND.is_cuda:
         return _CPU
     aligned = rows_aligned(x_ND, weight_VD)
-    return matmul_configs(x_ND.dtype, input_precision(), aligned, _limits(x_ND.device), keeps)
+    return matmul_configs(x_ND.dtype, input_precision(), aligned, _limits(x_ND.device), keeps, softcap)
 
 
 @functools.cache

@@ -46,11 +46,15 @@ def expm1(a):
 
 
 @triton.jit
-def tanh(u):
-    """tanh with relative precision near 0."""
-    e = expm1(-2.0 * tl.abs(u))
+def cap(u, softcap):
+    """z = softcap * tanh(u / softcap), with relative precision near 0, and its slope, with relative precision anywhere.
+
+    Of z alone, near the cap, 1 - (z / softcap)^2 would be what rounding leaves of 1 - 1.
+    """
+    a = -2.0 * tl.abs(u / softcap)
+    e = expm1(a)
     t = -e / (2.0 + e)
-    return tl.where(u < 0.0, -t, t)
+    return softcap * tl.where(u < 0.0, -t, t), 4.0 * tl.exp(a) / ((2.0 + e) * (2.0 + e))
 
 
 @triton.jit
@@ -103,15 +107,12 @@ def raw_logits(
 
 
 @triton.jit
-def apply_head(z_NV, bias_ptr, offs_v, V, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """Eq. 1 after the matmul: cap(scale * (x . W + b)), cap(u) = softcap * tanh(u / softcap)."""
+def apply_head(u_NV, bias_ptr, offs_v, V, scale, HAS_BIAS: tl.constexpr):
+    """Eq. 1 after the matmul and before the softcap: scale * (x . W + b)."""
     if HAS_BIAS:
         bias_V = tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)
-        z_NV += bias_V[None, :]
-    z_NV *= scale
-    if HAS_SOFTCAP:
-        z_NV = softcap * tanh(z_NV / softcap)
-    return z_NV
+        u_NV += bias_V[None, :]
+    return u_NV * scale
 
 
 @triton.jit

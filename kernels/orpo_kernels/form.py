@@ -85,10 +85,10 @@ def _time(form: str, x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: i
 
 def _stages(backend: ModuleType, x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int) -> None:
     """What differs between the forms: not dW, whose matmuls add up to the same whatever the width of a strip."""
-    logp_N, lse_N = backend.token_stats(x_ND, targets_N, head, strip_bytes)
+    logp_N, lse_2N = backend.token_stats(x_ND, targets_N, head, strip_bytes)
     dx_ND = torch.zeros_like(x_ND, dtype=torch.float32)
     v, element_bytes = head.weight_VD.shape[0], backend.strip_element_bytes(x_ND.dtype, head.weight_VD.dtype)
     for first, last in strips(v, strip_width(x_ND.shape[0], v, element_bytes, strip_bytes)):
-        g_NW, weight_WD = backend.logit_grad(x_ND, targets_N, logp_N, lse_N, head, first, last)
+        g_NW, weight_WD = backend.logit_grad(x_ND, targets_N, logp_N, lse_2N, head, first, last)
         add_matmul(dx_ND, g_NW, weight_WD)
         del g_NW

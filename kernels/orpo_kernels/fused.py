@@ -32,7 +32,7 @@ class Output(NamedTuple):
     Attributes:
         loss, nll_loss, odds_ratio_loss, mean_logp_S, log_odds_P, pair_mask_P: as `reference.Objective`.
         mean_hidden_2D: mean hidden state of the chosen and of the rejected rows.
-        logp_N, lse_N, coef_N, exps, maxima: where gradients are still to be computed.
+        logp_N, lse_2N, coef_N, exps, maxima: where gradients are still to be computed.
         dx_RD, dw_VD, db_V: where they are finished, for an upstream gradient of 1.
     """
 
@@ -44,7 +44,7 @@ class Output(NamedTuple):
     pair_mask_P: Tensor
     mean_hidden_2D: Tensor
     logp_N: Tensor
-    lse_N: Tensor
+    lse_2N: Tensor
     coef_N: Tensor
     exps: Tensor
     maxima: Tensor
@@ -123,13 +123,13 @@ def linear_orpo(
     )
     exps, maxima = buffers(x_ND, keep.tiles if wants.any else 0, torch.promote_types(x_ND.dtype, weight_VD.dtype))
     kept = Kept(keep.columns, exps, maxima) if wants.any and keep.columns else None
-    logp_N, lse_N, result, grads = schedule.forward(
+    logp_N, lse_2N, result, grads = schedule.forward(
         be, x_ND, rows, head, objective, wants, head_frozen, logits_budget, strip_bytes, keep, kept
     )
     output = Output(*result[:6], _mean_hidden(x_ND, rows, dtype), *(logp_N.new_empty(0) for _ in range(8)))
     if schedule.recomputes(wants, logits_budget, backend):
         clear_padding(exps, maxima, x_ND.shape[0], keep.columns)
-        output = output._replace(logp_N=logp_N, lse_N=lse_N, coef_N=result.coef_N, exps=exps, maxima=maxima)
+        output = output._replace(logp_N=logp_N, lse_2N=lse_2N, coef_N=result.coef_N, exps=exps, maxima=maxima)
     else:
         # The gradient of a frozen head's hidden states is finished, and nothing is left to keep.
         exps, maxima = buffers(x_ND, 0, exps.dtype)
@@ -173,7 +173,9 @@ def _(hidden_RD, weight_VD, bias_V, rows, numbers, *, pairs, needs, logits_budge
         floats(pairs),
         hidden_RD.new_empty(pairs, dtype=torch.bool),
         floats(2, hidden_RD.shape[1]),
-        *(floats(n if recompute else 0) for _ in range(3)),
+        floats(n if recompute else 0),
+        floats(2, n) if recompute else floats(0),
+        floats(n if recompute else 0),
         *buffers(hidden_RD, tiles, torch.promote_types(hidden_RD.dtype, weight_VD.dtype)),
         saved(hidden_RD, wants.hidden),
         saved(weight_VD, wants.weight),
@@ -200,7 +202,7 @@ def linear_orpo_backward(
 ) -> list[Tensor]:
     """[dX_RD, dW_VD, db_V], empty where not wanted, for an upstream gradient; saved is `Output` from logp_N on."""
     wants = Needs(*needs)
-    logp_N, lse_N, coef_N, exps, maxima, *finished = saved
+    logp_N, lse_2N, coef_N, exps, maxima, *finished = saved
     if not schedule.recomputes(wants, logits_budget, backend):
         # Out of place: with retain_graph the same saved gradients are scaled again.
         pairs = zip(finished, (hidden_RD, weight_VD, bias_V), needs, strict=True)
@@ -211,7 +213,7 @@ def linear_orpo_backward(
     columns = kept_columns(x_ND.shape[0], weight_VD.shape[0], maxima.shape[0])
     be = load_form(backend, x_ND, targets_N, head, strip_bytes, columns)
     kept = Kept(columns, exps, maxima) if columns else None
-    grads = schedule.backward_by_strips(be, x_ND, targets_N, logp_N, lse_N, coef_N, head, wants, strip_bytes, kept)
+    grads = schedule.backward_by_strips(be, x_ND, targets_N, logp_N, lse_2N, coef_N, head, wants, strip_bytes, kept)
     return [
         _scatter_rows(grads.x_ND, rows_N, hidden_RD, hidden_RD.dtype) if wants.hidden else coef_N.new_empty(0),
         grads.weight_VD if wants.weight else coef_N.new_empty(0),

@@ -1,15 +1,14 @@
 """Stage 3 from the exponentials that stage 1 kept (kept.py): the gradient by logit without its logit's matmul.
 
-    e_nv = exp(z_nv - m_nt)                                           stored by logit_stats.py, 0 at the target
-    z_nv = m_nt + log e_nv
-    g_nv = ([v = y_n] (1 - p_y) - e_nv exp(m_nt - lse_n)) cap'(z_nv)  (Eq. 8, from what is stored)
+    e_nv = exp(z_nv - m_nt) cap'(z_nv)                           stored by logit_stats.py, 0 at the target
+    g_nv = [v = y_n] (1 - p_y) cap'(z_nv) - e_nv exp(m_nt - lse_n)    (Eq. 8, from what is stored)
 
 m_nt is the row's running maximum when the tile t of TILE columns was computed: e <= 1 whatever the logits are, long
 before lse_n is known. e is stored in the dtype of g (float16 times 2^14), and is as exact: rounding is relative in
-both. A rounding of e by 2^-9 moves z by as much, and a softcap c divides that by c / 2 before it reaches
-cap' = 1 - (z / c)^2.
+both. The softcap's slope is stored with it, since the logit that log e gives back is too coarse for 1 - (z / c)^2 where
+z is near c.
 
-    exps_NC, max_TN, targets_N, lse_N, target_grad_N  ->  g_NW
+    exps_NC, max_TN, targets_N, lse_2N, target_grad_N  ->  g_NW
 
 Letters: N rows, V vocabulary, C kept columns (the first ones), T tiles of them, W columns of a strip.
 """
@@ -67,8 +66,6 @@ def kept_grad_kernel(
     last,
     stride,
     scale,
-    softcap,
-    HAS_SOFTCAP: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
@@ -84,15 +81,12 @@ def kept_grad_kernel(
     rows = offs_n.to(tl.int64)[:, None]
     e_NV = tl.load(exps_ptr + rows * stride + offs_v[None, :], mask=mask, other=0.0).to(tl.float32) / scale
     max_N = tl.load(maxima_ptr + tile.to(tl.int64) * N + offs_n, mask=row_mask, other=0.0)
-    lse_N = tl.load(lse_ptr + offs_n, mask=row_mask, other=0.0)
+    row_max_N = tl.load(lse_ptr + offs_n, mask=row_mask, other=0.0)
+    log_sum_N = tl.load(lse_ptr + N + offs_n, mask=row_mask, other=0.0)
     target_grad_N = tl.load(target_grad_ptr + offs_n, mask=row_mask, other=0.0)
     targets_N = tl.load(targets_ptr + offs_n, mask=row_mask, other=-1).to(tl.int32)
     # Never above 0, but where a tile had no finite logit: there e is 0, and 0 times infinity would be NaN.
-    g_NV = -e_NV * tl.exp(tl.minimum(max_N - lse_N, 0.0))[:, None]
-    if HAS_SOFTCAP:
-        # What has vanished, the target among it, has no logit, and nothing to multiply.
-        t_NV = (max_N[:, None] + tl.log(tl.where(e_NV > 0.0, e_NV, 1.0))) / softcap
-        g_NV *= 1.0 - t_NV * t_NV
+    g_NV = -e_NV * tl.exp(tl.minimum(max_N - row_max_N - log_sum_N, 0.0))[:, None]
     g_NV = tl.where(offs_v[None, :] == targets_N[:, None], target_grad_N[:, None], g_NV)
     if HAS_ROW_SCALE:
         g_NV *= tl.load(row_scale_ptr + offs_n, mask=row_mask, other=0.0)[:, None]
@@ -103,15 +97,14 @@ def kept_grad_kernel(
 def kept_grad(
     kept: Kept,
     targets_N: Tensor,
-    lse_N: Tensor,
+    lse_2N: Tensor,
     target_grad_N: Tensor,
     row_scale_N: Tensor | None,
-    softcap: float | None,
     first: int,
     last: int,
 ) -> Tensor:
     """g_NW of the kept columns [first, last) in the dtype of the exponentials; target_grad_N is (1 - p_y) cap'(z_y)."""
-    assert targets_N.is_contiguous() and lse_N.is_contiguous() and last <= kept.columns
+    assert targets_N.is_contiguous() and lse_2N.is_contiguous() and last <= kept.columns
     n = targets_N.shape[0]
     g_NW = kept.exps.new_empty((n, last - first))
     block_n = 32
@@ -120,7 +113,7 @@ def kept_grad(
         kept.exps,
         kept.maxima,
         targets_N,
-        lse_N,
+        lse_2N,
         target_grad_N,
         row_scale_N,
         g_NW,
@@ -129,8 +122,6 @@ def kept_grad(
         last=last,
         stride=kept.stride,
         scale=kept.scale,
-        softcap=softcap or 0.0,
-        HAS_SOFTCAP=softcap is not None,
         HAS_ROW_SCALE=row_scale_N is not None,
         BLOCK_N=block_n,
         TILE=TILE,

@@ -2,8 +2,8 @@
 
     g_nv = ([v = y_n] - p_nv) * cap'(z_nv),   p_nv = exp(z_nv - lse_n),   1 - p_y = -expm1(logp_n)      (Eq. 8)
 
-    x_ND, weight_WD [bias_W], targets_N, lse_N, target_grad_N  ->  g_NW     fused with the recomputed matmul
-    z_NW (by the library), targets_N, lse_N, target_grad_N     ->  g_NW     strip form
+    x_ND, weight_WD [bias_W], targets_N, lse_2N, target_grad_N  ->  g_NW     fused with the recomputed matmul
+    z_NW (by the library), targets_N, lse_2N, target_grad_N     ->  g_NW     strip form
 
 Everything is float32 until g is stored, once, in the dtype of the two matmuls that follow; target_grad_N is 1 - p_y. In
 float16 each row carries a power of two (row_scale_N) that puts its largest entry, the target's, near 2^14: without it
@@ -18,31 +18,37 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .device_math import apply_head, grouped_block, raw_logits
+from .device_math import apply_head, cap, grouped_block, raw_logits
 from .head import Head
 from .tuning import TIMED_ROWS
 
 
 @triton.jit
 def gradient(
-    z_NV,
+    u_NV,
     offs_v,
     targets_N,
-    lse_N,
+    lse_ptr,
     target_grad_N,
     row_scale_ptr,
     offs_n,
+    N,
     row_mask,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
 ):
-    """Eq. 8 for one tile."""
-    is_target_NV = offs_v[None, :] == targets_N[:, None]
-    g_NV = tl.where(is_target_NV, target_grad_N[:, None], -tl.exp(z_NV - lse_N[:, None]))
+    """Eq. 8 for one tile, from its logits before their softcap."""
     if HAS_SOFTCAP:
-        t_NV = z_NV / softcap
-        g_NV *= 1.0 - t_NV * t_NV
+        z_NV, slope_NV = cap(u_NV, softcap)
+    else:
+        z_NV = u_NV
+    is_target_NV = offs_v[None, :] == targets_N[:, None]
+    max_N = tl.load(lse_ptr + offs_n, mask=row_mask, other=0.0)
+    log_sum_N = tl.load(lse_ptr + N + offs_n, mask=row_mask, other=0.0)
+    g_NV = tl.where(is_target_NV, target_grad_N[:, None], -tl.exp(z_NV - max_N[:, None] - log_sum_N[:, None]))
+    if HAS_SOFTCAP:
+        g_NV *= slope_NV
     if HAS_ROW_SCALE:
         g_NV *= tl.load(row_scale_ptr + offs_n, mask=row_mask, other=0.0)[:, None]
     return g_NV
@@ -80,7 +86,7 @@ def logit_grad_kernel(
     offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_v = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
     row_mask = offs_n < N
-    z_NV = raw_logits(
+    u_NV = raw_logits(
         x_ptr,
         weight_ptr,
         block_n * BLOCK_N,
@@ -97,18 +103,18 @@ def logit_grad_kernel(
         BLOCK_D,
         DESCRIPTORS,
     )
-    z_NV = apply_head(z_NV, bias_ptr, offs_v, columns, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+    u_NV = apply_head(u_NV, bias_ptr, offs_v, columns, scale, HAS_BIAS)
     targets_N = tl.load(targets_ptr + offs_n, mask=row_mask, other=-1).to(tl.int32)
-    lse_N = tl.load(lse_ptr + offs_n, mask=row_mask, other=0.0)
     target_grad_N = tl.load(target_grad_ptr + offs_n, mask=row_mask, other=0.0)
     g_NV = gradient(
-        z_NV,
+        u_NV,
         offs_v,
         targets_N,
-        lse_N,
+        lse_ptr,
         target_grad_N,
         row_scale_ptr,
         offs_n,
+        N,
         row_mask,
         softcap,
         HAS_SOFTCAP,
@@ -145,19 +151,19 @@ def strip_grad_kernel(
     mask = row_mask[:, None] & (offs_v < columns)[None, :]
     # int64: a tile over the whole vocabulary may hold more than 2^31 logits.
     offs = offs_n.to(tl.int64)[:, None] * columns + offs_v[None, :]
-    z_NV = tl.load(z_ptr + offs, mask=mask, other=0.0)
-    z_NV = apply_head(z_NV, bias_ptr, offs_v, columns, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+    u_NV = tl.load(z_ptr + offs, mask=mask, other=0.0)
+    u_NV = apply_head(u_NV, bias_ptr, offs_v, columns, scale, HAS_BIAS)
     targets_N = tl.load(targets_ptr + offs_n, mask=row_mask, other=-1).to(tl.int32)
-    lse_N = tl.load(lse_ptr + offs_n, mask=row_mask, other=0.0)
     target_grad_N = tl.load(target_grad_ptr + offs_n, mask=row_mask, other=0.0)
     g_NV = gradient(
-        z_NV,
+        u_NV,
         offs_v,
         targets_N,
-        lse_N,
+        lse_ptr,
         target_grad_N,
         row_scale_ptr,
         offs_n,
+        N,
         row_mask,
         softcap,
         HAS_SOFTCAP,
@@ -169,7 +175,7 @@ def strip_grad_kernel(
 def logit_grad(
     x_ND: Tensor,
     targets_N: Tensor,
-    lse_N: Tensor,
+    lse_2N: Tensor,
     target_grad_N: Tensor,
     row_scale_N: Tensor | None,
     head: Head,
@@ -179,9 +185,17 @@ def logit_grad(
     x_ND is contiguous and of the weight's dtype.
     """
     assert x_ND.is_contiguous() and targets_N.is_contiguous() and x_ND.dtype == head.weight_VD.dtype
+    assert lse_2N.is_contiguous()
     g_NW = x_ND.new_empty((x_ND.shape[0], head.weight_VD.shape[0]))
-    inputs = (x_ND, targets_N, lse_N, target_grad_N, row_scale_N)
-    few = tuple(None if tensor is None else tensor[:TIMED_ROWS] for tensor in inputs)
+    inputs = (x_ND, targets_N, lse_2N, target_grad_N, row_scale_N)
+    # Of lse_2N the second half is read N elements after the first.
+    few = (
+        x_ND[:TIMED_ROWS],
+        targets_N[:TIMED_ROWS],
+        lse_2N[:, :TIMED_ROWS].contiguous(),
+        target_grad_N[:TIMED_ROWS],
+        None if row_scale_N is None else row_scale_N[:TIMED_ROWS],
+    )
     candidates = configs.matmul_candidates(x_ND, head.weight_VD)
     config = configs.fastest("logit_grad", candidates, x_ND, head, lambda c: _logit_grad(*few, head, g_NW, c))
     _logit_grad(*inputs, head, g_NW, config)
@@ -191,7 +205,7 @@ def logit_grad(
 def _logit_grad(
     x_ND: Tensor,
     targets_N: Tensor,
-    lse_N: Tensor,
+    lse_2N: Tensor,
     target_grad_N: Tensor,
     row_scale_N: Tensor | None,
     head: Head,
@@ -203,7 +217,7 @@ def _logit_grad(
         *config.operands(x_ND, head.weight_VD),
         head.bias_V,
         targets_N,
-        lse_N,
+        lse_2N,
         target_grad_N,
         row_scale_N,
         g_NW,
@@ -226,7 +240,7 @@ def _logit_grad(
 def strip_grad(
     z_NW: Tensor,
     targets_N: Tensor,
-    lse_N: Tensor,
+    lse_2N: Tensor,
     target_grad_N: Tensor,
     row_scale_N: Tensor | None,
     head: Head,
@@ -235,13 +249,14 @@ def strip_grad(
     """Strip form: g_NW from the strip's raw float32 logits x W^T; in place where dtype is float32."""
     n, columns = z_NW.shape
     assert z_NW.is_contiguous() and targets_N.is_contiguous() and z_NW.dtype == torch.float32
+    assert lse_2N.is_contiguous()
     g_NW = z_NW if dtype == torch.float32 else torch.empty_like(z_NW, dtype=dtype)
     config = configs.elementwise_config()
     strip_grad_kernel[(triton.cdiv(n, config["BLOCK_N"]) * triton.cdiv(columns, config["BLOCK_V"]),)](
         z_NW,
         head.bias_V,
         targets_N,
-        lse_N,
+        lse_2N,
         target_grad_N,
         row_scale_N,
         g_NW,

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .device_math import apply_head, grouped_block, raw_logits
+from .device_math import apply_head, cap, grouped_block, raw_logits
 from .head import Head
 from .kept import TILE, Kept
 from .kept_grad import store_exps
@@ -27,11 +27,18 @@ from .tuning import TIMED_ROWS
 
 
 @triton.jit
-def fold_logits(z_NV, offs_v, end, targets_N, max_N, sum_N, target_N):
-    """Fold one tile into running (max, sum of exponentials, target's logit); columns from `end` on are void.
+def fold_logits(
+    u_NV, offs_v, end, targets_N, max_N, sum_N, target_N, softcap, HAS_SOFTCAP: tl.constexpr, KEEPS: tl.constexpr
+):
+    """Fold one tile, before its softcap, into running (max, sum of exponentials, target's logit).
 
-    Also returns what the exponentials are relative to, and themselves.
+    Columns from `end` on are void. Also returns what the exponentials are relative to, and what is kept of them
+    (kept_grad.py).
     """
+    if HAS_SOFTCAP:
+        z_NV, _ = cap(u_NV, softcap)
+    else:
+        z_NV = u_NV
     is_target_NV = offs_v[None, :] == targets_N[:, None]
     target_N += tl.sum(tl.where(is_target_NV, z_NV, 0.0), 1)
     z_NV = tl.where(is_target_NV | (offs_v >= end)[None, :], float("-inf"), z_NV)
@@ -41,6 +48,11 @@ def fold_logits(z_NV, offs_v, end, targets_N, max_N, sum_N, target_N):
     sum_N = sum_N * tl.exp(max_N - shift_N)
     e_NV = tl.exp(z_NV - shift_N[:, None])
     sum_N += tl.sum(e_NV, 1)
+    if KEEPS and HAS_SOFTCAP:
+        # From z and not from `cap`, whose slope would take as many registers as z until the maximum is known.
+        t_NV = z_NV * (1.0 / softcap)
+        # z of what is left out is -inf.
+        e_NV *= tl.maximum(1.0 - t_NV * t_NV, 0.0)
     return new_max_N, sum_N, target_N, shift_N, e_NV
 
 
@@ -88,7 +100,7 @@ def logit_stats_kernel(
     end = tl.minimum(start + split_columns, V)
     for first in range(start, end, BLOCK_V):
         offs_v = first + tl.arange(0, BLOCK_V)
-        z_NV = raw_logits(
+        u_NV = raw_logits(
             x_ptr,
             weight_ptr,
             block_n * BLOCK_N,
@@ -105,8 +117,10 @@ def logit_stats_kernel(
             BLOCK_D,
             DESCRIPTORS,
         )
-        z_NV = apply_head(z_NV, bias_ptr, offs_v, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-        max_N, sum_N, target_N, shift_N, e_NV = fold_logits(z_NV, offs_v, end, targets_N, max_N, sum_N, target_N)
+        u_NV = apply_head(u_NV, bias_ptr, offs_v, V, scale, HAS_BIAS)
+        max_N, sum_N, target_N, shift_N, e_NV = fold_logits(
+            u_NV, offs_v, end, targets_N, max_N, sum_N, target_N, softcap, HAS_SOFTCAP, KEEPS
+        )
         if KEEPS:
             store_exps(
                 e_NV,
@@ -161,9 +175,11 @@ def strip_stats_kernel(
     z_rows = z_ptr + offs_n.to(tl.int64)[:, None] * columns
     for column in range(0, columns, BLOCK_V):
         offs_v = column + tl.arange(0, BLOCK_V)
-        z_NV = tl.load(z_rows + offs_v[None, :], mask=row_mask[:, None] & (offs_v < columns)[None, :], other=0.0)
-        z_NV = apply_head(z_NV, bias_ptr, offs_v, columns, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-        max_N, sum_N, target_N, _, _ = fold_logits(z_NV, offs_v, columns, targets_N, max_N, sum_N, target_N)
+        u_NV = tl.load(z_rows + offs_v[None, :], mask=row_mask[:, None] & (offs_v < columns)[None, :], other=0.0)
+        u_NV = apply_head(u_NV, bias_ptr, offs_v, columns, scale, HAS_BIAS)
+        max_N, sum_N, target_N, _, _ = fold_logits(
+            u_NV, offs_v, columns, targets_N, max_N, sum_N, target_N, softcap, HAS_SOFTCAP, False
+        )
     tl.store(max_ptr + offs_n, max_N, mask=row_mask)
     tl.store(sum_ptr + offs_n, sum_N, mask=row_mask)
     tl.store(target_ptr + offs_n, target_N, mask=row_mask)
@@ -178,7 +194,7 @@ def logit_stats(
     are: partial sums, and with them the last bits of the loss, depend on where a launch ends.
     """
     assert x_ND.is_contiguous() and targets_N.is_contiguous() and x_ND.dtype == head.weight_VD.dtype
-    candidates = configs.matmul_candidates(x_ND, head.weight_VD, keeps=columns > 0)
+    candidates = configs.matmul_candidates(x_ND, head.weight_VD, columns > 0, head.softcap is not None)
     few_ND, few_N = x_ND[:TIMED_ROWS], targets_N[:TIMED_ROWS]
 
     def launch(config: configs.MatmulConfig) -> None:

@@ -40,7 +40,7 @@ def linear_logprobs(
     needs: list[bool],
     head_frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logp_N, and for backward lse_N and, where only x needs a gradient, u_ND with dlogp_n/dx_n = scale * u_n, else
+    """logp_N, and for backward lse_2N and, where only x needs a gradient, u_ND with dlogp_n/dx_n = scale * u_n, else
     the exponentials that are kept (exps and maxima, kept.py)."""
     check_targets(targets_N, weight_VD.shape[0], "targets")
     targets_N = targets_N.contiguous()
@@ -50,12 +50,14 @@ def linear_logprobs(
     dtype = torch.promote_types(x_ND.dtype, weight_VD.dtype)
     exps, maxima = buffers(x_ND, keep.tiles if wants.any else 0, dtype)
     kept = Kept(keep.columns, exps, maxima) if wants.any and keep.columns else None
-    (logp_N, lse_N), u_ND = schedule.token_stats(be, x_ND, targets_N, head, wants, head_frozen, strip_bytes, keep, kept)
+    (logp_N, lse_2N), u_ND = schedule.token_stats(
+        be, x_ND, targets_N, head, wants, head_frozen, strip_bytes, keep, kept
+    )
     if wants.head:
         clear_padding(exps, maxima, x_ND.shape[0], keep.columns)
     else:
         exps, maxima = buffers(x_ND, 0, dtype)
-    return logp_N, lse_N, logp_N.new_empty(0) if u_ND is None else u_ND, exps, maxima
+    return logp_N, lse_2N, logp_N.new_empty(0) if u_ND is None else u_ND, exps, maxima
 
 
 @linear_logprobs.register_fake
@@ -66,7 +68,7 @@ def _(x_ND, weight_VD, bias_V, targets_N, numbers, *, needs, logits_budget, back
     tiles = schedule.kept_tiles(x_ND.shape[0], x_ND, weight_VD, logits_budget, backend) if wants.head else 0
     return (
         rows,
-        torch.empty_like(rows),
+        rows.new_empty(2, x_ND.shape[0]),
         x_ND.new_empty(x_ND.shape if keeps_u else 0, dtype=dtype),
         *buffers(x_ND, tiles, torch.promote_types(x_ND.dtype, weight_VD.dtype)),
     )
@@ -82,7 +84,7 @@ def linear_logprobs_backward(
     targets_N: Tensor,
     numbers: Tensor,
     logp_N: Tensor,
-    lse_N: Tensor,
+    lse_2N: Tensor,
     u_ND: Tensor,
     exps: Tensor,
     maxima: Tensor,
@@ -104,7 +106,7 @@ def linear_logprobs_backward(
         x_ND,
         targets_N,
         logp_N,
-        lse_N,
+        lse_2N,
         grad_N,
         head,
         wants,

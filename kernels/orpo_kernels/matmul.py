@@ -118,14 +118,15 @@ def widened_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 class WeightedRows:
     """Rows ready for the head's gradients: g^T (coef * x) and g^T coef.
 
-    The coefficient goes onto x, so that g stays in [-1, 1]. In float16, coefficients are divided by a power of two near
-    the largest of them, or the small ones of a long batch would be lost; the products are multiplied by it again.
+    The coefficient goes onto x, so that g stays in [-1, 1]. In float16, coefficients are divided by the next power of
+    two above the largest of them, or the small ones of a long batch would be lost, and large x would be infinite; the
+    products are multiplied by it again.
     """
 
     def __init__(self, x_ND: Tensor, coef_N: Tensor, dtype: torch.dtype) -> None:
         self.norm = None
         if dtype == torch.float16 and coef_N.numel():
-            self.norm = torch.exp2(torch.floor(torch.log2(coef_N.abs().amax().clamp(min=_SMALLEST))))
+            self.norm = torch.exp2(torch.floor(torch.log2(coef_N.abs().amax().clamp(min=_SMALLEST))) + 1)
             coef_N = coef_N / self.norm
         self.x_ND = (x_ND * coef_N[:, None]).to(dtype)
         self.coef_N1 = coef_N[:, None].to(dtype)

@@ -1,12 +1,13 @@
 """Stage 2: from the rows' statistics to the loss, and to one coefficient per row, the only thing stage 3 knows of it.
 
     O_n = log sum_{v != y_n} exp z_nv,  logp_n = -softplus(O_n - z_y),  lse_n = O_n + softplus(z_y - O_n)      (Eq. 2)
+    computed for z - m, m the largest logit but the target's; lse as m and lse - m
     a_s = mean of logp_n over the answer s,   q_s = 1 - exp(a_s)                                               (Eq. 3)
     r_p = (a_w - a_l) - (log q_w - log q_l)                                                                    (Eq. 4)
     loss = nll_weight * NLL + beta * mean_p softplus(-r_p)                                                     (Eq. 5)
     coef_n = -[n in NLL] nll_weight / N_nll + [n in response] dL/da_s / len_s, dL/da_s in closed form       (Eqs. 6-7)
 
-    combine_kernel     max_KN, sum_KN, target_N    ->  logp_N, lse_N        one program a block of rows
+    combine_kernel     max_KN, sum_KN, target_N    ->  logp_N, lse_2N       one program a block of rows
     answers_kernel     logp_N, masks, offsets_S    ->  sums_4S              one program a sequence
     objective_kernel   sums_4S                     ->  coef_N, parts_P      one program a pair
 
@@ -45,12 +46,15 @@ def combine_kernel(max_ptr, sum_ptr, target_ptr, logp_ptr, lse_ptr, N, splits, B
         shift_N = tl.where(new_max_N == float("-inf"), 0.0, new_max_N)
         sum_N = sum_N * tl.exp(max_N - shift_N) + part_sum_N * tl.exp(part_max_N - shift_N)
         max_N = new_max_N
-    others_N = max_N + tl.log(sum_N)
-    target_N = tl.load(target_ptr + offs_n, mask=mask, other=0.0)
+    # Relative to the maximum: what all logits have in common would take the digits of both.
+    max_N = tl.where(max_N == float("-inf"), 0.0, max_N)
+    others_N = tl.log(sum_N)
+    target_N = tl.load(target_ptr + offs_n, mask=mask, other=0.0) - max_N
     tl.store(logp_ptr + offs_n, -softplus(others_N - target_N), mask=mask)
+    tl.store(lse_ptr + offs_n, max_N, mask=mask)
     # From the larger of the two: target - logp would be NaN for a target whose own logit is -inf.
     larger_N = tl.maximum(others_N, target_N)
-    tl.store(lse_ptr + offs_n, larger_N + softplus(-tl.abs(others_N - target_N)), mask=mask)
+    tl.store(lse_ptr + N + offs_n, larger_N + softplus(-tl.abs(others_N - target_N)), mask=mask)
 
 
 @triton.jit
@@ -187,11 +191,11 @@ def objective_kernel(
 
 
 def combine(max_KN: Tensor, sum_KN: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(logp_N, lse_N) from the partial statistics of K vocabulary splits."""
+    """(logp_N, lse_2N) from the partial statistics of K vocabulary splits; lse = lse_2N[0] + lse_2N[1]."""
     splits, n = max_KN.shape
-    logp_N, lse_N = torch.empty_like(target_N), torch.empty_like(target_N)
-    combine_kernel[(triton.cdiv(n, 256),)](max_KN, sum_KN, target_N, logp_N, lse_N, N=n, splits=splits, BLOCK=256)
-    return logp_N, lse_N
+    logp_N, lse_2N = torch.empty_like(target_N), target_N.new_empty((2, n))
+    combine_kernel[(triton.cdiv(n, 256),)](max_KN, sum_KN, target_N, logp_N, lse_2N, N=n, splits=splits, BLOCK=256)
+    return logp_N, lse_2N
 
 
 def objective(

@@ -42,12 +42,18 @@ def logits(
 
 
 def token_stats(z_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 2: (logp_N, lse_N); the target is left out of the sum, so that logp keeps its relative precision near 0."""
+    """Eq. 2: (logp_N, lse_2N), lse = lse_2N[0] + lse_2N[1], of which the first is one of the row's logits.
+
+    The target is left out of the sum, so that logp keeps its relative precision near 0.
+    """
     target_N1 = targets_N.long()[:, None]
-    z_y_N = z_NV.gather(1, target_N1)[:, 0]
-    others_N = torch.logsumexp(z_NV.scatter(1, target_N1, -torch.inf), dim=1)
+    others_NV = z_NV.scatter(1, target_N1, -torch.inf)
+    max_N = others_NV.amax(1)
+    max_N = max_N.masked_fill(max_N == -torch.inf, 0)
+    others_N = torch.logsumexp(others_NV - max_N[:, None], dim=1)
+    z_y_N = z_NV.gather(1, target_N1)[:, 0] - max_N
     # lse as z_y - logp would be NaN for a target whose own logit is -inf.
-    return -softplus(others_N - z_y_N), torch.logaddexp(others_N, z_y_N)
+    return -softplus(others_N - z_y_N), torch.stack([max_N, torch.logaddexp(others_N, z_y_N)])
 
 
 class Objective(NamedTuple):
@@ -128,9 +134,9 @@ def objective(
     )
 
 
-def logit_grad(z_NV: Tensor, logp_N: Tensor, lse_N: Tensor, targets_N: Tensor, softcap: float | None = None) -> Tensor:
+def logit_grad(z_NV: Tensor, logp_N: Tensor, lse_2N: Tensor, targets_N: Tensor, softcap: float | None = None) -> Tensor:
     """Eq. 8: g_NV = ([v = y] - p) * cap'(z), with the target's 1 - p_y taken from logp, where it does not cancel."""
-    g_NV = -torch.exp(z_NV - lse_N[:, None])
+    g_NV = -torch.exp(z_NV - lse_2N[0, :, None] - lse_2N[1, :, None])
     g_NV = g_NV.scatter(1, targets_N.long()[:, None], -torch.expm1(logp_N)[:, None])
     return g_NV if softcap is None else g_NV * (1 - (z_NV / softcap) ** 2)
 
@@ -147,7 +153,7 @@ def orpo(
 ) -> tuple[Objective, Tensor, Tensor, Tensor]:
     """The three stages in a row: (objective, dX_ND, dW_VD, db_V), Eqs. 1-8, for already gathered rows x_ND."""
     z_NV = logits(x_ND, weight_VD, bias_V, scale, softcap)
-    logp_N, lse_N = token_stats(z_NV, rows.targets_N)
+    logp_N, lse_2N = token_stats(z_NV, rows.targets_N)
     result = objective(logp_N, rows, **objective_kwargs)
-    weighted_NV = scale * result.coef_N[:, None] * logit_grad(z_NV, logp_N, lse_N, rows.targets_N, softcap)
+    weighted_NV = scale * result.coef_N[:, None] * logit_grad(z_NV, logp_N, lse_2N, rows.targets_N, softcap)
     return result, weighted_NV @ weight_VD, weighted_NV.T @ x_ND, weighted_NV.sum(0)

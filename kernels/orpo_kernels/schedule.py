@@ -93,9 +93,9 @@ def forward(
     keep: Keeping,
     kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor | None, Objective, Gradients]:
-    """Stages 1 and 2, and stage 3 where it can be done at once: (logp_N, lse_N, objective, gradients).
+    """Stages 1 and 2, and stage 3 where it can be done at once: (logp_N, lse_2N, objective, gradients).
 
-    lse_N is None under a budget of tiles; gradients are complete, for an upstream gradient of 1, unless `recomputes`.
+    lse_2N is None under a budget of tiles; gradients are complete, for an upstream gradient of 1, unless `recomputes`.
     `kept` is filled with the exponentials that `keep` says.
     """
     if backend.TILES and logits_budget > 0:
@@ -118,7 +118,7 @@ def token_stats(
     keep: Keeping,
     kept: Kept | None = None,
 ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
-    """((logp_N, lse_N), u_ND): stage 1 by strips, and dlogp/dx before the logit scale where the head is frozen.
+    """((logp_N, lse_2N), u_ND): stage 1 by strips, and dlogp/dx before the logit scale where the head is frozen.
 
     A frozen head goes the same way with and without a gradient, so that both give the same log-probabilities.
     """
@@ -137,7 +137,7 @@ def token_stats(
         for _, _, g_NW, weight_WD in _strips_of_g(backend, *part, *stats, head, strip_bytes, kept):
             add_matmul(u_ND[first:last], g_NW, weight_WD)
             del g_NW, weight_WD
-    stats = logp_N, _ = parts[0] if len(parts) == 1 else tuple(torch.cat(t) for t in zip(*parts, strict=True))
+    stats = logp_N, _ = parts[0] if len(parts) == 1 else tuple(torch.cat(t, -1) for t in zip(*parts, strict=True))
     if u_ND is None:
         return stats, None
     dtype = backend.compute_dtype(x_ND.dtype, head.weight_VD.dtype)
@@ -149,7 +149,7 @@ def _strips_of_g(
     x_ND: Tensor,
     targets_N: Tensor,
     logp_N: Tensor,
-    lse_N: Tensor,
+    lse_2N: Tensor,
     head: Head,
     strip_bytes: int,
     kept: Kept | None,
@@ -162,13 +162,13 @@ def _strips_of_g(
     columns = 0 if kept is None else kept.columns
     if kept is not None:
         for first, last in strips(columns, strip_width(n, columns, kept.exps.dtype.itemsize, strip_bytes)):
-            yield first, last, *backend.kept_grad(kept, targets_N, logp_N, lse_N, head, first, last)
+            yield first, last, *backend.kept_grad(kept, targets_N, logp_N, lse_2N, head, first, last)
     if columns == v:
         return
     element_bytes = backend.strip_element_bytes(x_ND.dtype, head.weight_VD.dtype)
     for first, last in strips(v - columns, strip_width(n, v - columns, element_bytes, strip_bytes)):
         first, last = columns + first, columns + last
-        yield first, last, *backend.logit_grad(x_ND, targets_N, logp_N, lse_N, head, first, last)
+        yield first, last, *backend.logit_grad(x_ND, targets_N, logp_N, lse_2N, head, first, last)
 
 
 def backward_by_strips(
@@ -176,7 +176,7 @@ def backward_by_strips(
     x_ND: Tensor,
     targets_N: Tensor,
     logp_N: Tensor,
-    lse_N: Tensor,
+    lse_2N: Tensor,
     coef_N: Tensor,
     head: Head,
     needs: Needs,
@@ -195,7 +195,7 @@ def backward_by_strips(
         head.scale * coef_N, logp_N, backend.compute_dtype(x_ND.dtype, head.weight_VD.dtype)
     )
     operand = backend.head_grad_operand(x_ND, coef_N, head) if needs.head else None
-    for first, last, g_NK, weight_KD in _strips_of_g(backend, x_ND, targets_N, logp_N, lse_N, head, strip_bytes, kept):
+    for first, last, g_NK, weight_KD in _strips_of_g(backend, x_ND, targets_N, logp_N, lse_2N, head, strip_bytes, kept):
         if dx_ND is not None:
             add_matmul(dx_ND, g_NK, weight_KD)
         if needs.head:

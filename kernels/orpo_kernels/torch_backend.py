@@ -50,17 +50,15 @@ def _finite(max_N: Tensor) -> Tensor:
     return max_N.masked_fill(max_N == -torch.inf, 0)
 
 
-def _softcap_slope(z: Tensor, head: Head) -> Tensor | None:
-    """cap'(u) = 1 - (z / softcap)^2, taken before z is overwritten; the target's -inf is never read.
+def _stats(max_N: Tensor, sum_N: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(logp_N, lse_2N), Eq. 2, of all logits but the target's, sum_n exp max_n being that of their exponentials.
 
-    As large as z: who calls lets go of it before the next block.
+    lse = lse_2N[0] + lse_2N[1], both relative to the maximum until then: what all logits have in common would take the
+    digits of their sum.
     """
-    return None if head.softcap is None else (z / head.softcap).square_().neg_().add_(1)
-
-
-def _stats(others_N: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(logp_N, lse_N), Eq. 2, of the logsumexp of all logits but the target's, and the target's."""
-    return -reference.softplus(others_N - target_N), torch.logaddexp(others_N, target_N)
+    max_N = _finite(max_N)
+    others_N, target_N = sum_N.log(), target_N - max_N
+    return -reference.softplus(others_N - target_N), torch.stack([max_N, torch.logaddexp(others_N, target_N)])
 
 
 class RunningStats:
@@ -82,14 +80,17 @@ class RunningStats:
         return rescale
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """(logp_N, lse_N), Eq. 2."""
-        return _stats(self.max_N + self.sum_N.log(), self.target_N)
+        """(logp_N, lse_2N), Eq. 2."""
+        return _stats(self.max_N, self.sum_N, self.target_N)
 
 
 def token_stats(
     x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int, columns: int = 0, kept: None = None
 ) -> tuple[Tensor, Tensor]:
-    """Stage 1: (logp_N, lse_N) strip by strip; one strip of logits is alive at a time. No exponentials are kept."""
+    """Stage 1: (logp_N, lse_2N) strip by strip; one strip of logits is alive at a time. No exponentials are kept.
+
+    lse is that of the logits as LogitStrip gives them, and only for what it gives again.
+    """
     n, v = x_ND.shape[0], head.weight_VD.shape[0]
     stats = RunningStats(n, x_ND, accumulation_dtype(x_ND, head.weight_VD))
     for first, last in strips(v, strip_width(n, v, strip_element_bytes(x_ND.dtype, head.weight_VD.dtype), strip_bytes)):
@@ -99,11 +100,9 @@ def token_stats(
             row, _, z_y = _take_target(z, targets_N[block], first, last)
             stats.target_N[block][row] = z_y
             stats.add(block, z)
-        offset_N = strip.offset_N
         # z is a view of its memory, which would stand beside the next strip's.
         strip = z = None
-    logp_N, lse_N = stats.finish()
-    return logp_N, lse_N + offset_N
+    return stats.finish()
 
 
 def _chunk_size(n: int, dtype: torch.dtype) -> int:
@@ -138,32 +137,29 @@ def _tile_blocks(
             yield slice(start + block.start, start + block.stop), tile, block
 
 
-def _whole_rows(z: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Stage 1 on rows of all logits: (logp_N, lse_N, shift_N); z becomes exp(z - shift), the target's 0."""
+def _whole_rows(z: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Stage 1 on rows of all logits: (logp_N, lse_2N); z becomes exp(z - lse_2N[0]), the target's 0."""
     targets_N1 = targets_N[:, None]
     z_y = z.gather(1, targets_N1)[:, 0]
     # Eq. 2 leaves it out.
     max_N = z.scatter_(1, targets_N1, -torch.inf).amax(1)
-    shift_N = _finite(max_N)
-    sum_N = _exp_(z.sub_(shift_N[:, None])).sum(1)
-    return *_stats(max_N + sum_N.log(), z_y), shift_N
+    sum_N = _exp_(z.sub_(_finite(max_N)[:, None])).sum(1)
+    return _stats(max_N, sum_N, z_y)
 
 
-def tile_stats(x_ND: Tensor, targets_N: Tensor, head: Head, memory_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """Stage 1 on a tile over the whole vocabulary: (logp_N, lse_N), bit for bit those of `tile_stats_and_grad`."""
+def tile_stats(x_ND: Tensor, targets_N: Tensor, head: Head, memory_NV: Tensor) -> Tensor:
+    """Stage 1 on a tile over the whole vocabulary: logp_N, bit for bit that of `tile_stats_and_grad`."""
     logp_N = x_ND.new_empty(len(x_ND), dtype=accumulation_dtype(x_ND, head.weight_VD))
-    lse_N = torch.empty_like(logp_N)
     for rows, tile, block in _tile_blocks(x_ND, targets_N, head, memory_NV, keep=False):
         # The same rows together as with gradients: the last few of a vectorised function round otherwise.
-        logp_N[rows], lse, _ = _whole_rows(tile.read(block), targets_N[rows])
-        lse_N[rows] = lse + tile.offset_N[block]
-    return logp_N, lse_N
+        logp_N[rows], _ = _whole_rows(tile.read(block), targets_N[rows])
+    return logp_N
 
 
 def frozen_head_stats_and_grad(
     x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Stages 1 and 3 in one pass for a frozen head: (logp_N, lse_N, u_ND), u = sum_v g_v W_v before its coefficient.
+    """Stages 1 and 3 in one pass for a frozen head: (logp_N, lse_2N, u_ND), u = sum_v g_v W_v before its coefficient.
 
     The sum over v != y of exp(z - running maximum) * cap' * W_v follows the maximum as it rises, so no logit is
     computed twice; the target's own term is added at the end from its exact 1 - p_y.
@@ -176,8 +172,7 @@ def frozen_head_stats_and_grad(
     for first, last in strips(v, strip_width(n, v, strip_element_bytes(x_ND.dtype, head.weight_VD.dtype), strip_bytes)):
         strip = LogitStrip(x_ND, targets_N, head, first, last)
         for block in strip.blocks():
-            z = strip.read(block)
-            slope = _softcap_slope(z, head)
+            z, slope = strip.read_with_slope(block)
             row, column, z_y = _take_target(z, targets_N[block], first, last)
             stats.target_N[block][row] = z_y
             u_ND[block] *= stats.add(block, z)[:, None]
@@ -186,49 +181,44 @@ def frozen_head_stats_and_grad(
                 z.mul_(slope)
                 slope = None
             strip.write(block, z)
-        offset_N, exps_NK = strip.offset_N, strip.z_NK
+        exps_NK = strip.z_NK
         # The memory of blocks is given back before the product takes some.
         strip = z = None
         add_matmul(u_ND, exps_NK, head.weight_VD[first:last])
         del exps_NK
-    logp_N, lse_N = stats.finish()
-    u_ND.mul_(-torch.exp(_finite(stats.max_N) - lse_N)[:, None])
+    logp_N, lse_2N = stats.finish()
+    u_ND.mul_(-torch.exp(-lse_2N[1])[:, None])
     u_ND.addcmul_(head.weight_VD[targets_N].to(dtype), (-torch.expm1(logp_N) * slope_y_N)[:, None])
-    return logp_N, lse_N + offset_N, u_ND
+    return logp_N, lse_2N, u_ND
 
 
-def tile_stats_and_grad(
-    x_ND: Tensor, targets_N: Tensor, head: Head, memory_NV: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Stages 1 and 3 on a tile over the whole vocabulary: (logp_N, lse_N, g_NV), g in the matmul's dtype."""
+def tile_stats_and_grad(x_ND: Tensor, targets_N: Tensor, head: Head, memory_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Stages 1 and 3 on a tile over the whole vocabulary: (logp_N, g_NV), g in the matmul's dtype."""
     g_NV = memory_NV[: x_ND.shape[0]]
     logp_N = x_ND.new_empty(len(x_ND), dtype=accumulation_dtype(x_ND, head.weight_VD))
-    lse_N = torch.empty_like(logp_N)
     for rows, tile, block in _tile_blocks(x_ND, targets_N, head, g_NV, keep=True):
-        z = tile.read(block)
-        slope = _softcap_slope(z, head)
-        logp, lse, shift = _whole_rows(z, targets_N[rows])
-        z.mul_(-torch.exp(shift - lse)[:, None])
+        z, slope = tile.read_with_slope(block)
+        logp, (_, log_sum) = _whole_rows(z, targets_N[rows])
+        z.mul_(-torch.exp(-log_sum)[:, None])
         z.scatter_(1, targets_N[rows, None], -torch.expm1(logp)[:, None])
         if slope is not None:
             z.mul_(slope)
             slope = None
         tile.write(block, z)
-        logp_N[rows], lse_N[rows] = logp, lse + tile.offset_N[block]
-    return logp_N, lse_N, g_NV
+        logp_N[rows] = logp
+    return logp_N, g_NV
 
 
 def logit_grad(
-    x_ND: Tensor, targets_N: Tensor, logp_N: Tensor, lse_N: Tensor, head: Head, first: int, last: int
+    x_ND: Tensor, targets_N: Tensor, logp_N: Tensor, lse_2N: Tensor, head: Head, first: int, last: int
 ) -> tuple[Tensor, Tensor]:
     """Stage 3: (g_NK, weight_KD) for columns [first, last), logits recomputed (Eq. 8); g in the matmul's dtype."""
-    strip = LogitStrip(x_ND, targets_N, head, first, last)
-    lse_N = lse_N - strip.offset_N
+    strip, (max_N, log_sum_N) = LogitStrip(x_ND, targets_N, head, first, last), lse_2N
+    factor_N1 = -torch.exp(-log_sum_N)[:, None]
     for block in strip.blocks():
-        z = strip.read(block)
-        slope = _softcap_slope(z, head)
+        z, slope = strip.read_with_slope(block)
         row, column, _ = _take_target(z, targets_N[block], first, last)
-        _exp_(z.sub_(lse_N[block][:, None])).neg_()
+        _exp_(z.sub_(max_N[block, None])).mul_(factor_N1[block])
         z[row, column] = -torch.expm1(logp_N[block][row])
         if slope is not None:
             z.mul_(slope)

@@ -5,7 +5,7 @@
   rounded to 8 bits, which puts 8e-3 on a log-probability. What a log-probability needs is z_v - z_y, so that is what is
   rounded: c_n, the target's logit from fp32 products, enters the matmul's accumulator (z - c = x W^T - c). A logit's
   error is then 2^-9 of its distance from the target's logit, not of its size; gradients come out as with float32
-  logits, and nothing is multiplied twice. Only lse, and softcap, need c again: a softmax is that of z - c.
+  logits, and nothing is multiplied twice. Only a softcap needs c again: a softmax is that of z - c.
 * bfloat16 on a CPU without them is computed in float32, the weight widened part by part. Such a CPU emulates
   bfloat16's matmuls: on an AVX2 machine x W^T takes 6 times, g W 100 times as long as in float32.
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .head import Head
-from .matmul import accumulation_dtype, converted_parts
+from .matmul import converted_parts
 
 # With fewer rows a float32 matmul packs the weight too often, with more nothing is faster.
 CHUNK_ROWS = 1024
@@ -74,7 +74,7 @@ class LogitStrip:
     """Columns [first, last) of the logits of some rows, read block by block of rows in fp32 (fp64 for fp64).
 
     The strip's memory, `out` where given, is overwritten by what stage 3 stores into it: exp or gradient, in the
-    matmul's dtype. `offset_N` is what `read` leaves out of a row's logits, the same in every strip of these rows.
+    matmul's dtype. In bfloat16 without a softcap `read` leaves scale * c_n out, the same in every strip of these rows.
     """
 
     def __init__(
@@ -94,20 +94,35 @@ class LogitStrip:
         else:
             for a, b in converted_parts(weight_KD, dtype):
                 torch.mm(x_ND, weight_KD[a:b].to(dtype).T, out=self.z_NK[:, a:b])
-        if self.shift_N1 is None or head.softcap is not None:
-            self.offset_N = self.z_NK.new_zeros(len(x_ND), dtype=accumulation_dtype(self.z_NK))
-        else:
-            self.offset_N = self.shift_N1[:, 0].float() * head.scale
 
     def blocks(self) -> list[slice]:
         """Slices of rows whose logits fit in cache."""
         return row_blocks(*self.z_NK.shape)
 
     def read(self, block: slice) -> Tensor:
-        """The block's logits with bias, scale and softcap applied (Eq. 1), less `offset_N`, until the next is read.
+        """The block's logits with bias, scale and softcap applied (Eq. 1), until the next is read.
 
         In place where the strip holds float32.
         """
+        z = self.uncapped(block)
+        if self.head.softcap is not None:
+            z.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
+        return z
+
+    def read_with_slope(self, block: slice) -> tuple[Tensor, Tensor | None]:
+        """`read`, and cap' of each logit, as large as they: who calls lets go of it before the next block.
+
+        None without a softcap. As 1 / cosh^2 of what is capped: near the cap 1 - (z / softcap)^2 would be rounding.
+        """
+        z, slope = self.uncapped(block), None
+        if self.head.softcap is not None:
+            z.div_(self.head.softcap)
+            slope = torch.cosh(z).square_().reciprocal_()
+            z.tanh_().mul_(self.head.softcap)
+        return z, slope
+
+    def uncapped(self, block: slice) -> Tensor:
+        """`read` before the softcap."""
         z = self.z_NK[block]
         if self.shift_N1 is not None:
             z = self.block_memory[: len(z)].copy_(z)
@@ -117,8 +132,6 @@ class LogitStrip:
             z.add_(self.head.bias_V[self.first : self.last])
         if self.head.scale != 1.0:
             z.mul_(self.head.scale)
-        if self.head.softcap is not None:
-            z.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
         return z
 
     def write(self, block: slice, values: Tensor) -> None:

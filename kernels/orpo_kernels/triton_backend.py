@@ -59,12 +59,12 @@ def _row_scale(logp_N: Tensor, dtype: torch.dtype) -> Tensor | None:
 def token_stats(
     x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int, columns: int = 0, kept: Kept | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Stage 1: (logp_N, lse_N); logits exist only as tiles on the chip, and the exponentials that `kept` is to hold.
+    """Stage 1: (logp_N, lse_2N); logits exist only as tiles on the chip, and the exponentials that `kept` is to hold.
 
     `columns` are the first ones, of which a call with a gradient keeps them and one without does not.
     """
     if x_ND.shape[0] == 0:
-        return tuple(x_ND.new_zeros(0, dtype=torch.float32) for _ in range(2))
+        return x_ND.new_zeros(0, dtype=torch.float32), x_ND.new_zeros((2, 0), dtype=torch.float32)
     x_ND, head = operands(x_ND, head)
     return combine(*logit_stats(x_ND, targets_N, head, columns, kept))
 
@@ -73,7 +73,7 @@ def logit_grad(
     x_ND: Tensor,
     targets_N: Tensor,
     logp_N: Tensor,
-    lse_N: Tensor,
+    lse_2N: Tensor,
     head: Head,
     first: int,
     last: int,
@@ -84,11 +84,11 @@ def logit_grad(
     if x_ND.shape[0] == 0:
         return x_ND.new_empty((0, last - first)), head.weight_VD
     row_scale_N = _row_scale(logp_N, x_ND.dtype)
-    return grad(x_ND, targets_N - first, lse_N, -torch.expm1(logp_N), row_scale_N, head), head.weight_VD
+    return grad(x_ND, targets_N - first, lse_2N, -torch.expm1(logp_N), row_scale_N, head), head.weight_VD
 
 
 def kept_grad(
-    kept: Kept, targets_N: Tensor, logp_N: Tensor, lse_N: Tensor, head: Head, first: int, last: int
+    kept: Kept, targets_N: Tensor, logp_N: Tensor, lse_2N: Tensor, head: Head, first: int, last: int
 ) -> tuple[Tensor, Tensor]:
     """Stage 3: (g_NW, weight_WD) for columns [first, last) from their kept exponentials."""
     dtype = kept.exps.dtype
@@ -97,8 +97,8 @@ def kept_grad(
     target_grad_N = -torch.expm1(logp_N)
     if head.softcap is not None:
         # Of the target's own logit, which logp + lse is.
-        target_grad_N *= 1 - ((logp_N + lse_N) / head.softcap) ** 2
-    g_NW = exps_grad(kept, targets_N, lse_N, target_grad_N, _row_scale(logp_N, dtype), head.softcap, first, last)
+        target_grad_N *= 1 - ((logp_N + lse_2N[1] + lse_2N[0]) / head.softcap) ** 2
+    g_NW = exps_grad(kept, targets_N, lse_2N, target_grad_N, _row_scale(logp_N, dtype), first, last)
     return g_NW, head.weight_VD[first:last].to(dtype)
 
 

@@ -51,10 +51,10 @@ def strip_element_bytes(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
 def token_stats(
     x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int, columns: int = 0, kept: None = None
 ) -> tuple[Tensor, Tensor]:
-    """Stage 1: (logp_N, lse_N), from one strip of logits after the other; `columns` change nothing here."""
+    """Stage 1: (logp_N, lse_2N), from one strip of logits after the other; `columns` change nothing here."""
     n, v = x_ND.shape[0], head.weight_VD.shape[0]
     if n == 0:
-        return tuple(x_ND.new_zeros(0, dtype=torch.float32) for _ in range(2))
+        return x_ND.new_zeros(0, dtype=torch.float32), x_ND.new_zeros((2, 0), dtype=torch.float32)
     stats = start_strip_stats(x_ND)
     # As wide as those of stage 3, though no gradient is stored here: the library computes the same logits again only
     # for the same shape.
@@ -71,14 +71,14 @@ def token_stats(
 def library_grad(
     x_ND: Tensor,
     targets_N: Tensor,
-    lse_N: Tensor,
+    lse_2N: Tensor,
     target_grad_N: Tensor,
     row_scale_N: Tensor | None,
     head: Head,
 ) -> Tensor:
     """fused_grad's call and result, from logits that the library's matmul wrote."""
     z_NW = raw_logits(x_ND, head.weight_VD)
-    return strip_grad(z_NW, targets_N, lse_N, target_grad_N, row_scale_N, head, x_ND.dtype)
+    return strip_grad(z_NW, targets_N, lse_2N, target_grad_N, row_scale_N, head, x_ND.dtype)
 
 
 logit_grad = partial(triton_backend.logit_grad, grad=library_grad)
