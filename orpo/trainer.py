@@ -27,12 +27,13 @@ from orpo.metrics import WeightedMeans
 from orpo.model import LossCall, base_model
 from orpo.probe import check_fused_logps, choose_layout
 from orpo.reports import ReportingTrainer
+from orpo.resuming import ResumingTrainer
 from orpo.setup import adapt, load_model, load_tokenizer, pad_token_id, router_coefficient
 from orpo.sharding import agreed, prepare_ranks
 from orpo.streams import StreamReport, counters
 
 
-class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
+class ORPOTrainer(ReportingTrainer, ResumingTrainer, CheckpointingTrainer):
     """Trains a causal language model on preference pairs with ORPO, in the call shape of TRL's trainer.
 
     Args:
