@@ -101,6 +101,9 @@ class CheckpointingTrainer(Trainer):
         Raises:
             ValueError: there is no such checkpoint, or it is of a run with settings that this one does not have.
         """
+        if kwargs.get("trial") is not None:
+            # A search makes the trial's model in there, and says itself what a trial goes on from.
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._run_settings = describe_run(self)
         # Of one rank: folders seen over a network may differ, and a rank that starts anew alone would hang the rest.
         checkpoint = from_rank_0(self.accelerator, lambda: self._choose_checkpoint(resume_from_checkpoint))

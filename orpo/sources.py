@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -57,6 +58,10 @@ def load_pairs(name: str, split: str = "train", *, config: str | None = None, st
     else:
         check_hub_name(name, "dataset")
         arguments = {"path": str(path) if path.is_dir() else name, "name": config}
+    if path.exists() and not streaming:
+        # Read before, a file is known by its path and time alone: one that was copied over it with its time kept, or
+        # replaced within the clock's resolution, would train the rows of the one before.
+        arguments["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE, _digest(path)))
     try:
         with _silent_reader():
             return datasets.load_dataset(**arguments, split=split, streaming=streaming)
@@ -77,6 +82,16 @@ def load_pairs(name: str, split: str = "train", *, config: str | None = None, st
         if reason is None:
             raise
         raise ValueError(f"{name} could not be read as {arguments['path']}: {reason}") from error
+
+
+def _digest(path: Path) -> str:
+    """Of the content of a file, or of the names and content of all files in a folder."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        with part.open("rb") as file:
+            content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+        digest.update(str(part.relative_to(path)).encode() + b"\0" + content)
+    return digest.hexdigest()
 
 
 @contextmanager
