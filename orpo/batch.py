@@ -6,8 +6,8 @@ Letters: P pairs, S = 2P sequences (chosen first, then rejected), T tokens of a 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,15 @@ class NLLSpan:
 WHOLE_CHOSEN = NLLSpan()
 
 
+class Counts(NamedTuple):
+    """What means are over: NLL tokens, pairs, rows of chosen and of rejected sequences; or shares of these."""
+
+    nll_tokens: float
+    pairs: float
+    chosen_rows: float
+    rejected_rows: float
+
+
 @dataclass(frozen=True)
 class PairBatch:
     """What the loss needs of a batch besides hidden states.
@@ -44,6 +53,7 @@ class PairBatch:
         num_nll_tokens: rows that the NLL scores.
         num_pairs: pairs with response tokens on both sides.
         pair_ids: int64 (P,), the position of each pair in the prepared data set; -1 where it has none.
+        num_chosen_rows: rows of chosen sequences; the others are those of rejected ones.
 
     The counts are Python numbers, taken where the arrays are made: reading them off a device would stall it.
     """
@@ -52,10 +62,17 @@ class PairBatch:
     num_nll_tokens: int
     num_pairs: int
     pair_ids: Tensor
+    num_chosen_rows: int
+
+    @property
+    def counts(self) -> Counts:
+        """All counts, for the means."""
+        rejected = len(self.rows.rows_N) - self.num_chosen_rows
+        return Counts(self.num_nll_tokens, self.num_pairs, self.num_chosen_rows, rejected)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
         """The same batch with its row arrays on `device`; the ids stay where they are."""
-        return PairBatch(self.rows.to(device, non_blocking), self.num_nll_tokens, self.num_pairs, self.pair_ids)
+        return replace(self, rows=self.rows.to(device, non_blocking))
 
     def first(self, pairs: int) -> PairBatch:
         """The same batch with rows of its first `pairs` pairs only. Reads counts off the device."""
@@ -66,13 +83,14 @@ class PairBatch:
         answered = torch.zeros(2 * r.pairs, dtype=torch.bool, device=kept.device)
         answered[rows.sequence_N[rows.in_response_N]] = True
         num_pairs = int(answered.reshape(2, r.pairs).all(dim=0).sum())
-        return PairBatch(rows, int(rows.in_nll_N.sum()), num_pairs, self.pair_ids)
+        chosen = int((rows.sequence_N < r.pairs).sum())
+        return PairBatch(rows, int(rows.in_nll_N.sum()), num_pairs, self.pair_ids, chosen)
 
     def pin_memory(self) -> PairBatch:
         """The same batch in page-locked memory. torch's DataLoader calls this by name."""
         arrays = (getattr(self.rows, f.name) for f in fields(Rows))
         pinned = Rows(*(a.pin_memory() if isinstance(a, Tensor) else a for a in arrays))
-        return PairBatch(pinned, self.num_nll_tokens, self.num_pairs, self.pair_ids)
+        return replace(self, rows=pinned)
 
 
 class RowBuilder:
@@ -117,6 +135,7 @@ class RowBuilder:
             num_nll_tokens=int(scored.sum()),
             num_pairs=int(both_sides.sum()),
             pair_ids=torch.tensor(list(pair_ids), dtype=torch.int64),
+            num_chosen_rows=int((sequence < self.pairs).sum()),
         )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from orpo import __version__
@@ -133,7 +135,15 @@ def _base_model(trainer: Any, adapters: dict[str, Any]) -> str | None:
 
 def _card_of(base: str | None) -> ModelCardData | None:
     card = Path(base, "README.md") if base and Path(base).is_dir() else None
-    return ModelCard.load(card, ignore_metadata_errors=True).data if card and card.is_file() else None
+    if card is None or not card.is_file():
+        return None
+    try:
+        return ModelCard.load(card, ignore_metadata_errors=True).data
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        # A run that has trained may not end for a page of others.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        warnings.warn(f"{card} could not be read, and the model card goes without it: {reason}", stacklevel=2)
+        return None
 
 
 def _described(base: str | None, adapters: dict[str, Any]) -> str:

@@ -58,9 +58,14 @@ class CheckpointingTrainer(Trainer):
                 another process trains in ``output_dir``.
             NonFiniteError: a loss, a gradient or a weight became NaN or infinite; a note names the last checkpoint.
         """
+        if kwargs.get("trial") is not None:
+            # A search makes the trial's model in there, and says itself what a trial goes on from.
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            self._guard.flush()
+            return output
         self._run_settings, self.interrupted = describe_run(self), False
-        # A trial of a search has a folder of its own below; without saves, nothing is written that could be mixed.
-        alone = self.args.save_strategy != "no" and kwargs.get("trial") is None
+        # Without saves, nothing is written that could be mixed.
+        alone = self.args.save_strategy != "no"
         with run_lock(self.args.output_dir, self.accelerator) if alone else nullcontext():
             # Of one rank: folders seen over a network may differ, and one that starts anew alone would hang the rest.
             checkpoint = from_rank_0(self.accelerator, lambda: self._choose_checkpoint(resume_from_checkpoint))

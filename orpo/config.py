@@ -153,6 +153,10 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
                 "bf16 is set, and there is no accelerator that has it: on a CPU, add --use_cpu (use_cpu=True)"
             )
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError(
+                "fp16 is set, and there is no accelerator that has it: on a CPU, leave it out, or set bf16"
+            )
         for tracker in TRACKERS.intersection(self.report_to):
             require(tracker, f"report_to {tracker}")
         if self.device.type == "cpu":
@@ -231,6 +235,12 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
                     f"{name} is {getattr(self, name)!r}; it has to be one of {', '.join(map(str, allowed))}"
                 )
         check_ranges(self)
+        if self.beta > 100 * self.nll_weight > 0:
+            warnings.warn(
+                f"beta is {self.beta} and nll_weight {self.nll_weight}: next to the odds-ratio term the NLL hardly "
+                "counts, and the model may forget its language; 0.1 to 1 is usual",
+                stacklevel=4,
+            )
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}; ORPO has no label smoothing, set 0"

@@ -7,11 +7,15 @@ together), and ``pair_id`` (the row of the data set as it was given).
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from orpo import __version__, conversations, formats, unusable
 from orpo.formats import AS_THEY_ARE, PairText, check_columns, pair_text, skips_template
 from orpo.pretokenized import checked
 from orpo.streams import ATTRIBUTE, DropCounter, summarize
@@ -72,6 +76,17 @@ class Limits:
         return ids[-most:]
 
 
+@functools.cache
+def code_version() -> str:
+    """A digest of the version and of the code that turns rows into tokens.
+
+    ``datasets`` looks up tokens that it has made before by the attributes of what made them: without this among them, a
+    run would train on those that an older version of this package made.
+    """
+    files = (__file__, *(part.__file__ for part in (conversations, formats, unusable)))
+    return hashlib.sha256(__version__.encode() + b"".join(Path(f).read_bytes() for f in files)).hexdigest()
+
+
 class PairTokenizer:
     """Text pairs to token pairs, with the boundaries of TRL's trainer.
 
@@ -84,6 +99,7 @@ class PairTokenizer:
     def __init__(self, tokenizer: Any, limits: Limits) -> None:
         self.tokenizer = tokenizer
         self.limits = limits
+        self.code = code_version()
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         self.special_tokens = (*tokenizer.all_special_tokens, *(token.content for token in added if token.special))
 

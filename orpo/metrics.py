@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from orpo.batch import Counts
+
 
 class WeightedMeans:
     """Running sums of ``weight * value`` and of the weights, for each name."""
@@ -30,6 +32,12 @@ class WeightedMeans:
         part = part.detach().float()
         self.sums[name] = self.sums[name] + part if name in self.sums else part
         self.weights[name] = self.weights.get(name, 0.0) + weight
+
+    def add_batch(self, metrics: Mapping[str, Tensor], weights: Counts) -> None:
+        """Adds a batch's metrics by TRL's names: ``logits/*`` are means over rows, the rest over pairs."""
+        rows = {"logits/chosen": weights.chosen_rows, "logits/rejected": weights.rejected_rows}
+        for name, value in metrics.items():
+            self.add({name: value}, rows.get(name, weights.pairs))
 
     def reduce(self, all_sum: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
         """The means over all ranks; empties the sums.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -69,6 +70,10 @@ def load_pairs(name: str, split: str = "train", *, config: str | None = None, st
         arguments = {"path": str(path) if path.is_dir() else name, "name": config}
     _check_files(path, streaming)
     kind = arguments["path"] if path.is_file() else "a data set"
+    if path.exists() and not streaming:
+        # Read before, a file is known by its path and time alone: one that was copied over it with its time kept, or
+        # replaced within the clock's resolution, would train the rows of the one before.
+        arguments["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE, _digest(path)))
     try:
         with _silent_reader():
             if path.is_dir() or arguments["path"] == "csv":
@@ -124,6 +129,16 @@ def _as_text(builder: Any) -> dict[str, Any]:
     except ValueError as error:
         raise DatasetGenerationError from error
     return {"converters": dict.fromkeys(sorted(names), str), "na_filter": False}
+
+
+def _digest(path: Path) -> str:
+    """Of the content of a file, or of the names and content of all files in a folder."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        with part.open("rb") as file:
+            content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+        digest.update(str(part.relative_to(path)).encode() + b"\0" + content)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,6 +73,18 @@ class StreamReport(TrainerCallback):
 
     def on_evaluate(self, args: Any, *_: Any, **__: Any) -> None:
         self._print(self.evaluation, args)
+
+    on_predict = on_evaluate
+
+    @contextmanager
+    def counting(self, data: Any) -> Iterator[None]:
+        """Counts prepared `data` too, which are evaluated in the block."""
+        before = self.evaluation
+        self.evaluation = [*before, *(counter for counter in counters(data) if counter not in before)]
+        try:
+            yield
+        finally:
+            self.evaluation = before
 
 
 def counters(data: Any) -> list[DropCounter]:

@@ -81,8 +81,10 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig
             f"model is written; {newest} is whole, and the next start resumes from it"
         )
     trainer.save_model()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
+    if "train_loss" in result.metrics:
+        # A finished run that is started again keeps the figures that it left.
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
     curves = trainer.state.log_history
     if evaluates:
         if args.load_best_model_at_end:

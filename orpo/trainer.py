@@ -1,7 +1,7 @@
 """ORPOTrainer: transformers' Trainer with the fused loss, exact normalisation and TRL's metrics.
 
 Four things differ from a plain Trainer: what an optimizer step divides by (`_get_num_items_in_batch`), the loss
-(`compute_loss`), evaluation (`prediction_step`, `evaluation_loop`), and what is logged (`log`).
+(`compute_loss`), what is logged (`log`), and evaluation (orpo.evaluation).
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.trainer_utils import EvalLoopOutput
 
-from orpo.batch import pair_batch, without_repeats
+from orpo.batch import Counts, pair_batch
 from orpo.checkpoints import CheckpointingTrainer
 from orpo.config import ORPOConfig
 from orpo.data import prepare_dataset
 from orpo.diagnose import gradient_norms, pair_statistics, refuse_cut_gradients
 from orpo.disk import check_writable
+from orpo.evaluation import EvaluatingTrainer, each_set
 from orpo.layout import make_layout
 from orpo.metrics import WeightedMeans
 from orpo.model import LossCall, base_model
@@ -29,13 +30,15 @@ from orpo.prepared import check_token_ids, describe_example, first_pair
 from orpo.probe import check_fused_logps, choose_layout
 from orpo.prompts import boundary_note, remember_form
 from orpo.reports import ReportingTrainer
+from orpo.resuming import ResumingTrainer
+from orpo.sanity import RunawayLoss, refuse_frozen, refuse_no_gradient
 from orpo.setup import adapt, load_tokenizer, pad_token_id, router_coefficient
 from orpo.sharding import agreed, prepare_ranks
 from orpo.starting import check_start, load_start
 from orpo.streams import StreamReport, counters
 
 
-class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
+class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, CheckpointingTrainer):
     """Trains a causal language model on preference pairs with ORPO, in the call shape of TRL's trainer.
 
     Args:
@@ -48,7 +51,8 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
         processing_class: the tokenizer. Default: the one that belongs to the model's name.
         tokenizer: the older name of `processing_class`.
         peft_config: a PEFT configuration to wrap the model in.
-        compute_metrics: called with predictions (pairs, 2), the mean log-probabilities of chosen and rejected answers.
+        compute_metrics: called with predictions (pairs, 2), the mean log-probabilities of chosen and rejected answers;
+            with "loss" in ``args.include_for_metrics`` also with ``losses`` (pairs,), of each pair its batch's.
         model_init, callbacks, optimizers, preprocess_logits_for_metrics: as in ``transformers.Trainer``.
 
     Raises:
@@ -108,14 +112,12 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
         remember_form(text_tokenizer, train_dataset)
         if args.should_log and (note := boundary_note(train_dataset, text_tokenizer)):
             print(note)
-        prepare = self._preparation(args, text_tokenizer)
-        train_dataset = prepare(train_dataset, "train")
-        if isinstance(eval_dataset, dict) and "chosen" not in eval_dataset:
-            eval_dataset = {key: prepare(data, f"eval ({key})") for key, data in eval_dataset.items()}
-        else:
-            eval_dataset = prepare(eval_dataset, "eval")
+        self._prepare = self._preparation(args, text_tokenizer)
+        train_dataset = self._prepare(train_dataset, "train")
+        eval_dataset = each_set(eval_dataset, "eval", self._prepare)
         if args.should_log and train_dataset is not None:
             report_overlap(train_dataset, eval_dataset)
+        self._streams = StreamReport(counters(train_dataset), counters(eval_dataset))
         if isinstance(model, str):
             model = load_start(model, args, peft_config)
         if model is not None:
@@ -138,11 +140,11 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
             model_init=model_init
             and functools.wraps(model_init)(lambda *trial: adapt(model_init(*trial), args, peft_config)),
             compute_metrics=compute_metrics,
-            callbacks=[*(callbacks or []), StreamReport(counters(train_dataset), counters(eval_dataset))],
+            callbacks=[*(callbacks or []), self._streams],
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        self._train_means, self._eval_means = WeightedMeans(), WeightedMeans()
+        self._train_means = WeightedMeans()
         if args.diagnose:
             # accelerate launch leaves args.fsdp and args.deepspeed empty.
             refuse_cut_gradients(self.is_fsdp_enabled or self.is_deepspeed_enabled)
@@ -182,9 +184,19 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
 
         Raises:
             ValueError: there is no such checkpoint, or it is of a run with settings that this one does not have.
+            orpo.sanity.NothingTrainsError: no parameter is trained, or every gradient of the first step is 0.
         """
-        self._train_means = WeightedMeans()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._train_means, self._runaway = WeightedMeans(), RunawayLoss(self.args)
+        self._saw_gradient = self._counts = False
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._runaway.flush()
+        return output
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """``Trainer``'s, of a model that has something to train."""
+        given = None if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+        refuse_frozen(self.model if model is None else model, given)
+        return super().create_optimizer(model)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """``Trainer``'s; what is left of a stream that does not fill an optimizer step is dropped."""
@@ -192,36 +204,34 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
         # Trainer takes no step for them, and would add their gradients to the next epoch's first.
         return (samples, counts) if len(samples) == num_batches else ([], None)
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> tuple[int, int] | None:
-        """(NLL tokens, pairs) of the optimizer step, over its micro-batches and over all ranks."""
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Counts | None:
+        """What the optimizer step counts, over its micro-batches and over all ranks."""
         if self.args.normalization != "global" or not batch_samples:
             return None
-        batches = [pair_batch(sample) for sample in batch_samples]
-        counts = torch.tensor([[b.num_nll_tokens, b.num_pairs] for b in batches]).sum(0)
+        counts = torch.tensor([pair_batch(sample).counts for sample in batch_samples]).sum(0)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts.to(device))
-        tokens, pairs = counts.tolist()
-        return tokens, pairs
+        return Counts(*counts.tolist())
 
     def compute_loss(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: tuple[int, int] | None = None,
+        num_items_in_batch: Counts | None = None,
     ) -> Any:
         """The loss of one micro-batch as its share of the optimizer step's loss."""
         batch, ranks = pair_batch(inputs), self.accelerator.num_processes
         if num_items_in_batch is None:
             parts = self.current_gradient_accumulation_steps * ranks
-            num_items_in_batch = (batch.num_nll_tokens * parts, batch.num_pairs * parts)
-        outputs = self._run(model, inputs, num_items_in_batch, logit_metrics=self._logs_this_step())
-        tokens, pairs = num_items_in_batch
-        shares = batch.num_nll_tokens / max(tokens, 1), batch.num_pairs / max(pairs, 1)
-        self._train_means.add_part("nll_loss", outputs.metrics.pop("nll_loss"), shares[0])
-        self._train_means.add(outputs.metrics, shares[1])
+            num_items_in_batch = Counts(*(count * parts for count in batch.counts))
+        outputs = self._run(model, inputs, num_items_in_batch[:2], logit_metrics=True)
+        shares = Counts(*(own / max(all_, 1) for own, all_ in zip(batch.counts, num_items_in_batch, strict=True)))
+        self._counts = self._counts or any(num_items_in_batch[:2])
+        self._train_means.add_part("nll_loss", outputs.metrics.pop("nll_loss"), shares.nll_tokens)
+        self._train_means.add_batch(outputs.metrics, shares)
         if self.args.diagnose:
-            self._diagnose(model, inputs, outputs, shares[1])
+            self._diagnose(model, inputs, outputs, shares.pairs)
         loss = outputs.loss
         if outputs.aux_loss is not None:
             parts = self.current_gradient_accumulation_steps * ranks
@@ -229,6 +239,8 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
         self._guard.watch(loss, outputs.chosen_logps, outputs.rejected_logps, batch.pair_ids)
         # DDP, FSDP and ZeRO average over ranks, where the parts of one mean have to be added.
         loss = loss * ranks
+        if self.args.should_log:
+            self._runaway.add(loss)
         return (loss, outputs) if return_outputs else loss
 
     def _run(
@@ -250,13 +262,15 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
 
         def loss_of(nll: float, odds_ratio: float) -> Tensor:
             weights = {"nll_weight": nll * self.args.nll_weight, "beta": odds_ratio * self.args.beta}
-            return self._run(plain, inputs, (batch.num_nll_tokens, batch.num_pairs), False, **weights).loss
+            return self._run(plain, inputs, batch.counts[:2], False, **weights).loss
 
         self._train_means.add(gradient_norms(plain, loss_of), 1.0)
 
     def _logs_this_step(self) -> bool:
-        """Whether the step in progress will be logged: TRL's logits/* are computed only then."""
+        """Whether the step in progress will be logged."""
         step, args = self.state.global_step + 1, self.args
+        if args.logging_strategy == "epoch":
+            return step == self.state.max_steps or self.accelerator.gradient_state.end_of_dataloader
         return (args.logging_first_step and step == 1) or (
             args.logging_strategy == "steps" and step % max(self.state.logging_steps, 1) == 0
         )
@@ -267,49 +281,12 @@ class ORPOTrainer(ReportingTrainer, CheckpointingTrainer):
         # A loss scaler overflows on purpose, and then skips the update.
         scaled = self.accelerator.scaler is not None
         self._guard.end_step(self.state.global_step + 1, None if scaled else grad_norm)
+        self._runaway.end_step(self.state.global_step + 1)
+        # A step in which nothing counts has no gradient either.
+        if self._counts and not self._saw_gradient:
+            refuse_no_gradient(grad_norm, self.args)
+            self._saw_gradient = True
         return grad_norm
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[None, Tensor | None, Tensor | None]:
-        """Scores one evaluation batch into the running means; returns predictions for `compute_metrics` only."""
-        inputs = self._prepare_inputs(inputs)
-        batch = inputs["orpo"] = without_repeats(pair_batch(inputs), self.accelerator)
-        counts = batch.num_nll_tokens, batch.num_pairs
-        with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = self._run(model, inputs, counts, logit_metrics=True)
-        self._eval_means.add({"nll_loss": outputs.metrics.pop("nll_loss")}, counts[0])
-        if outputs.aux_loss is not None:
-            outputs.metrics["aux_loss"] = outputs.aux_loss
-        self._eval_means.add(outputs.metrics, counts[1])
-        if prediction_loss_only:
-            return None, None, None
-        logps = torch.stack([outputs.chosen_logps, outputs.rejected_logps], dim=1)
-        return None, logps, torch.zeros(len(logps), device=logps.device)
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """``Trainer``'s, with the loss and TRL's metrics as means over all tokens and pairs of the data set."""
-        self._eval_means = WeightedMeans()
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        means = self._eval_means.reduce(self._sum_over_ranks, self.args.device)
-        loss = self.args.nll_weight * means["nll_loss"] - self.args.beta * means["log_odds_ratio"]
-        means["loss"] = loss + router_coefficient(self.model) * means.pop("aux_loss", 0.0)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        return output
-
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values) if self.accelerator.num_processes > 1 else values
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """``Trainer``'s, with TRL's metrics of the steps since the last log."""

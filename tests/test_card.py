@@ -1,6 +1,7 @@
 """orpo.card: what the model card says is what was run, and what is pushed to the hub is what was asked for."""
 
 import json
+import warnings
 from types import SimpleNamespace
 
 import peft
@@ -69,6 +70,33 @@ def test_a_local_base_gives_its_license_and_not_its_folder(tmp_path, has_license
     assert card.data.license == ("apache-2.0" if has_license else None)
     assert card.data.base_model is None and card.data.datasets is None
     assert "`base-model`, trained on" in card.text and str(tmp_path) not in str(card)
+
+
+ODD_CARDS = {
+    "yaml": b"---\nlicense: [apache\n---\nA model.\n",
+    "tab": b"---\nlicense:\tmit\n\tx: 1\n---\n",
+    "latin-1": "---\nlicense: mit\n---\nEin Modell f\xfcr alle.\n".encode("latin-1"),
+    "list": b"---\n- mit\n---\n",
+    "keys": b"---\n1: mit\n---\n",
+    "index": b"---\nlicense: mit\nmodel-index: 7\n---\n",
+    "nul": b"---\nlicense: m\0it\n---\n",
+    "utf-16": "---\nlicense: mit\n---\n".encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("content", ODD_CARDS.values(), ids=ODD_CARDS.keys())
+def test_an_odd_card_of_the_base_ends_no_run(content, tmp_path):
+    base = tmp_path / "base-model"
+    make_model("llama").save_pretrained(base)
+    (base / "README.md").write_bytes(content)
+    trainer = make_trainer(tmp_path / "out", model=str(base))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.save_model()
+    assert "`base-model`, trained on" in (tmp_path / "out/README.md").read_text()
+    # Of an index alone huggingface_hub says so itself, and reads the rest.
+    said = any("base-model/README.md could not be read" in str(warning.message) for warning in caught)
+    assert said == (content is not ODD_CARDS["index"])
 
 
 def test_bf16_is_named_where_it_is_not_the_default(tmp_path, monkeypatch):

@@ -104,11 +104,22 @@ def test_a_config_can_be_rebuilt(tmp_path):
         ({"max_length": 8, "max_prompt_length": 9}, "max_prompt_length is 9 and max_length 8"),
         ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor is 0\.1"),
         ({"is_encoder_decoder": True}, "decoder-only"),
+        ({"fp16": True, "use_cpu": True}, "fp16 is set, and there is no accelerator that has it"),
     ],
 )
 def test_settings_that_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **settings)
+
+
+def test_a_weight_beside_which_the_nll_does_not_count_is_told(tmp_path):
+    with pytest.warns(UserWarning, match=r"beta is 1000000.0 and nll_weight 1.0: .* 0.1 to 1 is usual"):
+        make(tmp_path, beta=1e6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(tmp_path, beta=1.0, nll_weight=0.01)
+        # The odds ratio alone, on purpose.
+        make(tmp_path, beta=1.0, nll_weight=0.0)
 
 
 def test_every_field_is_an_option_with_help(tmp_path, capsys):

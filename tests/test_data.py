@@ -1,15 +1,18 @@
 """orpo.data: token boundaries, BOS and EOS, truncation, and the account of dropped rows."""
 
+import gzip
 import json
+import os
 
 import datasets
 import pytest
 from record_trl_trace import SETTINGS, TRACE, trace_pairs, trace_tokenizer
 from tiny import CHATML, NO_END, SEVEN, make_tokenizer
 
-from orpo.data import Limits, as_dataset, prepare_dataset
+from orpo.data import Limits, PairTokenizer, as_dataset, code_version, prepare_dataset
 from orpo.layout import PaddedLayout
 from orpo.prepared import check_token_ids, describe_example, first_pair
+from orpo.sources import load_pairs
 
 UNLIMITED = Limits(max_length=None)
 
@@ -336,3 +339,31 @@ def test_tokenization_is_trls():
     # Some of them are cut, and a merge over the boundary gives one pair two prompts.
     assert max(len(ids) for pair in tokens for ids, _ in pair.values()) == SETTINGS["max_length"]
     assert tokens[-1]["chosen"][1] < tokens[-1]["rejected"][1]
+
+
+def test_tokens_that_an_older_version_made_are_not_taken_for_ours(own_cache, tmp_path, monkeypatch):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}))
+    calls = []
+    monkeypatch.setattr(PairTokenizer, "_fit", lambda self, sides: calls.append(1) or sides)
+    for version, expected in (("old", 1), ("old", 1), ("new", 2)):
+        monkeypatch.setattr("orpo.data.code_version", lambda version=version: version)
+        prepare(load_pairs(str(tmp_path / "pairs.jsonl")))
+        assert len(calls) == expected, version
+    monkeypatch.undo()
+    assert PairTokenizer(make_tokenizer(), UNLIMITED).code == code_version() and len(code_version()) == 64
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz", "folder"])
+def test_other_rows_in_a_file_of_the_same_name_size_and_time_are_read(name, own_cache, tmp_path):
+    path = file = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+        file = path / "train.jsonl"
+    for answer in ("yes", "no!"):
+        line = json.dumps({"prompt": "a", "chosen": answer, "rejected": "c"}).encode()
+        file.write_bytes(gzip.compress(line, mtime=0) if name.endswith("gz") else line)
+        os.utime(file, ns=(10**18, 10**18))
+        pairs = load_pairs(str(path))
+        assert pairs["chosen"] == [answer]
+        example = prepare(pairs)[0][0]
+        assert make_tokenizer().decode(example["chosen_input_ids"]) == f"<s>a{answer}</s>"

@@ -135,6 +135,19 @@ def test_a_run_goes_on_where_it_stopped(files, tmp_path):
     assert [entry["step"] for entry in history if "loss" in entry] == [1]
 
 
+def test_a_finished_run_keeps_its_figures_and_gets_the_model_that_was_not_saved(files, tmp_path, capsys):
+    """As if it had been killed after its last checkpoint, in the middle of an epoch."""
+    line = options(files, tmp_path, max_steps=3, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    train.main(line)
+    weights, loss = (tmp_path / "model.safetensors").read_bytes(), (tmp_path / "train_results.json").read_text()
+    (tmp_path / "model.safetensors").unlink()
+    train.main(line)
+    assert "the run is finished, step 3 of 3: nothing is trained" in capsys.readouterr().out
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+    assert (tmp_path / "train_results.json").read_text() == loss
+    assert [path.name for path in tmp_path.glob("checkpoint-4")] == []
+
+
 def test_lora_from_the_command_line(files, tmp_path):
     train.main(options(files, tmp_path, use_peft=True, max_steps=1))
     adapter = json.loads((tmp_path / "adapter_config.json").read_text())

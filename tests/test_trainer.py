@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from record_trl_trace import EVALUATED, RUNS, SETTINGS, TRACE, trace_model, trace_pairs, trace_tokenizer
-from tiny import CHATML, SEVEN, make_model, make_tokenizer, reference_loss
+from tiny import CHATML, ROWS, SEVEN, make_model, make_tokenizer, reference_loss
 from trainers import logged, make_args, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -241,14 +241,93 @@ def test_dropout_is_off_unless_asked_for(tmp_path):
     assert {m.p for m in on.model.modules() if isinstance(m, torch.nn.Dropout)} == {0.1}
 
 
-def test_logits_metrics_belong_to_logged_steps(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=4, logging_steps=2)
-    seen = []
-    run = trainer._run
-    trainer._run = lambda *args, logit_metrics: seen.append(logit_metrics) or run(*args, logit_metrics=logit_metrics)
+def logits_of_rows(model, example):
+    """Mean logits of the scored rows of each side, (sum, count) from the model's own, in double precision."""
+    sums = []
+    for side, first in (("chosen", 0), ("rejected", example["rejected_prompt_length"] - 1)):
+        with torch.no_grad():
+            logits = model(torch.tensor([example[f"{side}_input_ids"]])).logits[0, first:-1].double().mean(1)
+        sums.append((logits.sum().item(), len(logits)))
+    return sums
+
+
+@pytest.mark.parametrize("logging", [{"logging_steps": 3}, {"logging_strategy": "epoch"}], ids=["steps", "epoch"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_mean_logits_are_those_of_all_steps_since_the_last_log_however_a_step_is_split(size, logging, tmp_path):
+    settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "layout": "padded"}
+    rows = {name: column * 2 for name, column in SEVEN.items()}
+    rows = {name: column[:12] for name, column in rows.items()}
+    # Weights that stay make every step's mean one of the same model.
+    trainer = make_trainer(tmp_path, train_dataset=rows, max_steps=3, learning_rate=0.0, **settings, **logging)
+    steps, run = {}, trainer._run
+
+    def noted(model, inputs, *arguments, **options):
+        steps.setdefault(trainer.state.global_step, []).extend(inputs["orpo"].pair_ids.tolist())
+        return run(model, inputs, *arguments, **options)
+
+    trainer._run = noted
     trainer.train()
-    assert seen == [False, True, False, True]
-    assert len(logged(trainer, "logits/chosen")) == 2
+    model, examples = make_model("llama"), list(trainer.train_dataset)
+    for i, side in enumerate(("chosen", "rejected")):
+        means = []
+        for ids in steps.values():
+            sums, counts = zip(*(logits_of_rows(model, examples[j])[i] for j in ids), strict=True)
+            means.append(sum(sums) / sum(counts))
+        assert len(means) == 3
+        assert logged(trainer, f"logits/{side}") == [pytest.approx(sum(means) / 3, rel=1e-4, abs=1e-6)]
+
+
+def test_diagnosis_belongs_to_an_epoch_that_is_logged_too(tmp_path):
+    trainer = make_trainer(tmp_path, num_train_epochs=2, max_steps=-1, logging_strategy="epoch", diagnose=True)
+    trainer.train()
+    assert len(logged(trainer, "diagnose/grad_norm_nll")) == 2
+
+
+@pytest.mark.parametrize("form", ["dict", "rows", "dataset", "stream", "named"])
+def test_pairs_as_they_come_are_evaluated_and_predicted(form, tmp_path, capsys):
+    stream = Dataset.from_dict(SEVEN).to_iterable_dataset()
+    data = {"dict": SEVEN, "rows": ROWS, "dataset": Dataset.from_dict(SEVEN), "stream": stream, "named": {"x": ROWS}}
+    trainer = make_trainer(tmp_path, eval_dataset=SEVEN)
+    expected = trainer.evaluate()["eval_loss"]
+    capsys.readouterr()
+    metrics = trainer.evaluate(data[form])
+    assert metrics["eval_x_loss" if form == "named" else "eval_loss"] == expected
+    assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == expected
+    assert "kept 7 of 7" in capsys.readouterr().out
+    if form == "named":
+        return
+    predicted = trainer.predict(data[form])
+    assert predicted.metrics["test_loss"] == expected and predicted.predictions.shape == (7, 2)
+    assert "test, a stream, so far as it was read: kept 7 of 7" in capsys.readouterr().out or form != "stream"
+
+
+def test_pairs_of_another_tokenizer_are_refused_in_evaluation_too(tmp_path):
+    trainer = make_trainer(tmp_path)
+    alien = {"chosen_input_ids": [[1, 999]], "rejected_input_ids": [[1, 2]], "length": [4], "pair_id": [0]}
+    alien |= {"chosen_prompt_length": [1], "rejected_prompt_length": [1]}
+    with pytest.raises(ValueError, match="token id 999"):
+        trainer.evaluate(Dataset.from_dict(alien))
+
+
+def test_compute_metrics_is_given_the_losses_it_asks_for(tmp_path):
+    seen = []
+
+    def compute(prediction):
+        seen.append(prediction.losses)
+        return {}
+
+    trainer = make_trainer(
+        tmp_path,
+        eval_dataset=SEVEN,
+        compute_metrics=compute,
+        include_for_metrics=["loss"],
+        per_device_eval_batch_size=3,
+    )
+    loss = trainer.evaluate()["eval_loss"]
+    examples, model = list(trainer.eval_dataset), make_model("llama")
+    batches = [reference_loss(model, examples[i : i + 3]).item() for i in (0, 3, 6)]
+    assert seen[0].tolist() == pytest.approx([*[batches[0]] * 3, *[batches[1]] * 3, batches[2]], rel=1e-5)
+    assert loss == pytest.approx(reference_loss(model, examples).item(), rel=1e-6)
 
 
 def test_a_stream_trains(tmp_path):

@@ -1,0 +1,178 @@
+"""orpo.resuming: a resumed run has the rows and losses of one that was never interrupted, and a finished run ends."""
+
+import json
+
+import datasets
+import pytest
+import torch
+from accelerate import skip_first_batches
+from accelerate.data_loader import prepare_data_loader
+from tiny import SEVEN, make_model
+from trainers import logged, make_trainer
+from transformers import TrainerCallback
+
+# Eleven pairs of eleven lengths: six batches of two an epoch, the last of one, so that one step of each accumulation
+# is cut short.
+ELEVEN = {
+    "prompt": [f"{'how are you ' * (i * 5 % 11)}hello" for i in range(11)],
+    "chosen": [f"I am fine {'and well ' * (i % 3)}{i}" for i in range(11)],
+    "rejected": [f"leave me alone {i}" for i in range(11)],
+}
+STRATEGIES = ("random", "sequential", "group_by_length", "batch_rebalance", "stream")
+STEPS_AN_EPOCH = {1: 6, 2: 3, 4: 2}
+
+
+class SaveAt(TrainerCallback):
+    """Saves after the given steps."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_save = state.global_step in self.steps
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = control.should_training_stop or state.global_step >= self.step
+
+
+def watched(folder, strategy, accumulation, **settings):
+    """(trainer, the rows of each of its steps)"""
+    data = ELEVEN
+    if strategy == "stream":
+        # Shuffled anew for each pass.
+        data = datasets.Dataset.from_dict(ELEVEN).to_iterable_dataset(num_shards=2).shuffle(seed=5, buffer_size=4)
+    trainer = make_trainer(
+        folder,
+        # Attention dropout draws from the random state that an order must not depend on.
+        make_model("llama", num_hidden_layers=1, attention_dropout=0.2),
+        data,
+        gradient_checkpointing=False,
+        disable_dropout=False,
+        layout="padded",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=accumulation,
+        train_sampling_strategy="random" if strategy == "stream" else strategy,
+        **{"max_steps": 3 * STEPS_AN_EPOCH[accumulation], **settings},
+    )
+    steps, run = {}, trainer._run
+
+    def noted(model, inputs, *arguments, **options):
+        if model.training:
+            steps.setdefault(trainer.state.global_step + 1, []).append(inputs["orpo"].pair_ids.tolist())
+        return run(model, inputs, *arguments, **options)
+
+    trainer._run = noted
+    return trainer, steps
+
+
+@pytest.mark.parametrize("accumulation", STEPS_AN_EPOCH)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_resumed_run_has_the_rows_and_losses_of_a_whole_one(strategy, accumulation, tmp_path):
+    """Resumed at the first, the middle and the last step of the second epoch."""
+    whole, rows = watched(tmp_path / "whole", strategy, accumulation)
+    # What is left of a stream that does not fill a step is dropped.
+    epoch = 6 // accumulation if strategy == "stream" else STEPS_AN_EPOCH[accumulation]
+    saved = sorted({epoch + 1, epoch + (epoch + 1) // 2, 2 * epoch})
+    whole.add_callback(SaveAt(saved))
+    whole.add_callback(StopAt(2 * epoch + 1))
+    whole.train()
+    losses = logged(whole, "loss")
+    assert len(losses) == 2 * epoch + 1
+    for step in saved:
+        resumed, seen = watched(tmp_path / "resumed", strategy, accumulation)
+        resumed.add_callback(StopAt(end := min(step + 2, 2 * epoch + 1)))
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{step}"))
+        assert seen == {i: rows[i] for i in range(step + 1, end + 1)}, f"resumed at {step}"
+        assert logged(resumed, "loss") == losses[:end]
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_two_ranks_share_the_rows_of_an_epoch_after_a_checkpoint_too(strategy, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, train_dataset=ELEVEN, train_sampling_strategy=strategy)
+    parts = []
+    for rank in range(2):
+        options = {"num_processes": 2, "process_index": rank, "put_on_device": False}
+        monkeypatch.setattr(trainer.accelerator, "prepare", lambda loader, o=options: prepare_data_loader(loader, **o))
+        monkeypatch.setattr(type(trainer.args), "world_size", 2)
+        monkeypatch.setattr(type(trainer.args), "process_index", rank)
+        # Ranks draw different numbers in training.
+        torch.manual_seed(rank)
+        loader = trainer.get_train_dataloader()
+        epochs = []
+        for epoch in range(2):
+            loader.set_epoch(epoch)
+            epochs.append([batch["orpo"].pair_ids.tolist() for batch in loader])
+        resumed = skip_first_batches(trainer.get_train_dataloader(), 1)
+        resumed.set_epoch(1)
+        assert [batch["orpo"].pair_ids.tolist() for batch in resumed] == epochs[1][1:]
+        assert epochs[0] != epochs[1]
+        parts.append(epochs[1])
+    assert {i for part in parts for batch in part for i in batch} == set(range(11))
+
+
+def test_an_order_that_nothing_remembers_is_refused_where_a_run_resumes(tmp_path):
+    unseeded = {"accelerator_config": {"use_seedable_sampler": False}, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, max_steps=1, **unseeded).train()
+    with pytest.raises(ValueError, match="use_seedable_sampler is False"):
+        make_trainer(tmp_path, max_steps=2, **unseeded).train("auto")
+    trainer = make_trainer(tmp_path, max_steps=2, **{**unseeded, "accelerator_config": {}})
+    trainer.train("auto")
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["rows", "stream"])
+def test_a_finished_run_that_is_started_again_trains_nothing(stream, tmp_path, capsys):
+    """Five of the six steps of an epoch."""
+    settings = {"max_steps": 5, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 5}
+    runs = []
+    for _ in range(2):
+        data = datasets.Dataset.from_dict(ELEVEN).to_iterable_dataset() if stream else ELEVEN
+        runs.append(make_trainer(tmp_path, train_dataset=data, **settings))
+        output = runs[-1].train(resume_from_checkpoint="auto")
+    assert "the run is finished, step 5 of 5: nothing is trained" in capsys.readouterr().out
+    assert runs[1].state.global_step == 5 and "train_loss" not in output.metrics
+    assert (
+        runs[1].state.log_history
+        == json.loads((tmp_path / "checkpoint-5/trainer_state.json").read_text())["log_history"]
+    )
+    for name, weight in runs[0].model.state_dict().items():
+        assert torch.equal(weight, runs[1].model.state_dict()[name]), name
+    longer = make_trainer(tmp_path, train_dataset=data, **{**settings, "max_steps": 7})
+    longer.train("auto")
+    assert [e["step"] for e in longer.state.log_history if "loss" in e] == [*range(1, 8)]
+
+
+def test_early_stopping_counts_on_after_a_checkpoint_and_has_stopped_for_good(tmp_path, capsys):
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
+    settings = {**every, "max_steps": 6, "metric_for_best_model": "loss", "early_stopping_threshold": 100.0}
+
+    def run(patience, resume):
+        # Nothing improves by as much as the threshold but the first evaluation.
+        trainer = make_trainer(tmp_path, eval_dataset=SEVEN, early_stopping_patience=patience, **settings)
+        trainer.train(resume)
+        return trainer.state.global_step
+
+    assert run(2, None) == 3
+    assert run(2, "auto") == 3
+    assert "stopped early at step 3 with early_stopping_patience 2: nothing is trained" in capsys.readouterr().out
+    assert run(2, str(tmp_path / "checkpoint-2")) == 3
+    assert run(3, "auto") == 4
+
+
+def test_the_best_adapter_is_loaded_back_under_any_name(tmp_path):
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(make_model(), config, adapter_name="mine")
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "greater_is_better": True, "metric_for_best_model": "loss"}
+    trainer = make_trainer(tmp_path, model, eval_dataset=SEVEN, max_steps=3, learning_rate=0.1, **every, **best)
+    trainer.train()
+    # The loss falls, and more is said to be better.
+    assert trainer.state.best_global_step == 1
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
