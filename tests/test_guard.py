@@ -45,7 +45,7 @@ def test_a_note_names_the_checkpoint_further_back(tmp_path):
 
 @pytest.mark.parametrize("save_strategy", ["no", "steps"])
 def test_weights_that_the_last_step_has_spoilt_are_not_saved(save_strategy, tmp_path):
-    trainer = make_trainer(tmp_path, learning_rate=float("inf"), max_steps=1, save_strategy=save_strategy, save_steps=1)
+    trainer = make_trainer(tmp_path, learning_rate=1e39, max_steps=1, save_strategy=save_strategy, save_steps=1)
     with pytest.raises(NonFiniteError, match=r"after step 1 the weights are not finite \(.*\), and the model is not"):
         trainer.train()
         trainer.save_model()
@@ -53,7 +53,7 @@ def test_weights_that_the_last_step_has_spoilt_are_not_saved(save_strategy, tmp_
 
 
 def test_an_evaluation_without_a_number_ends_the_run_before_its_checkpoint(tmp_path):
-    settings = {"eval_strategy": "steps", "eval_steps": 1, "learning_rate": float("inf")}
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "learning_rate": 1e39}
     trainer = make_trainer(tmp_path, eval_dataset=SEVEN, **{**SAVING, **settings})
     with pytest.raises(NonFiniteError, match=r"the evaluation after step 1 gave no number: .*eval_loss is nan"):
         trainer.train()
