@@ -50,7 +50,7 @@ def noise(packed):
             f"{ROW}\n{UMLAUT}\n".encode("latin-1"),
             r"is not UTF-8: line 2 has the byte 0xfc; save it as UTF-8",
         ),
-        ("a.jsonl.gz", gzip.compress(f"{UMLAUT}\n".encode("cp1252")), "is not UTF-8: line 1"),
+        ("a.jsonl.gz", gzip.compress(f"{UMLAUT}\n".encode("cp1252"), mtime=0), "is not UTF-8: line 1"),
         ("a.csv", "prompt,chosen,rejected\na,für,c\n".encode("cp1252"), "is not UTF-8: line 2"),
         ("a.json", f"[\n{UMLAUT}\n]".encode("latin-1"), "is not UTF-8: line 2"),
         ("a.jsonl", UMLAUT.encode("utf-16"), "is not UTF-8: line 1 has the byte 0xff"),
