@@ -91,6 +91,10 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
     max_prompt_length: int | None = _setting(None, "Prompts of pairs that are too long are cut to this many tokens.")
     max_completion_length: int | None = _setting(None, "Most tokens of an answer.")
     truncation_mode: str = _setting("keep_end", "The part of a cut prompt that stays: keep_end or keep_start.")
+    escape_special_tokens: bool = _setting(
+        False,
+        "Special tokens written out in the rows' text (</s>) stay text. Default: they become those tokens, as in TRL.",
+    )
     disable_dropout: bool = _setting(True, "Switch off dropout in the model.")
     padding_value: int | None = _setting(None, "Token id that fills up a batch. Default: the tokenizer's.")
     layout: str = _setting(

@@ -10,21 +10,27 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orpo import __version__, conversations, formats, unusable
+from orpo import __version__, conversations, formats, unusable, written_out
 from orpo.formats import AS_THEY_ARE, PairText, check_columns, pair_text, skips_template
 from orpo.pretokenized import checked
 from orpo.streams import ATTRIBUTE, DropCounter, summarize
-from orpo.unusable import EMPTY_ANSWER, EQUAL_ANSWERS, EQUAL_ONCE_CUT, REASONS, UnusableRow
+from orpo.unusable import EMPTY_ANSWER, EQUAL_ANSWERS, EQUAL_ONCE_CUT, REASONS, REFUSED, UnusableRow
+from orpo.written_out import ALTERED, WrittenOut, describe_written, spare_marks, token_ids, without_marks
 
 # Where a prepared data set keeps the report on it.
 SUMMARY = "orpo_summary"
 
+# Of each row, until those that cannot train are dropped: why, what else of it, and a special token in its text.
+ACCOUNT = ["dropped", "detail", "written_out"]
+
 COLUMNS = ("chosen_input_ids", "rejected_input_ids", "chosen_prompt_length", "rejected_prompt_length")
+# The columns that hold a row's text.
+TEXTS = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ def code_version() -> str:
     ``datasets`` looks up tokens that it has made before by the attributes of what made them: without this among them, a
     run would train on those that an older version of this package made.
     """
-    files = (__file__, *(part.__file__ for part in (conversations, formats, unusable)))
+    files = (__file__, *(part.__file__ for part in (conversations, formats, unusable, written_out)))
     return hashlib.sha256(__version__.encode() + b"".join(Path(f).read_bytes() for f in files)).hexdigest()
 
 
@@ -94,36 +100,55 @@ class PairTokenizer:
     answer by itself: a merge over the boundary belongs to the answer. Plain strings get BOS in front and EOS at the end
     where they are missing. A chat template writes its own; EOS is added only if the rendered turn does not end with a
     special token, for then nothing would teach the model to stop.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        limits: lengths in tokens.
+        escape: whether special tokens written out in the rows' text stay text. Those of the template stay tokens, and
+            so do, of strings, a BOS that begins the prompt and an EOS that ends an answer.
+
+    Raises:
+        ValueError: with `escape`, the tokenizer cannot keep them text.
     """
 
-    def __init__(self, tokenizer: Any, limits: Limits) -> None:
+    def __init__(self, tokenizer: Any, limits: Limits, escape: bool = False) -> None:
         self.tokenizer = tokenizer
         self.limits = limits
+        self.escape = escape
         self.code = code_version()
-        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-        self.special_tokens = (*tokenizer.all_special_tokens, *(token.content for token in added if token.special))
+        self.written = WrittenOut(tokenizer)
+        if escape:
+            self.written.check_escaping(tokenizer)
 
     def __call__(self, rows: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        """A batch of rows as columns -> the prepared columns, ``dropped`` (the reason, or "") and ``detail`` of it."""
+        """A batch of rows as columns -> the prepared columns, ``dropped`` (the reason, or ""), ``detail`` of it, and
+        ``written_out``, the first special token in the row's text, or ""."""
         size = len(indices)
         texts: list[PairText | None] = []
-        dropped, details = [""] * size, [""] * size
+        dropped, details, found = [""] * size, [""] * size, [""] * size
+        escaped: dict[int, Iterator[list[int]]] = {}
         for i in range(size):
+            row = {name: column[i] for name, column in rows.items()}
             try:
-                texts.append(pair_text({name: column[i] for name, column in rows.items()}, self.tokenizer))
+                text = pair_text(row, self.tokenizer)
+                found[i] = self._first_written(row, text)
+                if found[i] and self.escape:
+                    text, escaped[i] = self._escaped(row, text)
+                texts.append(text)
             except UnusableRow as unusable:
                 texts.append(None)
                 dropped[i], details[i] = unusable.reason, unusable.detail
             except ValueError as error:
                 error.add_note(f"in row {indices[i]}, counted from 0")
                 raise
-        flat = [t for text in texts if text for t in self._parts(text)]
+        flat = [t for i, text in enumerate(texts) if text and i not in escaped for t in self._parts(text)]
         ids = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
         out: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         for i, text in enumerate(texts):
             pair = None
             if text is not None:
-                sides = [self._side(next(ids), next(ids), text.templated, t) for t in (text.chosen, text.rejected)]
+                own = escaped.get(i, ids)
+                sides = [self._side(next(own), next(own), text.templated, t) for t in (text.chosen, text.rejected)]
                 try:
                     pair = self._fit(sides)
                 except UnusableRow as unusable:
@@ -135,7 +160,33 @@ class PairTokenizer:
             out["rejected_prompt_length"].append(len(rejected_prompt))
         # transformers groups batches by this column, where `train_sampling_strategy` asks for it.
         length = [len(c) + len(r) for c, r in zip(out["chosen_input_ids"], out["rejected_input_ids"], strict=True)]
-        return {**out, "pair_id": list(indices), "length": length, "dropped": dropped, "detail": details}
+        account = dict(zip(ACCOUNT, (dropped, details, found), strict=True))
+        return {**out, "pair_id": list(indices), "length": length, **account}
+
+    def _first_written(self, row: Mapping[str, Any], text: PairText) -> str:
+        """The first special token that `row` itself holds, and not its template; or ""."""
+        if text.templated:
+            return self.written.first([row.get(name) for name in TEXTS])
+        sides = ((text.chosen_prompt, text.chosen), (text.rejected_prompt, text.rejected))
+        return next(filter(None, (self.written.first_in_strings(*side) for side in sides)), "")
+
+    def _escaped(self, row: Mapping[str, Any], text: PairText) -> tuple[PairText, Iterator[list[int]]]:
+        """(texts as they end, tokens of their parts) of a row whose special tokens stay text."""
+        marks = spare_marks([row.get(name) for name in TEXTS])
+        if text.templated:
+            marked = pair_text(row | {name: self.written.mark(row.get(name), marks) for name in TEXTS}, self.tokenizer)
+            parts = self._parts(marked)
+            bare, plain = ([without_marks(part, marks) for part in parts], self._parts(text))
+            # A prompt may end elsewhere: where the answer's special token begins like what opens the answer's turn.
+            if bare[1::2] != list(plain[1::2]) or not all(map(str.startswith, bare[1::2], bare[::2])):
+                raise UnusableRow(REFUSED, ALTERED)
+            return marked, iter(token_ids(parts, self.tokenizer, marks))
+        pieces = (
+            *((text.chosen_prompt, ""), (text.chosen_prompt, text.chosen)),
+            *((text.rejected_prompt, ""), (text.rejected_prompt, text.rejected)),
+        )
+        parts = [self.written.mark_strings(*piece, marks) for piece in pieces]
+        return text, iter(token_ids(parts, self.tokenizer, marks))
 
     @staticmethod
     def _parts(text: PairText) -> tuple[str, str, str, str]:
@@ -155,7 +206,7 @@ class PairTokenizer:
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if templated:
             # Not by special tokens among the last few: of a short answer, the tag of its role would be one.
-            ended = text.rstrip().endswith(self.special_tokens)
+            ended = text.rstrip().endswith(self.written.special_tokens)
         else:
             ended = bool(answer) and answer[-1] == eos
             if bos is not None and whole[:1] != [bos]:
@@ -215,6 +266,7 @@ def prepare_dataset(
     *,
     name: str = "train",
     num_proc: int | None = None,
+    escape_special_tokens: bool = False,
     report: Callable[[str], None] = print,
 ) -> Any:
     """Tokenizes `data` and drops the rows that cannot train, saying how many and why.
@@ -225,6 +277,7 @@ def prepare_dataset(
         limits: lengths in tokens.
         name: what the report calls this data set.
         num_proc: processes that tokenize. The result is cached by ``datasets`` where the data set lies on disk.
+        escape_special_tokens: whether special tokens written out in the rows' text stay text (:class:`PairTokenizer`).
         report: called with the report, which counts rows from 0. A stream is counted as it is read:
             :class:`orpo.streams.StreamReport` says when.
 
@@ -237,7 +290,7 @@ def prepare_dataset(
     data = as_dataset(data)
     if set(COLUMNS) <= set(data.column_names or ()):
         return checked(data, name)
-    tokenize = PairTokenizer(tokenizer, limits)
+    tokenize = PairTokenizer(tokenizer, limits, escape_special_tokens)
     if isinstance(data, datasets.IterableDataset):
         columns = data.column_names or list(next(iter(data), {}))
         check_columns(columns)
@@ -245,8 +298,9 @@ def prepare_dataset(
         report(f"{name}: a stream; rows that cannot train are left out as they come, and counted after each epoch")
         if skips_template(next(iter(data), {}), tokenizer):
             report(f"{name}: {AS_THEY_ARE}")
-        counter = DropCounter(name, (*REASONS, *([] if limits.max_length is None else [limits.too_long])))
-        prepared = tokenized.filter(counter).remove_columns(["dropped", "detail"])
+        reasons = (*REASONS, *([] if limits.max_length is None else [limits.too_long]))
+        counter = DropCounter(name, reasons, escape_special_tokens)
+        prepared = tokenized.filter(counter).remove_columns(ACCOUNT)
         setattr(prepared, ATTRIBUTE, counter)
         return prepared
     if not len(data):
@@ -262,7 +316,10 @@ def prepare_dataset(
     )
     reasons: Counter[str] = Counter()
     first: dict[str, str] = {}
-    for row, (reason, detail) in enumerate(zip(tokenized["dropped"], tokenized["detail"], strict=True)):
+    written: list[tuple[int, str]] = []
+    for row, (reason, detail, token) in enumerate(zip(*(tokenized[column] for column in ACCOUNT), strict=True)):
+        if token and not reason:
+            written.append((row, token))
         if reason:
             reasons[reason] += 1
             first.setdefault(reason, f"row {row}, {detail}" if detail else f"row {row}")
@@ -270,10 +327,13 @@ def prepare_dataset(
     if reasons.total() == len(data):
         raise ValueError(f"no row of the {name} set can train: {summary}")
     report(summary)
+    if written:
+        row, token = written[0]
+        report(f"{name}: {describe_written(len(written), escape_special_tokens, f'row {row}, {token!r}')}")
     if skips_template(data[0], tokenizer):
         report(f"{name}: {AS_THEY_ARE}")
     kept = tokenized.filter(_is_kept, num_proc=num_proc, desc=f"Filtering the {name} set") if reasons else tokenized
-    prepared = kept.remove_columns(["dropped", "detail"])
+    prepared = kept.remove_columns(ACCOUNT)
     setattr(prepared, SUMMARY, summary)
     return prepared
 

@@ -13,8 +13,9 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from orpo.adapters import adapter_folder, load_adapter
-from orpo.prompts import left_to_the_answer, prompt_tokens, trained_plain
+from orpo.prompts import left_to_the_answer, prompt_tokens, trained_escaped, trained_plain
 from orpo.setup import find_device, load_model, load_tokenizer
+from orpo.written_out import ALTERED, WrittenOut, spare_marks, without_marks
 
 Messages = list[dict[str, str]]
 
@@ -118,11 +119,13 @@ def generate(
     for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it has to be at least 1")
-    texts = [render(prompt, tokenizer, chat_template, system) for prompt in prompts]
-    ids = [_tokens(text, prompt, tokenizer, chat_template) for text, prompt in zip(texts, prompts, strict=True)]
+    marks = spare_marks([prompts, system]) if trained_escaped(tokenizer) else ""
+    texts = [_marked(prompt, tokenizer, chat_template, system, marks) for prompt in prompts]
+    ids = [_tokens(text, prompt, tokenizer, chat_template, marks) for text, prompt in zip(texts, prompts, strict=True)]
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     answers = answer_tokens(model, tokenizer, ids, batch_size=batch_size, seed=seed, progress=progress, **options)
-    return [answer.without(left_to_the_answer(text, tokenizer)) for answer, text in zip(answers, texts, strict=True)]
+    left = [left_to_the_answer(text, tokenizer, marks) for text in texts]
+    return [answer.without(text) for answer, text in zip(answers, left, strict=True)]
 
 
 @torch.no_grad()
@@ -207,8 +210,22 @@ def _generation_settings(model: Any, settings: GenerationConfig) -> Iterator[Non
             holder.generation_config = before
 
 
-def _tokens(text: str, prompt: str | Messages, tokenizer: Any, chat_template: bool | None) -> list[int]:
-    ids, bos = prompt_tokens(text, tokenizer), tokenizer.bos_token_id
+def _marked(prompt: str | Messages, tokenizer: Any, chat_template: bool | None, system: str | None, marks: str) -> str:
+    """:func:`render`, with `marks` around the special tokens that `prompt` and `system` themselves hold."""
+    text = render(prompt, tokenizer, chat_template, system)
+    written = WrittenOut(tokenizer)
+    if not marks or not written.first([prompt, system]):
+        return text
+    if not _is_turn(prompt, tokenizer, chat_template):
+        return written.mark_strings(prompt, "", marks)
+    marked = render(*written.mark([prompt], marks), tokenizer, chat_template, written.mark(system, marks))
+    if without_marks(marked, marks) != text:
+        raise ValueError(f"prompt {prompt!r} cannot be rendered as in training, by the chat template: {ALTERED}")
+    return marked
+
+
+def _tokens(text: str, prompt: str | Messages, tokenizer: Any, chat_template: bool | None, marks: str) -> list[int]:
+    ids, bos = prompt_tokens(text, tokenizer, marks), tokenizer.bos_token_id
     if not _is_turn(prompt, tokenizer, chat_template) and bos is not None and ids[:1] != [bos]:
         ids = [bos, *ids]
     if not ids:

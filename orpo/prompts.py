@@ -5,25 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from orpo.written_out import token_ids
+
 # Among the tokenizer's own settings, so that it lies with every saved model: checkpoints, merged ones, on the hub.
 KEY = "orpo_prompts"
+ESCAPE_KEY = "orpo_escape_special_tokens"
 PLAIN, CHAT = "plain", "chat"
 
 
-def remember_form(tokenizer: Any, data: Any) -> None:
+def remember_form(tokenizer: Any, data: Any, escape: bool = False) -> None:
     """Leaves in `tokenizer`, and in what it saves, whether the prompts of `data` are strings or chat turns.
 
     Args:
         data: pairs in any form of :mod:`orpo.formats`; told by the first. Prepared ones leave nothing.
+        escape: whether special tokens in their text stay text, which is left too.
     """
     answer = first_row(data).get("chosen")
     if answer is not None and hasattr(tokenizer, "init_kwargs"):
         tokenizer.init_kwargs[KEY] = PLAIN if isinstance(answer, str) else CHAT
+        tokenizer.init_kwargs.pop(ESCAPE_KEY, None)
+        if escape:
+            tokenizer.init_kwargs[ESCAPE_KEY] = True
 
 
 def trained_plain(tokenizer: Any) -> bool:
     """Whether `tokenizer` lies with a model that was trained on strings, without a chat template."""
     return getattr(tokenizer, "init_kwargs", {}).get(KEY) == PLAIN
+
+
+def trained_escaped(tokenizer: Any) -> bool:
+    """Whether `tokenizer` lies with a model whose training kept special tokens in the text as text."""
+    return bool(getattr(tokenizer, "init_kwargs", {}).get(ESCAPE_KEY))
 
 
 def first_row(data: Any) -> Mapping[str, Any]:
@@ -33,23 +45,24 @@ def first_row(data: Any) -> Mapping[str, Any]:
     return next(iter(data if data is not None else ()), {})
 
 
-def prompt_tokens(text: str, tokenizer: Any) -> list[int]:
+def prompt_tokens(text: str, tokenizer: Any, marks: str = "") -> list[int]:
     """Tokens of a prompt as far as an answer leaves them, without special tokens put around them.
 
     Training gives a prompt the tokens that it shares with prompt and answer together. A space at its end mostly goes to
-    the answer's first word: after that space alone a model would have to continue what it never saw.
+    the answer's first word: after that space alone a model would have to continue what it never saw. What `marks`
+    enclose (:mod:`orpo.written_out`) becomes no special token.
     """
-    ids = _ids(text, tokenizer)
+    ids = _ids(text, tokenizer, marks)
     if not text[-1:].isspace():
         return ids
-    whole = _ids(text + "a", tokenizer)
+    whole = _ids(text + "a", tokenizer, marks)
     shared = next((i for i, (one, other) in enumerate(zip(ids, whole, strict=False)) if one != other), len(ids))
     return ids[:shared]
 
 
-def left_to_the_answer(text: str, tokenizer: Any) -> str:
+def left_to_the_answer(text: str, tokenizer: Any, marks: str = "") -> str:
     """The end of a prompt that :func:`prompt_tokens` leaves out, as text."""
-    return tokenizer.decode(_ids(text, tokenizer)[len(prompt_tokens(text, tokenizer)) :])
+    return tokenizer.decode(_ids(text, tokenizer, marks)[len(prompt_tokens(text, tokenizer, marks)) :])
 
 
 def boundary_note(data: Any, tokenizer: Any) -> str | None:
@@ -63,7 +76,7 @@ def boundary_note(data: Any, tokenizer: Any) -> str | None:
     )
 
 
-def _ids(text: str, tokenizer: Any) -> list[int]:
+def _ids(text: str, tokenizer: Any, marks: str = "") -> list[int]:
     # Half a surrogate pair, as JSON can escape one, is no character: a tokenizer raises on it.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return token_ids([text], tokenizer, marks)[0]

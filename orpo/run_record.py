@@ -25,7 +25,7 @@ FIXED = (
     *("max_grad_norm", "neftune_noise_alpha", "bf16", "fp16", "seed", "data_seed"),
     *("dataloader_drop_last", "train_sampling_strategy", "length_column_name", "ignore_data_skip"),
     *("beta", "nll_weight", "nll_span", "nll_scores_eos", "normalization", "disable_dropout"),
-    *("max_length", "max_prompt_length", "max_completion_length", "truncation_mode"),
+    *("max_length", "max_prompt_length", "max_completion_length", "truncation_mode", "escape_special_tokens"),
 )
 LENGTH = ("num_train_epochs", "max_steps")
 # Of an adapter: where its base model lies may change, and what wrote it.

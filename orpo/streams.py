@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from orpo.written_out import describe_written
+
 ATTRIBUTE = "orpo_drop_counter"
 
 
@@ -24,11 +26,13 @@ class DropCounter:
     Args:
         name: what the report calls the data set.
         reasons: every reason for which a row can be dropped.
+        escaped: whether special tokens in the rows' text stay text.
         workers: processes that read the stream at once, at most.
     """
 
-    def __init__(self, name: str, reasons: Sequence[str], workers: int = 256) -> None:
-        self.name, self.reasons = name, ("", *reasons)
+    def __init__(self, name: str, reasons: Sequence[str], escaped: bool = False, workers: int = 256) -> None:
+        self.name, self.reasons, self.escaped = name, ("", *reasons), escaped
+        self.written_W = torch.zeros(workers, dtype=torch.int64).share_memory_()
         self.counts_WR = torch.zeros(workers, len(self.reasons), dtype=torch.int64).share_memory_()
 
     def __call__(self, example: Mapping[str, Any]) -> bool:
@@ -36,13 +40,16 @@ class DropCounter:
             # Once for each text, and from the process that reads: the counts alone are shared.
             warnings.warn(f"{self.name}: {example['dropped']}: {example['detail']}", stacklevel=2)
         info = torch.utils.data.get_worker_info()
-        self.counts_WR[0 if info is None else info.id, self.reasons.index(example["dropped"])] += 1
+        worker = 0 if info is None else info.id
+        self.counts_WR[worker, self.reasons.index(example["dropped"])] += 1
+        self.written_W[worker] += bool(example["written_out"] and not example["dropped"])
         return not example["dropped"]
 
     def take(self) -> tuple[int, Counter[str]]:
         """(rows read, rows dropped by reason) since the last call."""
         counts = self.counts_WR.sum(0).tolist()
         self.counts_WR.zero_()
+        self.written_W.zero_()
         dropped = Counter({reason: n for reason, n in zip(self.reasons, counts, strict=True) if reason and n})
         return sum(counts), dropped
 
@@ -56,7 +63,10 @@ class StreamReport(TrainerCallback):
     @staticmethod
     def _print(counters: Sequence[DropCounter], args: Any) -> None:
         for counter in counters:
+            written = int(counter.written_W.sum())
             rows, dropped = counter.take()
+            if written and args.should_log:
+                print(f"{counter.name}, a stream: {describe_written(written, counter.escaped)}")
             if rows and args.should_log:
                 print(summarize(f"{counter.name}, a stream, so far as it was read", rows, dropped))
 

@@ -109,7 +109,7 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
                 name, trust_remote_code=args.trust_remote_code, revision=options.get("revision")
             )
         text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        remember_form(text_tokenizer, train_dataset)
+        remember_form(text_tokenizer, train_dataset, escape=args.escape_special_tokens)
         if args.should_log and (note := boundary_note(train_dataset, text_tokenizer)):
             print(note)
         self._prepare = self._preparation(args, text_tokenizer)
@@ -174,7 +174,13 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
             report = print if args.should_log else lambda _: None
             with args.main_process_first(desc=f"tokenizing the {name} set"):
                 return prepare_dataset(
-                    data, tokenizer, args.limits, name=name, num_proc=args.dataset_num_proc, report=report
+                    data,
+                    tokenizer,
+                    args.limits,
+                    name=name,
+                    num_proc=args.dataset_num_proc,
+                    escape_special_tokens=args.escape_special_tokens,
+                    report=report,
                 )
 
         return prepare
