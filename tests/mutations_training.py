@@ -186,8 +186,8 @@ TRAINING = [
         ),
         (
             "record: truncation_mode may change",
-            ', "truncation_mode"),',
-            "),",
+            '"truncation_mode", "escape',
+            '"escape',
             "test_a_run_with_other_settings_is_refused_in_words",
         ),
     ),
