@@ -11,12 +11,12 @@ import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orpo import __version__, conversations, formats, unusable, written_out
+from orpo import __version__, conversations, formats, limits, unusable, written_out
 from orpo.formats import AS_THEY_ARE, PairText, check_columns, pair_text, skips_template
+from orpo.limits import Limits
 from orpo.pretokenized import checked
 from orpo.streams import ATTRIBUTE, DropCounter, summarize
 from orpo.unusable import EMPTY_ANSWER, EQUAL_ANSWERS, EQUAL_ONCE_CUT, REASONS, REFUSED, UnusableRow
@@ -33,55 +33,6 @@ COLUMNS = ("chosen_input_ids", "rejected_input_ids", "chosen_prompt_length", "re
 TEXTS = ("prompt", "chosen", "rejected")
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How long a sequence may be, in tokens; None is no limit.
-
-    A pair is cut only where one of its sequences is longer than `max_length`: first its prompt to `max_prompt_length`,
-    if that is set, then its answers to what is left. A row whose prompt leaves no room for an answer is dropped.
-
-    Attributes:
-        max_length: prompt and answer together.
-        max_prompt_length: the prompt, of a pair that is too long.
-        max_completion_length: every answer.
-        truncation_mode: "keep_end" or "keep_start", the part of a cut prompt that stays. A leading BOS always stays.
-    """
-
-    max_length: int | None = 1024
-    max_prompt_length: int | None = None
-    max_completion_length: int | None = None
-    truncation_mode: str = "keep_end"
-
-    def __post_init__(self) -> None:
-        for name in ("max_length", "max_prompt_length", "max_completion_length"):
-            value, least = getattr(self, name), 2 if name == "max_length" else 1
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}; it has to be at least {least}")
-        if self.max_length and self.max_prompt_length and self.max_prompt_length >= self.max_length:
-            raise ValueError(
-                f"max_prompt_length is {self.max_prompt_length} and max_length {self.max_length}: "
-                "the prompt may not fill the sequence; lower --max_prompt_length too, or leave it out"
-            )
-        if self.truncation_mode not in ("keep_end", "keep_start"):
-            raise ValueError(f"truncation_mode is {self.truncation_mode!r}; it has to be 'keep_end' or 'keep_start'")
-
-    @property
-    def too_long(self) -> str:
-        """Why a row is dropped whose prompt leaves no room for an answer."""
-        return f"prompt of {self.max_length:,} tokens or more"
-
-    def cut_prompt(self, ids: list[int], bos_token_id: int | None) -> list[int]:
-        """`ids` cut to `max_prompt_length`."""
-        most = self.max_prompt_length
-        if most is None or len(ids) <= most:
-            return ids
-        if self.truncation_mode == "keep_start":
-            return ids[:most]
-        if ids[0] == bos_token_id:
-            return ids[:1] + ids[len(ids) - most + 1 :]
-        return ids[-most:]
-
-
 @functools.cache
 def code_version() -> str:
     """A digest of the version and of the code that turns rows into tokens.
@@ -89,7 +40,7 @@ def code_version() -> str:
     ``datasets`` looks up tokens that it has made before by the attributes of what made them: without this among them, a
     run would train on those that an older version of this package made.
     """
-    files = (__file__, *(part.__file__ for part in (conversations, formats, unusable, written_out)))
+    files = (__file__, *(part.__file__ for part in (conversations, formats, limits, unusable, written_out)))
     return hashlib.sha256(__version__.encode() + b"".join(Path(f).read_bytes() for f in files)).hexdigest()
 
 

@@ -218,6 +218,16 @@ TRAINING = [
         ),
     ),
     *_in(
+        "limits.py",
+        "test_data.py",
+        (
+            "data: BOS is cut off",
+            "if ids[0] == bos_token_id:",
+            "if ids[0] == bos_token_id and not ids:",
+            "test_a_long_prompt_is_cut_and_keeps_its_bos",
+        ),
+    ),
+    *_in(
         "data.py",
         "test_data.py",
         (
@@ -231,12 +241,6 @@ TRAINING = [
             "for p, _ in sides) >= limits.max_length",
             "for p, _ in sides) > limits.max_length",
             "test_truncation_never_leaves_an_empty_answer",
-        ),
-        (
-            "data: BOS is cut off",
-            "if ids[0] == bos_token_id:",
-            "if ids[0] == bos_token_id and not ids:",
-            "test_a_long_prompt_is_cut_and_keeps_its_bos",
         ),
         (
             "data: EOS twice",
