@@ -11,9 +11,9 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from orpo.batch import NLL_SPANS, NLLSpan
-from orpo.data import Limits
 from orpo.diagnose import refuse_cut_gradients
 from orpo.layout import LAYOUTS
+from orpo.limits import Limits
 from orpo.packages import require
 from orpo.ranges import check_ranges, name_nothing
 from orpo.redact import RedactedArguments
