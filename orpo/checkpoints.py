@@ -164,8 +164,9 @@ class CheckpointingTrainer(Trainer):
         if limit is None or limit <= 0:
             return
         complete = complete_checkpoints(folder)
-        kept = {complete[-1], Path(self.state.best_model_checkpoint or complete[-1])}
-        removable = [path for path in complete if path not in kept]
+        # One folder has many names: relative, absolute, by a link.
+        kept = {complete[-1].resolve(), Path(self.state.best_model_checkpoint or complete[-1]).resolve()}
+        removable = [path for path in complete if path.resolve() not in kept]
         for path in removable[: max(len(complete) - max(limit, len(kept)), 0)]:
             shutil.rmtree(path, ignore_errors=True)
 

@@ -26,6 +26,13 @@ def describe_files(folder: Path, leave_out: str) -> dict[str, dict[str, Any]]:
     }
 
 
+def describes_files(value: Any) -> bool:
+    """Whether `value`, read from a file, has the form that :func:`describe_files` gives."""
+    return isinstance(value, dict) and all(
+        isinstance(seen, dict) and isinstance(seen.get("bytes"), int) and "crc32" in seen for seen in value.values()
+    )
+
+
 def find_damage(folder: Path, files: dict[str, dict[str, Any]], contents: bool) -> str | None:
     """What `folder` has otherwise than :func:`describe_files` wrote, in words, or None.
 

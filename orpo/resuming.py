@@ -79,6 +79,7 @@ class ResumingTrainer(Trainer):
         if resume_from_checkpoint is None:
             return position
         state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME)))
+        self._find_best(state, Path(resume_from_checkpoint))
         finished = self._why_finished(state, max_steps)
         if finished is not None:
             if self.args.should_log:
@@ -86,6 +87,16 @@ class ResumingTrainer(Trainer):
             return num_train_epochs, 0
         self._refuse_unknown_order()
         return position if has_length(self.train_dataset) else self._position_in_stream(state)
+
+    def _find_best(self, state: TrainerState, resumed: Path) -> None:
+        """Takes the best checkpoint from beside the one resumed from: its folder may have been moved or named anew."""
+        best = resumed.parent / Path(state.best_model_checkpoint or "").name
+        if state.best_model_checkpoint is None or not best.is_dir():
+            return
+        if self.state.best_model_checkpoint is None and self.args.should_log:
+            # Trainer has just said that it is ignored.
+            print(f"the best checkpoint so far is {best}")
+        self.state.best_model_checkpoint = str(best)
 
     def _why_finished(self, state: TrainerState, max_steps: int) -> str | None:
         """Where the run that left `state` had come to its end; None if it had not. Takes up its patience."""

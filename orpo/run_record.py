@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from orpo.disk import write_whole
-from orpo.manifest import describe_files
+from orpo.manifest import describe_files, describes_files
 from orpo.sharding import fsdp_plugin
 
 RECORD = "orpo_run.json"
@@ -71,6 +71,13 @@ def read_record(checkpoint: Path) -> dict[str, Any] | None:
         raise ValueError(f"{checkpoint / RECORD} cannot be read: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("run"), dict):
         raise ValueError(f"{checkpoint / RECORD} cannot be read: it holds no settings of a run")
+    for name in ("number", "saved_at"):
+        if not isinstance(record.get(name, 0), int | float):
+            raise ValueError(
+                f"{checkpoint / RECORD} cannot be read: its {name} is {record[name]!r}, which is no number"
+            )
+    if not describes_files(record.get("files", {})):
+        raise ValueError(f"{checkpoint / RECORD} cannot be read: it has no sizes and checksums under files")
     return record
 
 

@@ -176,3 +176,23 @@ def test_the_best_adapter_is_loaded_back_under_any_name(tmp_path):
     # The loss falls, and more is said to be better.
     assert trainer.state.best_global_step == 1
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+
+
+@pytest.mark.parametrize("asked", ["moved", "by other paths"])
+def test_the_best_checkpoint_is_found_where_the_folder_lies_now(asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    best = {"load_best_model_at_end": True, "greater_is_better": True, "metric_for_best_model": "loss"}
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    # The held-out loss falls, and the highest is asked for: that of the first step.
+    settings = {**every, **best, "eval_dataset": SEVEN, "save_total_limit": 2, "learning_rate": 0.01}
+    make_trainer("out", max_steps=2, **settings).train()
+    if asked == "moved":
+        (tmp_path / "out").rename("moved")
+        folder, wanted = "moved", "auto"
+    else:
+        folder, wanted = str(tmp_path / "out"), "out/checkpoint-2"
+    trainer = make_trainer(folder, max_steps=4, **settings)
+    trainer.train(wanted)
+    assert trainer.state.best_global_step == 1
+    assert sorted(path.name for path in (tmp_path / folder).glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-4"]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)

@@ -14,6 +14,7 @@ from trainers import make_trainer
 import orpo.run_record
 from orpo.checkpoints import complete_checkpoints
 from orpo.manifest import describe_files
+from orpo.whole import find_checkpoint
 
 SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 
@@ -152,3 +153,11 @@ def test_many_bytes_are_read_by_threads_to_the_same_checksums(first_run, monkeyp
     assert record["files"] == one and one.keys() >= {"model.safetensors", "optimizer.pt", "trainer_state.json"}
     content = (first_run / "checkpoint-4/optimizer.pt").read_bytes()
     assert one["optimizer.pt"] == {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
+
+
+@pytest.mark.parametrize("wrong", [{"number": "x"}, {"saved_at": None}, {"files": []}, {"files": {"optimizer.pt": {}}}])
+def test_a_record_with_values_of_another_kind_is_a_damaged_one(wrong, out):
+    record = out / "checkpoint-4" / "orpo_run.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), **wrong}))
+    assert find_checkpoint("auto", out) == out / "checkpoint-2"
+    assert [path.name for path in complete_checkpoints(out)] == ["checkpoint-2"]
