@@ -65,7 +65,7 @@ def conversation_text(
         if message.get("content") is None and not message.get("tool_calls"):
             raise UnusableRow(NO_CONTENT, f"role {message['role']!r}")
     turn_open = messages[-1]["role"] == "assistant"
-    opening = _render(
+    opening = render_messages(
         messages, tokenizer, add_generation_prompt=not turn_open, continue_final_message=turn_open, **keywords
     )
     sides = (_side(messages, answer, opening, tokenizer, keywords) for answer in (chosen, rejected))
@@ -76,7 +76,7 @@ def _side(
     prompt: Messages, answer: Messages, opening: str, tokenizer: Any, keywords: Mapping[str, Any]
 ) -> tuple[str, str]:
     """(prompt, answer) text. Templates may render a prompt otherwise once an answer follows; the answer decides."""
-    whole = _render([*prompt, *answer], tokenizer, **keywords)
+    whole = render_messages([*prompt, *answer], tokenizer, **keywords)
     if not _is_rendered(prompt, answer, whole, tokenizer, keywords):
         raise UnusableRow(LEFT_OUT, f"role {answer[-1]['role']!r}")
     if answer[0]["role"] != "assistant" and not whole.startswith(opening):
@@ -93,15 +93,20 @@ def _is_rendered(prompt: Messages, answer: Messages, whole: str, tokenizer: Any,
     before, last = [*prompt, *answer[:-1]], answer[-1]
     if _plain(last.get("content")).strip():
         probe = PROBE if isinstance(last["content"], str) else _part(PROBE)
-        return PROBE in _render([*before, {**last, "content": probe}], tokenizer, **keywords)
+        return PROBE in render_messages([*before, {**last, "content": probe}], tokenizer, **keywords)
     try:
-        return whole != _render([*before, {"role": last["role"], "content": ""}], tokenizer, **keywords)
+        return whole != render_messages([*before, {"role": last["role"], "content": ""}], tokenizer, **keywords)
     except UnusableRow:
         # A template that refuses a turn without content and calls has read the calls.
         return True
 
 
-def _render(messages: Messages, tokenizer: Any, **keywords: Any) -> str:
+def render_messages(messages: Messages, tokenizer: Any, **keywords: Any) -> str:
+    """What the chat template makes of `messages`, which :func:`read_messages` has read.
+
+    Raises:
+        UnusableRow: the template refuses them, or fails.
+    """
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **keywords)
     except ImportError:
@@ -195,7 +200,7 @@ def _part(*texts: str) -> list[dict[str, str]]:
 def _takes_parts(tokenizer: Any) -> bool:
     """Whether the chat template renders content that is a list of parts by their text."""
     try:
-        text = _render([{"role": "user", "content": _part(PROBE)}], tokenizer)
+        text = render_messages([{"role": "user", "content": _part(PROBE)}], tokenizer)
     except UnusableRow:
         return False
     return PROBE in text and "'text'" not in text and '"text"' not in text

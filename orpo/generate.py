@@ -85,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--output is {options.output}, which is a folder: name a file in it")
     if options.output is not None and options.prompts is not None and _is_one_file(options.output, options.prompts):
         parser.error(f"--output is {options.output}, which is the file of --prompts: name another one")
+    if options.output is not None and options.prompts is not None and _lies_in(options.output, options.prompts):
+        # All files of a folder are read: it would replace one of them, or be read as one the next time.
+        parser.error(f"--output is {options.output}, in the folder of --prompts: name a file elsewhere")
     # Said now, not by generate when the model is loaded.
     if options.temperature is not None and not 0 <= options.temperature < math.inf:
         parser.error(f"--temperature is {options.temperature}; it has to be 0 or more, and finite")
@@ -128,6 +131,11 @@ def _is_one_file(one: str, other: str) -> bool:
     # load_pairs takes a home folder's ~ too.
     paths = Path(one), Path(other).expanduser()
     return all(path.is_file() for path in paths) and paths[0].samefile(paths[1])
+
+
+def _lies_in(file: str, folder: str) -> bool:
+    outer = Path(folder).expanduser()
+    return outer.is_dir() and outer.resolve() in Path(file).resolve().parents
 
 
 def _say_cut(answers: Sequence[Answer], limit: int) -> None:

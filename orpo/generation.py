@@ -13,8 +13,10 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from orpo.adapters import adapter_folder, load_adapter
+from orpo.conversations import is_conversation, read_messages, render_messages
 from orpo.prompts import left_to_the_answer, prompt_tokens, trained_escaped, trained_plain
 from orpo.setup import find_device, load_model, load_tokenizer
+from orpo.unusable import UnusableRow
 from orpo.written_out import ALTERED, WrittenOut, spare_marks, without_marks
 
 Messages = list[dict[str, str]]
@@ -47,14 +49,17 @@ def render(prompt: str | Messages, tokenizer: Any, chat_template: bool | None = 
     """The text that the model continues.
 
     Args:
-        prompt: a string, or messages of which the last is not the assistant's.
+        prompt: a string, or messages, read as in training. Where the last is the assistant's, it is continued.
         chat_template: whether a string becomes a user's turn. Default: where the tokenizer has a template, and does not
             come from a run that trained on strings.
         system: a system message before the turn.
 
     Raises:
-        ValueError: messages, or a system message, without a chat template.
+        ValueError: messages, or a system message, without a chat template; messages that hold no text, or that the
+            template refuses.
     """
+    if not isinstance(prompt, str) and not (prompt and is_conversation(prompt)):
+        raise ValueError(f"a prompt has to be a string or a list of messages, not {prompt!r:.80}")
     if not _is_turn(prompt, tokenizer, chat_template):
         if system is not None:
             raise ValueError("system is given, but a prompt without a chat template has no place for it")
@@ -64,7 +69,14 @@ def render(prompt: str | Messages, tokenizer: Any, chat_template: bool | None = 
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system is not None:
         messages = [{"role": "system", "content": system}, *messages]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    messages = read_messages(messages, tokenizer)
+    turn_open = messages[-1]["role"] == "assistant"
+    try:
+        return render_messages(
+            messages, tokenizer, add_generation_prompt=not turn_open, continue_final_message=turn_open
+        )
+    except UnusableRow as error:
+        raise ValueError(f"the chat template refuses a prompt: {error.detail}") from error
 
 
 def _is_turn(prompt: str | Messages, tokenizer: Any, chat_template: bool | None) -> bool:

@@ -86,12 +86,17 @@ def _problem(row: Any, form: str) -> str | None:
     if not isinstance(row, dict):
         return f"it is no object but {type(row).__name__}"
     if form == "alpacaeval":
-        return None if isinstance(row.get("instruction"), str) else f"'instruction' is no text; its keys are {[*row]}"
+        if not isinstance(row.get("instruction"), str):
+            return f"'instruction' is no text; its keys are {[*row]}"
+        given = row.get("input")
+        return None if given is None or isinstance(given, str) else f"'input' is {given!r:.80}, no text"
     missing = [key for key in ("question_id", "category", "turns") if key not in row]
     if missing:
         return f"it has no {', '.join(missing)}; its keys are {[*row]}"
-    if not isinstance(row["question_id"], int):
+    if type(row["question_id"]) is not int:
         return f"question_id is {row['question_id']!r}, no integer"
+    if not isinstance(row["category"], str):
+        return f"category is {row['category']!r}, no text"
     turns = row["turns"]
     if not (isinstance(turns, list) and len(turns) == 2 and all(isinstance(turn, str) for turn in turns)):
         return f"turns are {turns!r}, not two texts"

@@ -124,8 +124,17 @@ def _as_text(builder: Any) -> dict[str, Any]:
     if not isinstance(builder.config, CsvConfig):
         return {}
     files = (file for split in builder.config.data_files.values() for file in split)
+    names: set[str] = set()
     try:
-        names = {name for file in files for name in pandas.read_csv(file, nrows=0).columns}
+        for file in files:
+            first = pandas.read_csv(file, nrows=1, dtype=str)
+            if not isinstance(first.index, pandas.RangeIndex):
+                # The reader takes what is too much for row names, and every other field for the column on its right.
+                raise ValueError(
+                    f"the first row of {Path(file).name} has more fields than its line of names; a text with a comma "
+                    "has to stand in double quotes, and no comma ends a row"
+                )
+            names.update(first.columns)
     except ValueError as error:
         raise DatasetGenerationError from error
     return {"converters": dict.fromkeys(sorted(names), str), "na_filter": False}

@@ -293,3 +293,40 @@ def test_seeds_and_temperatures_that_torch_would_misread(model):
         generate(model, make_tokenizer(), ["hello"], temperature=float("nan"))
     with pytest.raises(ValueError, match="seed is -1; it has to be 0 or more"):
         generate(model, make_tokenizer(), ["hello"], seed=-1)
+
+
+def test_messages_are_read_as_in_training():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHATML
+    opening = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    parts = [{"role": "user", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]}]
+    assert render(parts, tokenizer) == opening
+    begun = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    assert render(begun, tokenizer) == f"{opening}hi"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([{"from": "human", "value": "a"}], "'from' and 'value' have to be renamed"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "a part of type 'image'"),
+        (None, "a string or a list of messages, not None"),
+        (7, "a string or a list of messages, not 7"),
+        ([], "a string or a list of messages, not \\[\\]"),
+        ([{"role": "system", "content": "a"}], "the chat template refuses a prompt: no system here"),
+    ],
+)
+def test_prompts_that_cannot_be_rendered_are_refused(prompt, message):
+    tokenizer = make_tokenizer()
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    tokenizer.chat_template = refusal + CHATML
+    with pytest.raises(ValueError, match=message):
+        render(prompt, tokenizer)
+
+
+def test_answers_do_not_go_into_the_folder_of_the_prompts(tmp_path, capsys):
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a"}')
+    for name in ("train.jsonl", "answers.jsonl"):
+        with pytest.raises(SystemExit):
+            main(["m", "--prompts", str(tmp_path), "--output", str(tmp_path / name)])
+        assert "in the folder of --prompts: name a file elsewhere" in capsys.readouterr().err

@@ -124,9 +124,16 @@ def test_the_mt_bench_file_of_the_command(folder, tmp_path, capsys):
     [
         ("alpacaeval", "[]", "holds no question"),
         ("alpacaeval", '[{"instruction": "a"}, {"prompt": "b"}]', "row 2 .* 'instruction' is no text"),
+        ("alpacaeval", '[{"instruction": "a", "input": 5}]', "'input' is 5, no text"),
         ("alpacaeval", "hello", "neither a JSON list"),
         ("mt-bench", '{"question_id": 1, "turns": ["a", "b"]}', "it has no category"),
         ("mt-bench", '{"question_id": 1, "category": "math", "turns": ["a"]}', "not two texts"),
+        ("mt-bench", '{"question_id": true, "category": "math", "turns": ["a", "b"]}', "no integer"),
+        (
+            "mt-bench",
+            '{"question_id": 1, "category": ["math"], "turns": ["a", "b"]}',
+            "category is \\['math'\\], no text",
+        ),
         ("mt-bench", '{"question_id": "x", "category": "math", "turns": ["a", "b"]}', "no integer"),
         ("mt-bench", '{"question_id": 1, "category": "math", "turns": ["a", "b"]}\n' * 2, "question_id 1 stands twice"),
     ],

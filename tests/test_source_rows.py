@@ -35,6 +35,14 @@ def test_every_column_of_csv_is_text(streaming, tmp_path):
         assert list(load_pairs(str(source), streaming=streaming)) == READ
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("rows", ["hi, there,b,c\nd,e,f\n", "1,a,b,c\n2,d,e,f\n", "a,b,c,\n"])
+def test_csv_with_more_fields_than_names_is_refused(rows, streaming, tmp_path):
+    (tmp_path / "pairs.csv").write_text(f"prompt,chosen,rejected\n{rows}")
+    with pytest.raises(ValueError, match=r"the first row of pairs\.csv has more fields than its line of names"):
+        load_pairs(str(tmp_path / "pairs.csv"), streaming=streaming)
+
+
 def test_csv_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "pairs.csv").write_bytes("prompt,chosen,réjected\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"pairs\.csv is not UTF-8: line 1"):
