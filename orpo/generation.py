@@ -225,8 +225,10 @@ def _generation_settings(model: Any, settings: GenerationConfig) -> Iterator[Non
 def _marked(prompt: str | Messages, tokenizer: Any, chat_template: bool | None, system: str | None, marks: str) -> str:
     """:func:`render`, with `marks` around the special tokens that `prompt` and `system` themselves hold."""
     text = render(prompt, tokenizer, chat_template, system)
+    if not marks:
+        return text
     written = WrittenOut(tokenizer)
-    if not marks or not written.first([prompt, system]):
+    if not written.first([prompt, system]):
         return text
     if not _is_turn(prompt, tokenizer, chat_template):
         return written.mark_strings(prompt, "", marks)
