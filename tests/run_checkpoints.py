@@ -115,7 +115,9 @@ def start(folder, ranks=1, kill=None, resume=None, **options):
     folder.mkdir(exist_ok=True)
     (folder / "seen.json").unlink(missing_ok=True)
     context = multiprocessing.get_context("forkserver")
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    # The checkout under test may be on the path alone, with another one installed.
+    paths = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
     context.set_forkserver_preload([Path(__file__).stem])
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port = store.port

@@ -24,7 +24,9 @@ def launch(function, ranks, folder, *arguments, limit=40):
     for old in [*folder.glob("returned-*.pt"), *folder.glob("error-*.txt")]:
         old.unlink()
     context = multiprocessing.get_context("forkserver")
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    # The checkout under test may be on the path alone, with another one installed.
+    paths = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
     context.set_forkserver_preload(PRELOAD)
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [
