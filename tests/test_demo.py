@@ -141,6 +141,7 @@ def table_of_the_readme():
     return table
 
 
+@pytest.mark.slow
 def test_a_whole_run_gives_the_figures_of_the_readme(tmp_path):
     summary = run_demo(output_dir=tmp_path, device="cpu")
     for name, states in table_of_the_readme().items():
