@@ -14,7 +14,7 @@ import torch
 PRELOAD = ["run_checkpoints", "run_ranks", "run_pitfalls", "peft"]
 
 
-def launch(function, ranks, folder, *arguments, limit=40):
+def launch(function, ranks, folder, *arguments, limit=120):
     """Runs ``function(folder, *arguments)`` in processes of their own, in one process group if they are several.
 
     Returns, for each rank: (exit code, what the function returned or None, what it printed, its traceback or "").

@@ -73,7 +73,7 @@ def test_sigterm_with_a_checkpoint_is_no_finished_run(files, tmp_path, monkeypat
 
 
 def test_weights_that_are_not_finite_end_the_command_without_a_model(files, tmp_path, capsys):
-    line = options(files, output_dir=tmp_path, max_steps=1, learning_rate="inf", save_strategy="no")
+    line = options(files, output_dir=tmp_path, max_steps=1, learning_rate=1e39, save_strategy="no")
     assert code_of(lambda: train.main(line)) == 1
     assert "orpo-train: after step 1 the weights are not finite" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -55,7 +55,7 @@ def test_one_rank_dying_ends_the_run(death, wrapper, tmp_path):
     start = time.monotonic()
     done = torchrun(tmp_path / "out", death, *wrapper)
     # The other rank waits for the dead one in a reduction that never ends; it has to be taken down.
-    assert done.returncode != 0 and time.monotonic() - start < 60
+    assert done.returncode != 0 and time.monotonic() - start < 150
     assert ("the last rank has had enough" if death == "raise" else "exitcode  : 9") in done.stderr
     assert not (tmp_path / "out" / "seen.json").exists()
 
