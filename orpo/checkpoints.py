@@ -159,6 +159,15 @@ class CheckpointingTrainer(Trainer):
         if not self._saving:
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """``Trainer``'s, which under ``save_total_limit`` 1 removes all checkpoints but the best, the last among them:
+        another start would take the run for one that is not at its end."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
     def _remove_old(self, folder: Path) -> None:
         limit = self.args.save_total_limit
         if limit is None or limit <= 0:

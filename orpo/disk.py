@@ -50,7 +50,9 @@ def refuse_own_sources(written: Sequence[Path], model: str, data: Sequence[str |
         )
     for name in filter(None, data):
         path = Path(name).expanduser().resolve()
-        if (path.is_dir() and path in folders) or (path.is_file() and path.parent in folders and path.name in WRITTEN):
+        # A folder of data is read with what lies below it.
+        inside = path.is_dir() and any(folder.is_relative_to(path) for folder in folders)
+        if inside or (path.is_file() and path.parent in folders and path.name in WRITTEN):
             raise ValueError(
                 f"output_dir {written[0]} is where the pairs {name} lie, which the run would write over or add files "
                 "to: give another output_dir"

@@ -50,7 +50,8 @@ def merge_adapter(
             merged model's logits are not the adapter's; nothing is left in `output` then.
     """
     require("peft", "merging an adapter")
-    adapter, output = Path(adapter), Path(output)
+    # Resolved: a link is no folder that could be replaced, and "." has no name.
+    adapter, output = Path(adapter), Path(output).resolve()
     if not (adapter / WEIGHTS).is_file() or not (adapter / "adapter_config.json").is_file():
         raise ValueError(f"{adapter} holds no adapter: adapter_config.json and {WEIGHTS} are needed")
     config = read_config(adapter)

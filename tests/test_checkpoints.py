@@ -168,9 +168,9 @@ def test_the_best_checkpoint_is_kept_by_its_final_name(tmp_path):
     settings = {**SAVING, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1, **best}
     trainer = make_trainer(tmp_path, eval_dataset=SEVEN, **{**settings, "max_steps": 6})
     trainer.train()
-    # The loss falls, and more is said to be better: the first one stays.
+    # The loss falls, and more is said to be better: the first one stays, and the last, which says that the run ended.
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
-    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-6"]
     state = json.loads((tmp_path / "checkpoint-2/trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
 

@@ -134,10 +134,20 @@ def test_too_little_memory_of_the_machine_is_told_with_what_needs_less(error, fi
         ({"output_dir": ".", "model_name_or_path": "merged", "use_peft": True, "merge_adapter": True}, "the model"),
         ({"output_dir": ".", "model_name_or_path": "checkpoint-3"}, "write over or remove"),
         ({"output_dir": "data", "dataset_name": "data"}, "where the pairs .*data lie"),
+        ({"output_dir": "data/out", "dataset_name": "data"}, "where the pairs .*data lie"),
         ({"output_dir": ".", "dataset_name": "samples.jsonl"}, "where the pairs .*samples.jsonl lie"),
         ({"output_dir": ".", "eval_dataset_name": "samples.jsonl"}, "where the pairs .*samples.jsonl lie"),
     ],
-    ids=["model", "link to model", "merged", "own checkpoint", "data", "file that is written", "held-out file"],
+    ids=[
+        "model",
+        "link to model",
+        "merged",
+        "own checkpoint",
+        "data",
+        "below data",
+        "file that is written",
+        "held-out file",
+    ],
 )
 def test_what_a_run_is_made_from_is_not_written_over(changes, message, files, tmp_path):
     for name in ("model", "merged", "checkpoint-3"):

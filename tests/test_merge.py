@@ -149,3 +149,11 @@ def test_orpo_train_says_before_training_that_it_could_not_merge(tmp_path):
     line = f"--model_name_or_path {tmp_path / 'base'} --dataset_name nowhere.jsonl --output_dir {tmp_path / 'out'}"
     with pytest.raises(ValueError, match="merged is not empty"):
         train.main([*line.split(), "--use_peft", "--merge_adapter", "--use_cpu"])
+
+
+def test_a_link_to_an_empty_folder_is_where_it_leads(tmp_path):
+    save_adapter(tmp_path, target_modules=["q_proj"])
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    merge_adapter(tmp_path / "adapter", tmp_path / "link")
+    assert (tmp_path / "disk" / "model.safetensors").is_file() and (tmp_path / "link").is_symlink()

@@ -196,3 +196,16 @@ def test_the_best_checkpoint_is_found_where_the_folder_lies_now(asked, tmp_path,
     assert trainer.state.best_global_step == 1
     assert sorted(path.name for path in (tmp_path / folder).glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-4"]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+
+
+def test_a_finished_run_whose_best_step_is_not_its_last_trains_nothing(tmp_path, capsys):
+    best = {"load_best_model_at_end": True, "greater_is_better": True, "metric_for_best_model": "loss"}
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    settings = {**every, **best, "eval_dataset": SEVEN, "save_total_limit": 1, "learning_rate": 0.01, "max_steps": 3}
+    first = make_trainer(tmp_path, **settings)
+    first.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
+    again = make_trainer(tmp_path, **settings)
+    again.train("auto")
+    assert "the run is finished, step 3 of 3: nothing is trained" in capsys.readouterr().out
+    assert all(map(torch.equal, first.model.state_dict().values(), again.model.state_dict().values()))
