@@ -74,6 +74,7 @@ MUTATIONS = [
         ("wrong sign of the softmax", "-tl.exp(z_NV - max_N", "tl.exp(z_NV - max_N"),
         ("softmax of the maximum alone", "max_N[:, None] - log_sum_N[:, None]", "max_N[:, None]"),
         ("softcap's derivative missing", "g_NV *= slope_NV", "g_NV *= 1.0"),
+        ("softcap missing", "z_NV = softcap * t_NV", "z_NV = u_NV"),
         ("float16 rows unscaled", "if HAS_ROW_SCALE:", "if HAS_ROW_SCALE and not HAS_ROW_SCALE:"),
         ("int32 offset of the gradient", "g_ptrs = g_ptr + offs_n.to(tl.int64)", "g_ptrs = g_ptr + offs_n"),
         ("int32 offset of a strip", "offs = offs_n.to(tl.int64)", "offs = offs_n"),
@@ -206,7 +207,7 @@ MUTATIONS = [
     *_in(
         "device_math.py",
         ("bias ignored", "if HAS_BIAS:", "if HAS_BIAS and not HAS_BIAS:"),
-        ("softcap's argument not scaled", "tl.abs(u / softcap)", "tl.abs(u)"),
+        ("softcap's argument not scaled", "softcap * tanh(z_NV / softcap)", "softcap * tanh(z_NV)"),
         ("last group of row blocks too large", "tl.minimum(rows - first, GROUP)", "GROUP"),
         ("expm1 by subtraction", "tl.where(a > -0.5, a * p, tl.exp(a) - 1.0)", "tl.exp(a) - 1.0"),
     ),

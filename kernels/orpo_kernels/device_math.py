@@ -46,15 +46,24 @@ def expm1(a):
 
 
 @triton.jit
-def cap(u, softcap):
-    """z = softcap * tanh(u / softcap), with relative precision near 0, and its slope, with relative precision anywhere.
-
-    Of z alone, near the cap, 1 - (z / softcap)^2 would be what rounding leaves of 1 - 1.
-    """
-    a = -2.0 * tl.abs(u / softcap)
-    e = expm1(a)
+def tanh(u):
+    """tanh with relative precision near 0."""
+    e = expm1(-2.0 * tl.abs(u))
     t = -e / (2.0 + e)
-    return softcap * tl.where(u < 0.0, -t, t), 4.0 * tl.exp(a) / ((2.0 + e) * (2.0 + e))
+    return tl.where(u < 0.0, -t, t)
+
+
+@triton.jit
+def tanh_and_slope(u):
+    """`tanh`, and its slope with relative precision anywhere: 1 - tanh^2 would be what rounding leaves of 1 - 1.
+
+    By one reciprocal, with which this fits stage 3's registers, and `tanh` alone would not fit those of stage 1.
+    """
+    a = -2.0 * tl.abs(u)
+    e = expm1(a)
+    r = 1.0 / (2.0 + e)
+    t = -e * r
+    return tl.where(u < 0.0, -t, t), 4.0 * tl.exp(a) * r * r
 
 
 @triton.jit
@@ -107,12 +116,15 @@ def raw_logits(
 
 
 @triton.jit
-def apply_head(u_NV, bias_ptr, offs_v, V, scale, HAS_BIAS: tl.constexpr):
-    """Eq. 1 after the matmul and before the softcap: scale * (x . W + b)."""
+def apply_head(z_NV, bias_ptr, offs_v, V, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """Eq. 1 after the matmul: cap(scale * (x . W + b)), cap(u) = softcap * tanh(u / softcap)."""
     if HAS_BIAS:
         bias_V = tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)
-        u_NV += bias_V[None, :]
-    return u_NV * scale
+        z_NV += bias_V[None, :]
+    z_NV *= scale
+    if HAS_SOFTCAP:
+        z_NV = softcap * tanh(z_NV / softcap)
+    return z_NV
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .device_math import apply_head, cap, grouped_block, raw_logits
+from .device_math import apply_head, grouped_block, raw_logits, tanh_and_slope
 from .head import Head
 from .tuning import TIMED_ROWS
 
@@ -40,7 +40,8 @@ def gradient(
 ):
     """Eq. 8 for one tile, from its logits before their softcap."""
     if HAS_SOFTCAP:
-        z_NV, slope_NV = cap(u_NV, softcap)
+        t_NV, slope_NV = tanh_and_slope(u_NV / softcap)
+        z_NV = softcap * t_NV
     else:
         z_NV = u_NV
     is_target_NV = offs_v[None, :] == targets_N[:, None]
@@ -103,7 +104,7 @@ def logit_grad_kernel(
         BLOCK_D,
         DESCRIPTORS,
     )
-    u_NV = apply_head(u_NV, bias_ptr, offs_v, columns, scale, HAS_BIAS)
+    u_NV = apply_head(u_NV, bias_ptr, offs_v, columns, scale, softcap, HAS_BIAS, False)
     targets_N = tl.load(targets_ptr + offs_n, mask=row_mask, other=-1).to(tl.int32)
     target_grad_N = tl.load(target_grad_ptr + offs_n, mask=row_mask, other=0.0)
     g_NV = gradient(
@@ -152,7 +153,7 @@ def strip_grad_kernel(
     # int64: a tile over the whole vocabulary may hold more than 2^31 logits.
     offs = offs_n.to(tl.int64)[:, None] * columns + offs_v[None, :]
     u_NV = tl.load(z_ptr + offs, mask=mask, other=0.0)
-    u_NV = apply_head(u_NV, bias_ptr, offs_v, columns, scale, HAS_BIAS)
+    u_NV = apply_head(u_NV, bias_ptr, offs_v, columns, scale, softcap, HAS_BIAS, False)
     targets_N = tl.load(targets_ptr + offs_n, mask=row_mask, other=-1).to(tl.int32)
     target_grad_N = tl.load(target_grad_ptr + offs_n, mask=row_mask, other=0.0)
     g_NV = gradient(

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .device_math import apply_head, cap, grouped_block, raw_logits
+from .device_math import apply_head, grouped_block, raw_logits
 from .head import Head
 from .kept import TILE, Kept
 from .kept_grad import store_exps
@@ -28,17 +28,12 @@ from .tuning import TIMED_ROWS
 
 @triton.jit
 def fold_logits(
-    u_NV, offs_v, end, targets_N, max_N, sum_N, target_N, softcap, HAS_SOFTCAP: tl.constexpr, KEEPS: tl.constexpr
+    z_NV, offs_v, end, targets_N, max_N, sum_N, target_N, softcap, HAS_SOFTCAP: tl.constexpr, KEEPS: tl.constexpr
 ):
-    """Fold one tile, before its softcap, into running (max, sum of exponentials, target's logit).
+    """Fold one tile into running (max, sum of exponentials, target's logit); columns from `end` on are void.
 
-    Columns from `end` on are void. Also returns what the exponentials are relative to, and what is kept of them
-    (kept_grad.py).
+    Also returns what the exponentials are relative to, and what is kept of them (kept_grad.py).
     """
-    if HAS_SOFTCAP:
-        z_NV, _ = cap(u_NV, softcap)
-    else:
-        z_NV = u_NV
     is_target_NV = offs_v[None, :] == targets_N[:, None]
     target_N += tl.sum(tl.where(is_target_NV, z_NV, 0.0), 1)
     z_NV = tl.where(is_target_NV | (offs_v >= end)[None, :], float("-inf"), z_NV)
@@ -49,7 +44,7 @@ def fold_logits(
     e_NV = tl.exp(z_NV - shift_N[:, None])
     sum_N += tl.sum(e_NV, 1)
     if KEEPS and HAS_SOFTCAP:
-        # From z and not from `cap`, whose slope would take as many registers as z until the maximum is known.
+        # From z and not from `tanh_and_slope`, which would take as many registers as z until the maximum is known.
         t_NV = z_NV * (1.0 / softcap)
         # z of what is left out is -inf.
         e_NV *= tl.maximum(1.0 - t_NV * t_NV, 0.0)
@@ -100,7 +95,7 @@ def logit_stats_kernel(
     end = tl.minimum(start + split_columns, V)
     for first in range(start, end, BLOCK_V):
         offs_v = first + tl.arange(0, BLOCK_V)
-        u_NV = raw_logits(
+        z_NV = raw_logits(
             x_ptr,
             weight_ptr,
             block_n * BLOCK_N,
@@ -117,9 +112,9 @@ def logit_stats_kernel(
             BLOCK_D,
             DESCRIPTORS,
         )
-        u_NV = apply_head(u_NV, bias_ptr, offs_v, V, scale, HAS_BIAS)
+        z_NV = apply_head(z_NV, bias_ptr, offs_v, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
         max_N, sum_N, target_N, shift_N, e_NV = fold_logits(
-            u_NV, offs_v, end, targets_N, max_N, sum_N, target_N, softcap, HAS_SOFTCAP, KEEPS
+            z_NV, offs_v, end, targets_N, max_N, sum_N, target_N, softcap, HAS_SOFTCAP, KEEPS
         )
         if KEEPS:
             store_exps(
@@ -175,10 +170,10 @@ def strip_stats_kernel(
     z_rows = z_ptr + offs_n.to(tl.int64)[:, None] * columns
     for column in range(0, columns, BLOCK_V):
         offs_v = column + tl.arange(0, BLOCK_V)
-        u_NV = tl.load(z_rows + offs_v[None, :], mask=row_mask[:, None] & (offs_v < columns)[None, :], other=0.0)
-        u_NV = apply_head(u_NV, bias_ptr, offs_v, columns, scale, HAS_BIAS)
+        z_NV = tl.load(z_rows + offs_v[None, :], mask=row_mask[:, None] & (offs_v < columns)[None, :], other=0.0)
+        z_NV = apply_head(z_NV, bias_ptr, offs_v, columns, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
         max_N, sum_N, target_N, _, _ = fold_logits(
-            u_NV, offs_v, columns, targets_N, max_N, sum_N, target_N, softcap, HAS_SOFTCAP, False
+            z_NV, offs_v, columns, targets_N, max_N, sum_N, target_N, softcap, HAS_SOFTCAP, False
         )
     tl.store(max_ptr + offs_n, max_N, mask=row_mask)
     tl.store(sum_ptr + offs_n, sum_N, mask=row_mask)
