@@ -63,6 +63,9 @@ class CheckpointingTrainer(Trainer):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             self._guard.flush()
             return output
+        if self.model is None and self.model_init is not None:
+            # A search leaves none behind, and Trainer would make one only after this.
+            self.model = self.call_model_init()
         self._run_settings, self.interrupted = describe_run(self), False
         # Without saves, nothing is written that could be mixed.
         alone = self.args.save_strategy != "no"
@@ -131,7 +134,8 @@ class CheckpointingTrainer(Trainer):
             if self.args.should_save:
                 _mark(part)
             super()._save_checkpoint(model, trial)
-            if self.state.best_model_checkpoint == str(part):
+            # Trainer may spell the folder otherwise: ./out.
+            if (best := self.state.best_model_checkpoint) is not None and Path(best) == part:
                 self.state.best_model_checkpoint = str(final)
                 if self.args.should_save:
                     self.state.save_to_json(str(part / TRAINER_STATE_NAME))
@@ -202,7 +206,9 @@ class CheckpointingTrainer(Trainer):
 
 def _mark(part: Path) -> None:
     """Makes the folder `part` with an empty record, by which a later run knows it for one that may be removed."""
-    part.mkdir(parents=True, exist_ok=True)
+    # What another save of this step has left there would be a part of this one.
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     (part / RECORD).write_text("{}")
 
 

@@ -239,7 +239,8 @@ def prepare_dataset(
     import datasets
 
     data = as_dataset(data)
-    if set(COLUMNS) <= set(data.column_names or ()):
+    # A stream that was mapped does not know its columns.
+    if set(COLUMNS) <= set(data.column_names or next(iter(data), {})):
         return checked(data, name)
     tokenize = PairTokenizer(tokenizer, limits, escape_special_tokens)
     if isinstance(data, datasets.IterableDataset):

@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pyarrow as pa
+
 SIDES = ("chosen_input_ids", "rejected_input_ids")
 
 
@@ -36,7 +38,8 @@ def report_overlap(train: Any, held_out: Any, report: Callable[[str], None] = pr
 def _digests(data: Any) -> Iterator[bytes]:
     """A digest of both sequences of every pair."""
     for table in data.select_columns(list(SIDES)).with_format("arrow").iter(1000):
-        lists = [table[name].combine_chunks() for name in SIDES]
+        # Tokens that came as columns may be lists of another width, or of one length.
+        lists = [table[name].combine_chunks().cast(pa.large_list(pa.int64())) for name in SIDES]
         sides = [(array.offsets.to_numpy(), array.values.to_numpy()) for array in lists]
         for row in range(len(table)):
             digest = hashlib.blake2b(digest_size=16)

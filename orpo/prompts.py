@@ -67,8 +67,11 @@ def left_to_the_answer(text: str, tokenizer: Any, marks: str = "") -> str:
 
 def boundary_note(data: Any, tokenizer: Any) -> str | None:
     """What has to be said of string prompts that do not end where they seem to, told by the first; or None."""
-    prompt = first_row(data).get("prompt")
-    if not isinstance(prompt, str) or not left_to_the_answer(prompt, tokenizer):
+    row = first_row(data)
+    prompt = row.get("prompt")
+    # Messages are rendered by the chat template, which decides where a prompt ends.
+    strings = isinstance(prompt, str) and isinstance(row.get("chosen"), str)
+    if not strings or not left_to_the_answer(prompt, tokenizer):
         return None
     return (
         f"the first prompt ends in {prompt[len(prompt.rstrip()) :]!r}, whose last token goes to the answer's first "

@@ -50,7 +50,7 @@ def _acquire(folder: Path) -> None:
     me = _me()
     with _alone(folder):
         owner = _read(folder / LOCK)
-        if owner is None or not _may_live(owner, me):
+        if owner is None or (owner != me and not _may_live(owner, me)):
             # What was left behind has lost its meaning, and so have counts that came with a fork.
             (folder / LOCK).unlink(missing_ok=True)
             _held.pop(folder, None)

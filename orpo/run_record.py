@@ -28,9 +28,12 @@ FIXED = (
     *("max_length", "max_prompt_length", "max_completion_length", "truncation_mode", "escape_special_tokens"),
 )
 LENGTH = ("num_train_epochs", "max_steps")
-# Of an adapter: where its base model lies may change, and what wrote it.
 ADAPTER = " of the adapter"
-NOT_FIXED_IN_ADAPTER = ("inference_mode", "peft_version", "auto_mapping", "revision", "runtime_config")
+# Where its base model lies may change, and what wrote it.
+NOT_FIXED_IN_ADAPTER = (
+    *("base_model_name_or_path", "revision"),
+    *("inference_mode", "peft_version", "auto_mapping", "runtime_config"),
+)
 
 
 def describe_run(trainer: Any) -> dict[str, Any]:

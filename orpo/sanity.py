@@ -64,6 +64,19 @@ def refuse_no_gradient(norm: Tensor | float | None, args: Any) -> None:
     )
 
 
+def refuse_no_step(state: Any, starved: bool) -> None:
+    """Refuses a run that came to its end without an optimizer step, since its pairs did not fill one (`starved`).
+
+    Raises:
+        NothingTrainsError: with what it takes.
+    """
+    if starved and state.global_step == 0:
+        raise NothingTrainsError(
+            "no optimizer step was taken, so that nothing trained: the stream holds fewer pairs than one step needs "
+            "(per_device_train_batch_size x gradient_accumulation_steps x processes)"
+        )
+
+
 class RunawayLoss:
     """Warns once of a loss that multiplies: three steps in a row above 10 times the median of the 20 before them.
 

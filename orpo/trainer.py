@@ -31,7 +31,7 @@ from orpo.probe import check_fused_logps, choose_layout
 from orpo.prompts import boundary_note, remember_form
 from orpo.reports import ReportingTrainer
 from orpo.resuming import ResumingTrainer
-from orpo.sanity import RunawayLoss, refuse_frozen, refuse_no_gradient
+from orpo.sanity import RunawayLoss, refuse_frozen, refuse_no_gradient, refuse_no_step
 from orpo.setup import adapt, load_tokenizer, pad_token_id, router_coefficient
 from orpo.sharding import agreed, prepare_ranks
 from orpo.starting import check_start, load_start
@@ -144,7 +144,8 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        self._train_means = WeightedMeans()
+        self._train_means, self._runaway = WeightedMeans(), RunawayLoss(args)
+        self._saw_gradient = self._counts = self._starved = False
         if args.diagnose:
             # accelerate launch leaves args.fsdp and args.deepspeed empty.
             refuse_cut_gradients(self.is_fsdp_enabled or self.is_deepspeed_enabled)
@@ -193,9 +194,10 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
             orpo.sanity.NothingTrainsError: no parameter is trained, or every gradient of the first step is 0.
         """
         self._train_means, self._runaway = WeightedMeans(), RunawayLoss(self.args)
-        self._saw_gradient = self._counts = False
+        self._saw_gradient = self._counts = self._starved = False
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._runaway.flush()
+        refuse_no_step(self.state, self._starved)
         return output
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
@@ -208,7 +210,10 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
         """``Trainer``'s; what is left of a stream that does not fill an optimizer step is dropped."""
         samples, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
         # Trainer takes no step for them, and would add their gradients to the next epoch's first.
-        return (samples, counts) if len(samples) == num_batches else ([], None)
+        if len(samples) == num_batches:
+            return samples, counts
+        self._starved = True
+        return [], None
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Counts | None:
         """What the optimizer step counts, over its micro-batches and over all ranks."""

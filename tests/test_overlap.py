@@ -48,3 +48,11 @@ def test_of_a_stream_nothing_is_said():
 def test_the_trainer_says_so_in_one_line(tmp_path, capsys):
     make_trainer(tmp_path, eval_dataset=ROWS[2:3])
     assert capsys.readouterr().out.count("eval: 1 of 1 held-out pairs are in the train set too") == 1
+
+
+def test_tokens_in_lists_of_one_length():
+    columns = {name: [[1, 2, 3]] * 2 for name in ("chosen_input_ids", "rejected_input_ids")}
+    features = datasets.Features({name: datasets.List(datasets.Value("int64"), length=3) for name in columns})
+    said = []
+    report_overlap(*(datasets.Dataset.from_dict(columns, features=features) for _ in range(2)), report=said.append)
+    assert said and "2 of 2 held-out pairs" in said[0]

@@ -209,3 +209,13 @@ def test_a_finished_run_whose_best_step_is_not_its_last_trains_nothing(tmp_path,
     again.train("auto")
     assert "the run is finished, step 3 of 3: nothing is trained" in capsys.readouterr().out
     assert all(map(torch.equal, first.model.state_dict().values(), again.model.state_dict().values()))
+
+
+def test_the_best_checkpoint_of_a_folder_spelled_otherwise(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    best = {"load_best_model_at_end": True, "greater_is_better": True, "metric_for_best_model": "loss"}
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer("./out", **every, **best, eval_dataset=SEVEN, learning_rate=0.01, max_steps=2)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == "out/checkpoint-1"
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)

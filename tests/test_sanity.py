@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
-from tiny import SEVEN, make_model, make_tokenizer
+from datasets import Dataset
+from tiny import ROWS, SEVEN, make_model, make_tokenizer
 from trainers import logged, make_args, make_trainer
 
 from orpo import ORPOTrainer
@@ -139,3 +140,11 @@ def test_a_learning_rate_that_is_far_too_high_is_told_in_training(tmp_path):
     with pytest.warns(UserWarning, match=r"Lower learning_rate \(now 50\.0\)") as caught:
         make_trainer(tmp_path, learning_rate=50.0, max_steps=6).train()
     assert sum("diverges" in str(warning.message) for warning in caught) == 1
+
+
+def test_a_stream_that_fills_no_step_is_refused(tmp_path):
+    """Trainer only warns, and the untrained model would be saved as the result."""
+    stream = Dataset.from_list(ROWS[:3]).to_iterable_dataset()
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 2}
+    with pytest.raises(NothingTrainsError, match="no optimizer step was taken"):
+        make_trainer(tmp_path, train_dataset=stream, **settings).train()

@@ -283,19 +283,21 @@ def test_diagnosis_belongs_to_an_epoch_that_is_logged_too(tmp_path):
     assert len(logged(trainer, "diagnose/grad_norm_nll")) == 2
 
 
-@pytest.mark.parametrize("form", ["dict", "rows", "dataset", "stream", "named"])
+@pytest.mark.parametrize("form", ["dict", "rows", "dataset", "stream", "named", "named stream"])
 def test_pairs_as_they_come_are_evaluated_and_predicted(form, tmp_path, capsys):
     stream = Dataset.from_dict(SEVEN).to_iterable_dataset()
-    data = {"dict": SEVEN, "rows": ROWS, "dataset": Dataset.from_dict(SEVEN), "stream": stream, "named": {"x": ROWS}}
+    data = {"dict": SEVEN, "rows": ROWS, "dataset": Dataset.from_dict(SEVEN), "stream": stream}
+    data |= {"named": {"x": ROWS}, "named stream": {"x": stream}}
     trainer = make_trainer(tmp_path, eval_dataset=SEVEN)
     expected = trainer.evaluate()["eval_loss"]
     capsys.readouterr()
     metrics = trainer.evaluate(data[form])
-    assert metrics["eval_x_loss" if form == "named" else "eval_loss"] == expected
+    assert metrics["eval_x_loss" if "named" in form else "eval_loss"] == expected
     assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == expected
-    assert "kept 7 of 7" in capsys.readouterr().out
-    if form == "named":
+    said = capsys.readouterr().out
+    if "named" in form:
         return
+    assert "kept 7 of 7" in said
     predicted = trainer.predict(data[form])
     assert predicted.metrics["test_loss"] == expected and predicted.predictions.shape == (7, 2)
     assert "test, a stream, so far as it was read: kept 7 of 7" in capsys.readouterr().out or form != "stream"
