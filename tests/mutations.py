@@ -184,7 +184,7 @@ MUTATIONS = [
         "triton_backend.py",
         (
             "kept: target's slope missing",
-            "target_grad_N *= 1 - ((logp_N + lse_2N[1] + lse_2N[0]) / head.softcap) ** 2",
+            "target_grad_N *= slope_N.clamp(min=0)",
             "pass",
         ),
     ),

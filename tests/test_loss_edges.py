@@ -151,6 +151,22 @@ def test_vocabulary_masked_by_minus_infinity(budget, frozen):
         assert relative_error(problem.weight.grad, dw) < 1e-6
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+def test_a_very_low_target_that_is_the_only_finite_logit(frozen):
+    """It is certain, and nothing has a gradient; what all others share is infinite beside it."""
+    x, weight = torch.tensor([[-100.0]], requires_grad=True), torch.tensor([[1.0], [0.0]], requires_grad=not frozen)
+    bias = torch.tensor([0.0, -torch.inf])
+    logp = token_logprobs(x, weight, torch.tensor([0]), bias=bias)
+    logp.sum().backward()
+    assert logp.item() == 0 and x.grad.item() == 0 and (frozen or not weight.grad.any())
+    labels = torch.tensor([[-100, 0], [-100, 0]])
+    for budget in (0, 2**20):
+        hidden, head = torch.full((2, 2, 1), -100.0, requires_grad=True), weight.detach().requires_grad_(not frozen)
+        out = orpo_loss(hidden, head, labels, lm_head_bias=bias, logits_budget=budget)
+        out.loss.backward()
+        assert not hidden.grad.any() and (frozen or not head.grad.any())
+
+
 def test_a_masked_target_is_infinitely_unlikely():
     problem = make_problem(bias=True)
     problem.bias[problem.labels[0, -1]] = -torch.inf

@@ -61,6 +61,14 @@ def _stats(max_N: Tensor, sum_N: Tensor, target_N: Tensor) -> tuple[Tensor, Tens
     return -reference.softplus(others_N - target_N), torch.stack([max_N, torch.logaddexp(others_N, target_N)])
 
 
+def _share(log_sum_N: Tensor) -> Tensor:
+    """-exp(max - lse), (N, 1): what makes -p of exponentials that are relative to the maximum.
+
+    At most 1 where there is one; without a finite logit but the target's, a factor of infinity would make 0 NaN.
+    """
+    return -torch.exp(-log_sum_N.clamp(min=0))[:, None]
+
+
 class RunningStats:
     """Stage 1 over strips: running maximum and sum of exponentials without the target, and the target's logit."""
 
@@ -187,7 +195,7 @@ def frozen_head_stats_and_grad(
         add_matmul(u_ND, exps_NK, head.weight_VD[first:last])
         del exps_NK
     logp_N, lse_2N = stats.finish()
-    u_ND.mul_(-torch.exp(-lse_2N[1])[:, None])
+    u_ND.mul_(_share(lse_2N[1]))
     u_ND.addcmul_(head.weight_VD[targets_N].to(dtype), (-torch.expm1(logp_N) * slope_y_N)[:, None])
     return logp_N, lse_2N, u_ND
 
@@ -199,7 +207,7 @@ def tile_stats_and_grad(x_ND: Tensor, targets_N: Tensor, head: Head, memory_NV: 
     for rows, tile, block in _tile_blocks(x_ND, targets_N, head, g_NV, keep=True):
         z, slope = tile.read_with_slope(block)
         logp, (_, log_sum) = _whole_rows(z, targets_N[rows])
-        z.mul_(-torch.exp(-log_sum)[:, None])
+        z.mul_(_share(log_sum))
         z.scatter_(1, targets_N[rows, None], -torch.expm1(logp)[:, None])
         if slope is not None:
             z.mul_(slope)
@@ -214,7 +222,7 @@ def logit_grad(
 ) -> tuple[Tensor, Tensor]:
     """Stage 3: (g_NK, weight_KD) for columns [first, last), logits recomputed (Eq. 8); g in the matmul's dtype."""
     strip, (max_N, log_sum_N) = LogitStrip(x_ND, targets_N, head, first, last), lse_2N
-    factor_N1 = -torch.exp(-log_sum_N)[:, None]
+    factor_N1 = _share(log_sum_N)
     for block in strip.blocks():
         z, slope = strip.read_with_slope(block)
         row, column, _ = _take_target(z, targets_N[block], first, last)

@@ -97,7 +97,9 @@ def kept_grad(
     target_grad_N = -torch.expm1(logp_N)
     if head.softcap is not None:
         # Of the target's own logit, which logp + lse is.
-        target_grad_N *= 1 - ((logp_N + lse_2N[1] + lse_2N[0]) / head.softcap) ** 2
+        slope_N = 1 - ((logp_N + lse_2N[1] + lse_2N[0]) / head.softcap) ** 2
+        # Rounded beyond the cap, it would turn the sign.
+        target_grad_N *= slope_N.clamp(min=0)
     g_NW = exps_grad(kept, targets_N, lse_2N, target_grad_N, _row_scale(logp_N, dtype), first, last)
     return g_NW, head.weight_VD[first:last].to(dtype)
 
