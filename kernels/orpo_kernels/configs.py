@@ -40,7 +40,7 @@ class MatmulConfig:
 
     `group_n`: row blocks whose programs run together and share the weight in L2. `descriptors`: operands are copied
     through tensor descriptors (TMA). `spills_on`: majors on which the compiler needs more registers than there are,
-    `spills_keeping`: those on which it does where stage 1 stores exponentials.
+    `spills_keeping`: those on which it does where stage 1 stores exponentials, `spills_capped`: under a softcap.
     """
 
     block_n: int
@@ -52,6 +52,7 @@ class MatmulConfig:
     descriptors: bool = False
     spills_on: tuple[int, ...] = ()
     spills_keeping: tuple[int, ...] = ()
+    spills_capped: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return self.name
@@ -92,7 +93,9 @@ class MatmulConfig:
         shared = self.num_stages * (self.block_n + self.block_v) * self.block_d * element_bytes
         threads = self.num_warps * (64 if chip.is_amd else 32)
         sums = self.block_n * self.block_v // threads
-        spills = not chip.is_amd and chip.major in (*self.spills_on, *(self.spills_keeping if keeps else ()))
+        # What does not fit where exponentials are kept is known with and without a softcap.
+        of_this_call = self.spills_keeping if keeps else self.spills_capped if softcap else ()
+        spills = not chip.is_amd and chip.major in (*self.spills_on, *of_this_call)
         known = not self.descriptors or (chip.major >= 9 and not chip.is_amd)
         registers = min(256, chip.max_registers // threads)
         share = 8 if keeps and softcap and not chip.is_amd else 4
@@ -135,16 +138,16 @@ _TF32 = (
 # Without TF32 NVIDIA has no matrix unit for it: operands and sums compete for registers. With 4 warps 64 x 64 x 16
 # spills on sm_89, and 64 x 64 x 32 on sm_100.
 _FLOAT32 = (
-    MatmulConfig(64, 64, 16, num_warps=8, num_stages=3, spills_keeping=(8,)),
+    MatmulConfig(64, 64, 16, num_warps=8, num_stages=3, spills_keeping=(8,), spills_capped=(9,)),
     # Fewer rounds of the loop; one stage less fits.
-    MatmulConfig(64, 64, 32, num_warps=8, num_stages=2, spills_keeping=(10,)),
+    MatmulConfig(64, 64, 32, num_warps=8, num_stages=2, spills_keeping=(9, 10)),
 )
 # Rows that do not start at multiples of 16 elements, as far as the compiler can tell: no 16-byte copies, so that each
 # element has a pointer of its own in registers, and a larger tile would spill them.
 _UNALIGNED = (MatmulConfig(64, 64, 32, num_warps=8, num_stages=2),)
 _UNALIGNED_FLOAT32 = (
-    MatmulConfig(32, 64, 16, num_warps=8, num_stages=2, spills_keeping=(9,)),
-    # No pointers of a next tile, so that exponentials can be stored on sm_90.
+    MatmulConfig(32, 64, 16, num_warps=8, num_stages=2, spills_keeping=(9, 12)),
+    # No pointers of a next tile, so that exponentials can be stored on sm_90 and, of a softcap, on sm_120.
     MatmulConfig(32, 64, 16, num_warps=8, num_stages=1, spills_on=(10,)),
 )
 # 64 KB for executing compiled kernels on a CPU, where time goes with the number of threads.

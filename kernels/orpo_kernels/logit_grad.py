@@ -197,7 +197,7 @@ def logit_grad(
         target_grad_N[:TIMED_ROWS],
         None if row_scale_N is None else row_scale_N[:TIMED_ROWS],
     )
-    candidates = configs.matmul_candidates(x_ND, head.weight_VD)
+    candidates = configs.matmul_candidates(x_ND, head.weight_VD, softcap=head.softcap is not None)
     config = configs.fastest("logit_grad", candidates, x_ND, head, lambda c: _logit_grad(*few, head, g_NW, c))
     _logit_grad(*inputs, head, g_NW, config)
     return g_NW
