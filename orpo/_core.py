@@ -153,9 +153,10 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, names: Names
         )
         if tensor.dtype not in _FLOATS:
             raise ValueError(f"{name} has to be float64, float32, bfloat16 or float16, got {tensor.dtype}")
-        check_device(name, tensor, hidden)
-        # Under torch.compile nothing can be asked; there torch itself refuses.
-        if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
+        check_device(name, tensor, hidden, names.hidden)
+        # A graph is traced of tensors without tangents, but may be called with others while a level is open.
+        is_open = torch.compiler.is_compiling() and forward_ad._current_level >= 0
+        if is_open or forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(
                 f"{name} carries a tangent of forward-mode AD (torch.func.jvp), for which this loss has no rule: "
                 "differentiate it backward (torch.autograd.grad)"
@@ -186,10 +187,10 @@ def check_labels(hidden: Tensor, labels: Tensor, nll_labels: Tensor | None, name
             f"{names.hidden} of shape {tuple(hidden.shape)} does not fit {name} of shape {tuple(labels.shape)}: "
             "all dimensions but the last have to agree"
         )
-    check_integers(name, labels, hidden)
+    check_integers(name, labels, hidden, names.hidden)
     if nll_labels is None:
         return
-    check_integers(f"nll_{name}", nll_labels, hidden)
+    check_integers(f"nll_{name}", nll_labels, hidden, names.hidden)
     fits = nll_labels.dim() == 2 and nll_labels.shape[1] == labels.shape[1]
     if not fits or nll_labels.shape[0] not in (labels.shape[0], labels.shape[0] // 2):
         raise ValueError(
@@ -198,18 +199,18 @@ def check_labels(hidden: Tensor, labels: Tensor, nll_labels: Tensor | None, name
         )
 
 
-def check_integers(name: str, labels: Tensor, hidden: Tensor) -> None:
+def check_integers(name: str, labels: Tensor, hidden: Tensor, hidden_name: str = "hidden") -> None:
     """Refuse labels that are not int32 or int64, or live elsewhere than the hidden states."""
     _refuse_dtensor(name, labels, "pass full_tensor()")
     if labels.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} has to be int32 or int64, got {labels.dtype}")
-    check_device(name, labels, hidden)
+    check_device(name, labels, hidden, hidden_name)
 
 
-def check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
+def check_device(name: str, tensor: Tensor, hidden: Tensor, hidden_name: str = "hidden") -> None:
     """Refuse a tensor on another device than the hidden states."""
     if tensor.device != hidden.device:
-        raise ValueError(f"{name} is on {tensor.device}, but hidden is on {hidden.device}")
+        raise ValueError(f"{name} is on {tensor.device}, but {hidden_name} is on {hidden.device}")
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

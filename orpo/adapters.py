@@ -13,7 +13,7 @@ from torch import nn
 from transformers.utils import ADAPTER_CONFIG_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from orpo.hub import check_hub_name
+from orpo.hub import check_hub_name, hub_options
 from orpo.packages import require
 from orpo.setup import load_model, reading
 
@@ -33,7 +33,7 @@ def adapter_folder(name: str, **options: Any) -> Path | None:
     if Path(name).is_dir() or name.startswith((".", "/", "~")):
         return Path(name) if Path(name, ADAPTER_CONFIG_NAME).is_file() else None
     check_hub_name(name, cache_dir=options.get("cache_dir"))
-    hub = {key: options[key] for key in ("revision", "cache_dir", "token") if options.get(key) is not None}
+    hub = hub_options(options)
     if find_adapter_config_file(name, **hub) is None:
         return None
     return Path(snapshot_download(name, ignore_patterns=["*/*", "*.bin", "*.pt"], **hub))

@@ -15,6 +15,7 @@ from transformers.hf_argparser import string_to_bool
 
 from orpo.command import OneLineErrors
 from orpo.config import ORPOConfig, older_name
+from orpo.files import read_text
 from orpo.launch import launch_config
 from orpo.other_names import advice
 from orpo.packages import require
@@ -22,7 +23,6 @@ from orpo.recipes import describe_recipes
 from orpo.run_file import read_run_file
 from orpo.setup import load_tokenizer
 from orpo.sources import NoSuchSplit, load_pairs
-from orpo.text_file import read_text
 
 HELD_OUT = (
     "--eval_dataset_name FILE, or parts of the one data set: "

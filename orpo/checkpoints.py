@@ -15,11 +15,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from orpo.disk import DiskSpace, readable
-from orpo.guard import NonFiniteError, NonFiniteGuard, check_evaluation, check_weights
-from orpo.run_lock import run_lock
-from orpo.run_record import RECORD, compare_runs, describe_run, write_record
-from orpo.sharding import from_rank_0, fsdp_plugin
-from orpo.whole import (
+from orpo.find_checkpoint import (
     JIT_SIGN,
     checkpoint_folders,
     complete_checkpoints,
@@ -28,6 +24,10 @@ from orpo.whole import (
     last_number,
     way_back,
 )
+from orpo.guard import NonFiniteError, NonFiniteGuard, check_evaluation, check_weights
+from orpo.run_lock import run_lock
+from orpo.run_record import RECORD, compare_runs, describe_run, write_record
+from orpo.sharding import from_rank_0, fsdp_plugin
 
 # Begins with an underscore, since Trainer leaves such names out of what it uploads to the hub.
 INCOMPLETE = "_incomplete"

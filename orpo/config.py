@@ -194,21 +194,20 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
         }
 
     def _map_older_names(self) -> None:
-        for old, new, mapped in (
-            ("evaluation_strategy", "eval_strategy", lambda value: value),
-            ("warmup_ratio", "warmup_steps", lambda value: value),
-            ("no_cuda", "use_cpu", lambda value: value),
-            ("group_by_length", "train_sampling_strategy", lambda value: "group_by_length" if value else "random"),
-            (
-                "gradient_checkpointing_use_reentrant",
+        mapped = {
+            "evaluation_strategy": ("eval_strategy", self.evaluation_strategy),
+            "warmup_ratio": ("warmup_steps", self.warmup_ratio),
+            "no_cuda": ("use_cpu", self.no_cuda),
+            "group_by_length": ("train_sampling_strategy", "group_by_length" if self.group_by_length else "random"),
+            "gradient_checkpointing_use_reentrant": (
                 "activation_checkpointing_kwargs",
-                lambda value: {"use_reentrant": value},
+                {"use_reentrant": self.gradient_checkpointing_use_reentrant},
             ),
-        ):
-            value = getattr(self, old)
-            if value is not None:
-                self._warn(f"{old} is an older name: use {new}={mapped(value)!r}")
-                setattr(self, new, mapped(value))
+        }
+        for old, (new, value) in mapped.items():
+            if getattr(self, old) is not None:
+                self._warn(f"{old} is an older name: use {new}={value!r}")
+                setattr(self, new, value)
                 setattr(self, old, None)
         for old in ("label_pad_token_id", "overwrite_output_dir", "save_safetensors", "logging_dir"):
             if getattr(self, old) is not None:

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from orpo import __version__, conversations, formats, limits, unusable, written_out
+from orpo import __version__, conversations, formats, limits, special_tokens, unusable
 from orpo.formats import AS_THEY_ARE, PairText, check_columns, pair_text, skips_template
 from orpo.limits import Limits
 from orpo.pretokenized import checked
+from orpo.special_tokens import ALTERED, WrittenOut, describe_written, spare_marks, token_ids, without_marks
 from orpo.streams import ATTRIBUTE, DropCounter, summarize
 from orpo.unusable import EMPTY_ANSWER, EQUAL_ANSWERS, EQUAL_ONCE_CUT, REASONS, REFUSED, UnusableRow
-from orpo.written_out import ALTERED, WrittenOut, describe_written, spare_marks, token_ids, without_marks
 
 # Where a prepared data set keeps the report on it.
 SUMMARY = "orpo_summary"
@@ -40,7 +40,7 @@ def code_version() -> str:
     ``datasets`` looks up tokens that it has made before by the attributes of what made them: without this among them, a
     run would train on those that an older version of this package made.
     """
-    files = (__file__, *(part.__file__ for part in (conversations, formats, limits, unusable, written_out)))
+    files = (__file__, *(part.__file__ for part in (conversations, formats, limits, special_tokens, unusable)))
     return hashlib.sha256(__version__.encode() + b"".join(Path(f).read_bytes() for f in files)).hexdigest()
 
 
@@ -233,7 +233,7 @@ def prepare_dataset(
             :class:`orpo.streams.StreamReport` says when.
 
     Raises:
-        ValueError: `data` has no form that we know, or no row is left. Of a stream :func:`orpo.prepared.first_pair`
+        ValueError: `data` has no form that we know, or no row is left. Of a stream :func:`orpo.preview.first_pair`
             says so.
     """
     import datasets

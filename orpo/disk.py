@@ -1,9 +1,8 @@
-"""Whether a run can save what it will have trained, told before it trains."""
+"""Whether a run can save what it will have trained, and over what, told before it trains."""
 
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import tempfile
 import warnings
@@ -73,13 +72,6 @@ def check_writable(output_dir: str | Path) -> None:
             file.write(b"\0")
     except OSError as error:
         raise ValueError(f"output_dir {output_dir} cannot be written: {error.strerror}") from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Gives `path` the content `text` at once: a process that is killed leaves what was there before."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, "utf-8")
-    os.replace(part, path)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from orpo.batch import pair_batch, without_repeats
 from orpo.metrics import WeightedMeans
 from orpo.model import base_model
-from orpo.prepared import check_token_ids
+from orpo.preview import check_token_ids
 from orpo.setup import router_coefficient
 
 
@@ -74,7 +74,7 @@ class EvaluatingTrainer(Trainer):
         batch = inputs["orpo"] = without_repeats(pair_batch(inputs), self.accelerator)
         counts = batch.counts
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = self._run(model, inputs, counts[:2], logit_metrics=True)
+            outputs = self._run(model, inputs, counts, logit_metrics=True)
         loss = outputs.loss
         self._eval_means.add({"nll_loss": outputs.metrics.pop("nll_loss")}, counts.nll_tokens)
         if outputs.aux_loss is not None:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and JSON that any text can be written as."""
+"""Text files: read as UTF-8 or refused with the line, written whole or not at all; and JSON of any text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,29 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+
+
+def read_text(path: str | Path) -> str:
+    """The text of the file `path`, without a byte order mark.
+
+    Raises:
+        ValueError: it is not UTF-8; the message names the line.
+    """
+    data = Path(path).read_bytes()
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path} {not_utf8(line, error)}") from error
+
+
+def not_utf8(line: int, error: UnicodeDecodeError) -> str:
+    """What to say of a file whose line `line` could not be decoded."""
+    byte = error.object[error.start]
+    return (
+        f"is not UTF-8: line {line} has the byte 0x{byte:02x}; save it as UTF-8, for example with iconv -f latin1 -t "
+        "utf-8 (or -f cp1252, -f utf-16, as it was written)"
+    )
 
 
 def as_json(value: Any, **options: Any) -> str:

@@ -21,10 +21,9 @@ from typing import Any
 
 from orpo import judges
 from orpo.command import OneLineErrors, run_command
-from orpo.files import as_json, write_whole
+from orpo.files import as_json, read_text, write_whole
 from orpo.generation import Answer, Messages, generate, load
 from orpo.sources import load_pairs
-from orpo.text_file import read_text
 
 
 def read_prompts(name: str, split: str = "train") -> list[str | Messages]:

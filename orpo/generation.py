@@ -16,8 +16,8 @@ from orpo.adapters import adapter_folder, load_adapter
 from orpo.conversations import is_conversation, read_messages, render_messages
 from orpo.prompts import left_to_the_answer, prompt_tokens, trained_escaped, trained_plain
 from orpo.setup import find_device, load_model, load_tokenizer
+from orpo.special_tokens import ALTERED, WrittenOut, spare_marks, without_marks
 from orpo.unusable import UnusableRow
-from orpo.written_out import ALTERED, WrittenOut, spare_marks, without_marks
 
 Messages = list[dict[str, str]]
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, get_session, is_offline_mode
+
+
+def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the arguments of ``from_pretrained``, those that say which files are read and as whom the hub is asked."""
+    return {name: options[name] for name in ("revision", "token", "cache_dir") if options.get(name) is not None}
 
 
 def check_hub_name(name: str, kind: str = "model", *, cache_dir: str | Path | None = None) -> None:

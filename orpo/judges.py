@@ -30,9 +30,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orpo.files import as_json, write_whole
+from orpo.files import as_json, read_text, write_whole
 from orpo.generation import Messages, generate
-from orpo.text_file import read_text
 
 # Most tokens of an answer: FastChat's default; for AlpacaEval our choice, so long that answers end by themselves.
 MAX_NEW_TOKENS = {"alpacaeval": 2048, "mt-bench": 1024}

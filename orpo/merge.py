@@ -87,8 +87,16 @@ def merge_adapter(
 
 def is_merged(output: str | Path, adapter: str | Path, dtype: str | None) -> bool:
     """Whether :func:`merge_adapter` has saved this very adapter in `output`, in `dtype`."""
-    record = Path(output, RECORD)
-    return record.is_file() and _sources(adapter, dtype).items() <= json.loads(record.read_text("utf-8")).items()
+    return _sources(adapter, dtype).items() <= _read_record(output).items()
+
+
+def _read_record(output: str | Path) -> dict[str, Any]:
+    """What :func:`merge_adapter` left in `output`; empty where there is no such record, or a damaged one."""
+    try:
+        record = json.loads(Path(output, RECORD).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and isinstance(record.get("files"), list) else {}
 
 
 def _sources(adapter: str | Path, dtype: Any) -> dict[str, str]:
@@ -116,8 +124,7 @@ def check_output(output: str | Path, adapter: str | Path, base: str | None = Non
             raise ValueError(f"the merged model would overwrite its {what}: {output} is its folder, name another one")
     if not output.is_dir():
         return
-    record = output / RECORD
-    own = json.loads(record.read_text(encoding="utf-8"))["files"] if record.is_file() else []
+    own = _read_record(output).get("files", [])
     others = sorted(path.name for path in output.iterdir() if path.name not in own)
     if others:
         raise ValueError(

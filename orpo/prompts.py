@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from orpo.written_out import token_ids
+from orpo.special_tokens import token_ids
 
 # Among the tokenizer's own settings, so that it lies with every saved model: checkpoints, merged ones, on the hub.
 KEY = "orpo_prompts"
@@ -50,7 +50,7 @@ def prompt_tokens(text: str, tokenizer: Any, marks: str = "") -> list[int]:
 
     Training gives a prompt the tokens that it shares with prompt and answer together. A space at its end mostly goes to
     the answer's first word: after that space alone a model would have to continue what it never saw. What `marks`
-    enclose (:mod:`orpo.written_out`) becomes no special token.
+    enclose (:mod:`orpo.special_tokens`) becomes no special token.
     """
     ids = _ids(text, tokenizer, marks)
     if not text[-1:].isspace():

@@ -11,9 +11,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from transformers.hf_argparser import string_to_bool
 
+from orpo.files import read_text
 from orpo.other_names import advice
 from orpo.recipes import find_config
-from orpo.text_file import read_text
 
 # Of the command itself: in a file they would do nothing.
 LINE_ONLY = ("config", "help", "list_recipes", "print_config")

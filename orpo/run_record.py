@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from orpo.disk import write_whole
+from orpo.files import write_whole
 from orpo.manifest import describe_files, describes_files
 from orpo.sharding import fsdp_plugin
 

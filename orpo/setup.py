@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import ADAPTER_CONFIG_NAME
 
 from orpo.config import ORPOConfig
-from orpo.hub import check_hub_name
+from orpo.hub import check_hub_name, hub_options
 from orpo.model import attach_orpo_loss, base_model
 from orpo.packages import require
 
@@ -99,9 +99,7 @@ def check_model(name: str, *, trust_remote_code: bool = False, **options: Any) -
         kwargs["dtype"] = find_dtype(kwargs["dtype"])
     check_hub_name(name, cache_dir=options.get("cache_dir"))
     with reading(name, runs_code=trust_remote_code):
-        config = AutoConfig.from_pretrained(
-            name, revision=kwargs.get("revision"), trust_remote_code=kwargs["trust_remote_code"]
-        )
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub_options(kwargs))
     if config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; this loss is for decoder-only (causal) language models")
     auto = AutoModelForCausalLM
@@ -157,8 +155,13 @@ def _refuse_random_head(name: str, model: PreTrainedModel, missing: Collection[s
         )
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+def load_tokenizer(name: str, *, trust_remote_code: bool = False, **hub: Any) -> Any:
     """The tokenizer that belongs to the model called `name`; of an adapter that has none, its base model's.
+
+    Args:
+        name: a folder, or a name on the hub.
+        trust_remote_code: run Python code that comes with it.
+        hub: as :func:`orpo.hub.hub_options` gives them.
 
     Raises:
         ValueError: `name` is empty, a folder without a tokenizer, or neither a folder nor to be had from the hub.
@@ -169,12 +172,12 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str 
         adapter = Path(name, ADAPTER_CONFIG_NAME)
         if adapter.is_file():
             base = json.loads(adapter.read_text(encoding="utf-8"))
-            options = {"trust_remote_code": trust_remote_code, "revision": base.get("revision")}
+            options = {"trust_remote_code": trust_remote_code, **hub, "revision": base.get("revision")}
             return load_tokenizer(base.get("base_model_name_or_path") or "", **options)
         raise ValueError(f"{name} holds a model without its tokenizer: save it there with tokenizer.save_pretrained")
-    check_hub_name(name)
+    check_hub_name(name, cache_dir=hub.get("cache_dir"))
     with reading(name, runs_code=trust_remote_code):
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **hub_options(hub))
 
 
 def pad_token_id(args: ORPOConfig, tokenizer: Any, model: nn.Module | None = None) -> int:

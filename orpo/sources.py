@@ -141,9 +141,9 @@ def _as_text(builder: Any) -> dict[str, Any]:
 
 
 def _digest(path: Path) -> str:
-    """Of the content of a file, or of the names and content of all files in a folder."""
+    """Of the content of a file, or of the names and content of the files in a folder that hold rows."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+    for part in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and reader_for(p)):
         with part.open("rb") as file:
             content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
         digest.update(str(part.relative_to(path)).encode() + b"\0" + content)

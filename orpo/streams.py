@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from orpo.written_out import describe_written
+from orpo.special_tokens import describe_written
 
 ATTRIBUTE = "orpo_drop_counter"
 

@@ -19,18 +19,18 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers.utils import ADAPTER_CONFIG_NAME
 
+from orpo.adapters import adapter_folder
 from orpo.arguments import HELD_OUT, DataArguments, ModelArguments, parse
 from orpo.command import out_of_memory, run_command
 from orpo.config import ORPOConfig
 from orpo.disk import leaves_no_empty_folder, refuse_own_sources
+from orpo.find_checkpoint import complete_checkpoints
 from orpo.guard import check_evaluation
 from orpo.merge import check_output, merge_adapter
 from orpo.packages import require
 from orpo.run_lock import run_lock
 from orpo.trainer import ORPOTrainer
-from orpo.whole import complete_checkpoints
 
 
 class InterruptedRun(RuntimeError):
@@ -41,10 +41,11 @@ class InterruptedRun(RuntimeError):
 
 def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig) -> ORPOTrainer:
     """One run: loads, trains, evaluates, saves the model, its metrics, its state and its curves in ``output_dir``."""
-    goes_on = Path(model_args.model_name_or_path, ADAPTER_CONFIG_NAME).is_file()
-    if model_args.merge_adapter and not model_args.use_peft and not goes_on:
-        raise ValueError("merge_adapter is given without use_peft: there is no adapter to merge")
+    args.model_init_kwargs = {**model_args.init_kwargs(), **(args.model_init_kwargs or {})}
     if model_args.merge_adapter:
+        goes_on = adapter_folder(model_args.model_name_or_path, **args.model_init_kwargs) is not None
+        if not model_args.use_peft and not goes_on:
+            raise ValueError("merge_adapter is given without use_peft: there is no adapter to merge")
         # Said now, not when the adapter is trained.
         check_output(Path(args.output_dir) / "merged", args.output_dir, model_args.model_name_or_path)
     if args.max_steps <= 0 and args.num_train_epochs == 0:
@@ -59,7 +60,6 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig
     # adamw_torch_8bit and its like are torchao's.
     if "torch" not in optim and any(part in optim for part in ("paged", "bit", "bnb")):
         require("bitsandbytes", f"optim {optim}")
-    args.model_init_kwargs = {**model_args.init_kwargs(), **(args.model_init_kwargs or {})}
     trainer = ORPOTrainer(
         model=model_args.model_name_or_path,
         args=args,

@@ -22,11 +22,12 @@ from orpo.data import prepare_dataset
 from orpo.diagnose import gradient_norms, pair_statistics, refuse_cut_gradients
 from orpo.disk import check_writable
 from orpo.evaluation import EvaluatingTrainer, each_set
+from orpo.hub import hub_options
 from orpo.layout import make_layout
 from orpo.metrics import WeightedMeans
 from orpo.model import LossCall, base_model
 from orpo.overlap import report_overlap
-from orpo.prepared import check_token_ids, describe_example, first_pair
+from orpo.preview import check_token_ids, describe_example, first_pair
 from orpo.probe import check_fused_logps, choose_layout
 from orpo.prompts import boundary_note, remember_form
 from orpo.reports import ReportingTrainer
@@ -105,9 +106,7 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
         # The data before the weights, which may take minutes to load: a wrong column is known in a second.
         processing_class = tokenizer if processing_class is None else processing_class
         if processing_class is None:
-            processing_class = load_tokenizer(
-                name, trust_remote_code=args.trust_remote_code, revision=options.get("revision")
-            )
+            processing_class = load_tokenizer(name, trust_remote_code=args.trust_remote_code, **hub_options(options))
         text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
         remember_form(text_tokenizer, train_dataset, escape=args.escape_special_tokens)
         if args.should_log and (note := boundary_note(train_dataset, text_tokenizer)):
@@ -145,7 +144,7 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self._train_means, self._runaway = WeightedMeans(), RunawayLoss(args)
-        self._saw_gradient = self._counts = self._starved = False
+        self._saw_gradient = self._has_counted = self._starved = False
         if args.diagnose:
             # accelerate launch leaves args.fsdp and args.deepspeed empty.
             refuse_cut_gradients(self.is_fsdp_enabled or self.is_deepspeed_enabled)
@@ -194,7 +193,7 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
             orpo.sanity.NothingTrainsError: no parameter is trained, or every gradient of the first step is 0.
         """
         self._train_means, self._runaway = WeightedMeans(), RunawayLoss(self.args)
-        self._saw_gradient = self._counts = self._starved = False
+        self._saw_gradient = self._has_counted = self._starved = False
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._runaway.flush()
         refuse_no_step(self.state, self._starved)
@@ -236,9 +235,9 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
         if num_items_in_batch is None:
             parts = self.current_gradient_accumulation_steps * ranks
             num_items_in_batch = Counts(*(count * parts for count in batch.counts))
-        outputs = self._run(model, inputs, num_items_in_batch[:2], logit_metrics=True)
+        outputs = self._run(model, inputs, num_items_in_batch, logit_metrics=True)
         shares = Counts(*(own / max(all_, 1) for own, all_ in zip(batch.counts, num_items_in_batch, strict=True)))
-        self._counts = self._counts or any(num_items_in_batch[:2])
+        self._has_counted = self._has_counted or num_items_in_batch.nll_tokens > 0 or num_items_in_batch.pairs > 0
         self._train_means.add_part("nll_loss", outputs.metrics.pop("nll_loss"), shares.nll_tokens)
         self._train_means.add_batch(outputs.metrics, shares)
         if self.args.diagnose:
@@ -255,12 +254,12 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
         return (loss, outputs) if return_outputs else loss
 
     def _run(
-        self, model: nn.Module, inputs: dict[str, Any], counts: tuple[int, int], logit_metrics: bool, **settings: Any
+        self, model: nn.Module, inputs: dict[str, Any], counts: Counts, logit_metrics: bool, **settings: Any
     ) -> Any:
-        """The model's forward with the loss of `inputs`, its means taken over `counts` NLL tokens and pairs."""
+        """The model's forward with the loss of `inputs`, its means taken over the NLL tokens and pairs of `counts`."""
         rows = inputs["orpo"].to(self.args.device).rows
         # A batch may lack what a mean is over; its sum is 0 then, whatever it is divided by.
-        counted = {"num_nll_tokens": max(counts[0], 1), "num_pairs": max(counts[1], 1)}
+        counted = {"num_nll_tokens": max(counts.nll_tokens, 1), "num_pairs": max(counts.pairs, 1)}
         call = LossCall(rows, {**counted, **self.args.loss_settings(), **settings}, logit_metrics)
         return model(**{name: value for name, value in inputs.items() if name != "orpo"}, orpo=call)
 
@@ -273,7 +272,7 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
 
         def loss_of(nll: float, odds_ratio: float) -> Tensor:
             weights = {"nll_weight": nll * self.args.nll_weight, "beta": odds_ratio * self.args.beta}
-            return self._run(plain, inputs, batch.counts[:2], False, **weights).loss
+            return self._run(plain, inputs, batch.counts, False, **weights).loss
 
         self._train_means.add(gradient_norms(plain, loss_of), 1.0)
 
@@ -289,12 +288,12 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Any:
         """``Trainer``'s, and the last point before the update: the step is checked here."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        # A loss scaler overflows on purpose, and then skips the update.
-        scaled = self.accelerator.scaler is not None
+        # A loss scaler, accelerate's or DeepSpeed's own, overflows on purpose, and then skips the update.
+        scaled = self.accelerator.mixed_precision == "fp16"
         self._guard.end_step(self.state.global_step + 1, None if scaled else grad_norm)
         self._runaway.end_step(self.state.global_step + 1)
         # A step in which nothing counts has no gradient either.
-        if self._counts and not self._saw_gradient:
+        if self._has_counted and not self._saw_gradient:
             refuse_no_gradient(grad_norm, self.args)
             self._saw_gradient = True
         return grad_norm

@@ -202,7 +202,7 @@ TRAINING = [
         ),
     ),
     *_in(
-        "whole.py",
+        "find_checkpoint.py",
         "test_checkpoints.py",
         (
             "checkpoints: an interrupted save is whole",

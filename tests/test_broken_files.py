@@ -17,7 +17,7 @@ from orpo.generate import read_prompts
 from orpo.generation import load
 from orpo.judges import read_questions
 from orpo.merge import merge_adapter
-from orpo.prepared import first_pair
+from orpo.preview import first_pair
 from orpo.setup import load_model, load_tokenizer
 from orpo.sources import load_pairs
 

@@ -10,12 +10,13 @@ import peft
 import pytest
 import torch
 from run_checkpoints import KILLED, start
-from tiny import SEVEN, make_model
-from trainers import logged, make_trainer
+from tiny import SEVEN, make_model, make_tokenizer
+from trainers import logged, make_args, make_trainer
 from transformers import AutoModelForCausalLM
 
+from orpo import ORPOTrainer
 from orpo.disk import check_writable, checkpoint_bytes
-from orpo.whole import complete_checkpoints
+from orpo.find_checkpoint import complete_checkpoints
 
 SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 WAYS = {
@@ -258,3 +259,23 @@ def test_a_save_that_fails_leaves_nothing_of_itself(tmp_path, monkeypatch):
     assert "checkpoint-2 could not be saved" in caught.value.__notes__[0]
     assert "there is none before it" in caught.value.__notes__[0]
     assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_an_adapter_goes_on_where_its_base_lies_elsewhere_now(tmp_path):
+    for folder in ("base", "moved"):
+        make_model("llama").save_pretrained(tmp_path / folder)
+        make_tokenizer().save_pretrained(tmp_path / folder)
+    adapter = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    for folder, steps in (("base", 2), ("moved", 4)):
+        args = make_args(tmp_path / "out", **{**SAVING, "max_steps": steps, "lr_scheduler_type": "constant"})
+        trainer = ORPOTrainer(str(tmp_path / folder), args, train_dataset=SEVEN, peft_config=adapter)
+        trainer.train("auto")
+    assert trainer.state.global_step == 4
+
+
+def test_what_an_older_save_of_the_same_step_has_left_is_no_part_of_the_next(tmp_path):
+    part = tmp_path / "_incomplete" / "checkpoint-2"
+    part.mkdir(parents=True)
+    (part / "optimizer-of-before.pt").write_text("half of it")
+    make_trainer(tmp_path, **SAVING).train()
+    assert not list(tmp_path.rglob("optimizer-of-before.pt"))

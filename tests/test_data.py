@@ -11,7 +11,7 @@ from tiny import CHATML, NO_END, SEVEN, make_tokenizer
 
 from orpo.data import Limits, PairTokenizer, as_dataset, code_version, prepare_dataset
 from orpo.layout import PaddedLayout
-from orpo.prepared import check_token_ids, describe_example, first_pair
+from orpo.preview import check_token_ids, describe_example, first_pair
 from orpo.sources import load_pairs
 
 UNLIMITED = Limits(max_length=None)

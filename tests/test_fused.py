@@ -10,6 +10,7 @@ from orpo_kernels.head import STRIP_BYTES, strip_width, strips
 from orpo_kernels.rows import Rows
 from orpo_kernels.settings import LossSettings
 from problems import make_problem, relative_error
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from orpo import orpo_loss, orpo_loss_from_rows, token_logprobs
@@ -227,15 +228,22 @@ def test_an_undefined_upstream_gradient_gives_none(backend, budget, needs, kerne
     assert (problem.hidden.grad == 1).all() and problem.weight.grad is None
 
 
-def test_forward_mode_is_refused():
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+def test_forward_mode_is_refused(compiled):
     problem = make_problem()
     functions = (
         lambda hidden: orpo_loss(hidden, problem.weight, problem.labels).loss,
         lambda hidden: token_logprobs(hidden[0], problem.weight, torch.zeros(17, dtype=torch.int64)).sum(),
     )
     for function in functions:
+        if compiled:
+            function = torch.compile(function, backend="aot_eager")
+            # A graph that was made without tangents must not be given some.
+            function(problem.hidden)
         with pytest.raises(NotImplementedError, match="hidden carries a tangent"):
             torch.func.jvp(function, (problem.hidden,), (torch.ones_like(problem.hidden),))
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="hidden carries a tangent"):
+            function(forward_ad.make_dual(problem.hidden, torch.ones_like(problem.hidden)))
 
 
 @backends

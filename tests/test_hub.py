@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import datasets
 import pytest
 from huggingface_hub import constants
+from tiny import SEVEN, make_model, make_tokenizer
+from trainers import make_args
 
-from orpo import hub
+from orpo import ORPOTrainer, hub
 from orpo.setup import load_model, load_tokenizer
 from orpo.sources import load_pairs
 
@@ -76,3 +78,16 @@ def test_any_other_failure_is_the_hubs_to_tell(asked, monkeypatch):
     for answer in (head, lambda url, timeout: SimpleNamespace(status_code=503)):
         monkeypatch.setattr(hub, "get_session", lambda answer=answer: SimpleNamespace(head=answer))
         hub.check_hub_name("someone/base")
+
+
+def test_the_folder_of_the_hubs_files_is_asked_for_configuration_and_tokenizer_too(tmp_path, monkeypatch):
+    """Offline, a model that lies in cache_dir alone loads whole: it was refused before its weights were read."""
+    snapshot = tmp_path / "hub" / "models--someone--tiny" / "snapshots" / ("0" * 40)
+    (tmp_path / "hub" / "models--someone--tiny" / "refs").mkdir(parents=True)
+    (tmp_path / "hub" / "models--someone--tiny" / "refs" / "main").write_text("0" * 40)
+    make_model("llama").save_pretrained(snapshot)
+    make_tokenizer().save_pretrained(snapshot)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    args = make_args(tmp_path / "out", model_init_kwargs={"cache_dir": str(tmp_path / "hub")})
+    trainer = ORPOTrainer("someone/tiny", args, train_dataset=SEVEN)
+    assert trainer.processing_class.get_vocab() == make_tokenizer().get_vocab()

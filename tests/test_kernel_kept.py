@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from orpo_kernels import fused, schedule
+from orpo_kernels import fused, schedule, triton_backend
+from orpo_kernels.head import Head
 from orpo_kernels.kept import TILE, Kept, kept_columns, row_tiles
 from orpo_kernels.settings import LossSettings
 from problems import make_problem, relative_error
@@ -95,6 +96,17 @@ def test_logits_far_above_their_softcap(dtype, backend, budget, kernel_device):
     found = frozen_head_gradient(x, weight, backend=backend, logits_budget=budget)
     # The rows of the head are nearly the same, and their weighted sum what is left of them.
     assert relative_error(found, exact) < 50 * tolerance
+
+
+@pytest.mark.kernels
+def test_a_target_that_rounds_beyond_its_softcap_keeps_its_sign(kernel_device):
+    """logp + lse is the target's logit but for rounding, and 1 - (z / c)^2 of one above c is negative."""
+    kept = Kept(TILE, *(torch.zeros(n, device=kernel_device) for n in (TILE, 1)))
+    head = Head(torch.zeros(TILE, 2, device=kernel_device), softcap=30.0)
+    logp_N, lse_2N = (torch.tensor(v, device=kernel_device) for v in ([-1.0], [[30.0], [1.00001]]))
+    targets_N = torch.tensor([5], device=kernel_device)
+    g_NW, _ = triton_backend.kept_grad(kept, targets_N, logp_N, lse_2N, head, 0, TILE)
+    assert g_NW[0, 5] == 0 and not g_NW.any()
 
 
 @pytest.mark.kernels

@@ -71,6 +71,8 @@ def test_labels_name_the_argument_that_holds_the_token():
         liger(problem.weight, problem.hidden, torch.zeros_like(target), nll_target=target)
     with pytest.raises(ValueError, match=r"^lin_weight of shape \(203, 23\) does not fit _input"):
         liger(problem.weight[:, 1:], problem.hidden, target)
+    with pytest.raises(ValueError, match=r"^target is on meta, but _input is on cpu"):
+        liger(problem.weight, problem.hidden, target.to("meta"))
 
 
 def test_labels_that_are_spread_over_ranks():

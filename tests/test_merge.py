@@ -122,6 +122,9 @@ def test_nothing_but_an_earlier_merge_is_replaced(tmp_path):
     (tmp_path / "merged" / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"merged is not empty, and no earlier merge wrote mine\.txt"):
         merge_adapter(adapter, tmp_path / "merged")
+    (tmp_path / "merged" / "orpo_merge.json").write_text('{"files": 3')
+    with pytest.raises(ValueError, match="merged is not empty, and no earlier merge wrote"):
+        merge_adapter(adapter, tmp_path / "merged")
 
 
 def test_a_base_of_pickled_weights_is_refused_as_in_training(tmp_path):

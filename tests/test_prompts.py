@@ -11,7 +11,7 @@ from orpo.data import Limits, prepare_dataset
 from orpo.generate import main
 from orpo.generation import generate, load
 from orpo.merge import merge_adapter
-from orpo.prompts import prompt_tokens
+from orpo.prompts import boundary_note, prompt_tokens
 
 TURNS = [
     {side: [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}] for side in row}
@@ -124,3 +124,13 @@ def test_the_prompts_file_is_not_written_over(tmp_path, capsys):
                 main(["nowhere", "--prompts", str(path), "--output", str(output), *form])
             assert "is the file of --prompts" in capsys.readouterr().err
     assert json.loads(path.read_text()) == {"prompt": "hello"}
+
+
+def test_the_note_on_a_prompts_end_is_for_strings_alone():
+    """A chat template decides where the prompt of messages ends."""
+    tokenizer = make_tokenizer()
+    row = {"prompt": "Which is the best programming language? ", "chosen": "Python", "rejected": "Java"}
+    assert "the first prompt ends in ' '" in boundary_note([row], tokenizer)
+    messages = {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
+    assert boundary_note([row | messages], tokenizer) is None
+    assert boundary_note([row | {"prompt": "Which one?"}], tokenizer) is None

@@ -127,3 +127,13 @@ def test_a_run_that_is_refused_removes_nothing(tmp_path):
     with pytest.raises(ValueError, match="beta was"):
         make_trainer(tmp_path, **SAVING, beta=0.5).train("auto")
     assert part.is_dir()
+
+
+def test_a_process_that_cannot_be_seen_holds_its_own_lock_twice(tmp_path, monkeypatch):
+    """Where /proc is missing: a command holds the lock around the trainer's own."""
+    monkeypatch.setattr("orpo.run_lock._started", lambda pid: None)
+    with run_lock(tmp_path, PartialState()):
+        with run_lock(tmp_path, PartialState()):
+            assert (tmp_path / LOCK).is_file()
+        assert (tmp_path / LOCK).is_file()
+    assert not (tmp_path / LOCK).exists()

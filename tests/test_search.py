@@ -65,3 +65,6 @@ def test_a_search_trains_each_trial_with_its_own_settings_and_saves_it(optuna, t
     for i, rate in enumerate((1e-3, 1e-2)):
         record = json.loads((tmp_path / f"run-{i}/checkpoint-2/orpo_run.json").read_text())
         assert record["run"]["learning_rate"] == rate
+    # The search leaves no model behind; the best settings are trained with as its documentation says.
+    trainer.args.learning_rate = best.hyperparameters["learning_rate"]
+    assert trainer.train().global_step == 2

@@ -129,3 +129,6 @@ def test_an_adapter_of_the_hub(adapter, tmp_path, monkeypatch):
     args = make_args(tmp_path / "out", model_init_kwargs={"cache_dir": str(tmp_path / "hub")})
     trainer = ORPOTrainer("someone/adapter", args, train_dataset=SEVEN)
     assert torch.allclose(logits(trainer.model), logits(adapted(adapter)), atol=1e-6)
+    line = f"--model_name_or_path someone/adapter --dataset_name nowhere.jsonl --output_dir {tmp_path / 'new'}"
+    with pytest.raises(ValueError, match="there is no file or folder nowhere"):
+        train.main(f"{line} --merge_adapter".split())

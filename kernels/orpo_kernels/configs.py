@@ -93,7 +93,7 @@ class MatmulConfig:
         shared = self.num_stages * (self.block_n + self.block_v) * self.block_d * element_bytes
         threads = self.num_warps * (64 if chip.is_amd else 32)
         sums = self.block_n * self.block_v // threads
-        # What does not fit where exponentials are kept is known with and without a softcap.
+        # `spills_keeping` counts the heads with a softcap in.
         of_this_call = self.spills_keeping if keeps else self.spills_capped if softcap else ()
         spills = not chip.is_amd and chip.major in (*self.spills_on, *of_this_call)
         known = not self.descriptors or (chip.major >= 9 and not chip.is_amd)
@@ -147,7 +147,7 @@ _FLOAT32 = (
 _UNALIGNED = (MatmulConfig(64, 64, 32, num_warps=8, num_stages=2),)
 _UNALIGNED_FLOAT32 = (
     MatmulConfig(32, 64, 16, num_warps=8, num_stages=2, spills_keeping=(9, 12)),
-    # No pointers of a next tile, so that exponentials can be stored on sm_90 and, of a softcap, on sm_120.
+    # No pointers of a next tile, so that exponentials can be stored on sm_90, and on sm_120 under a softcap.
     MatmulConfig(32, 64, 16, num_warps=8, num_stages=1, spills_on=(10,)),
 )
 # 64 KB for executing compiled kernels on a CPU, where time goes with the number of threads.
@@ -160,7 +160,7 @@ def matmul_configs(
 ) -> tuple[MatmulConfig, ...]:
     """Tiles of the kernels with a matmul that fit a chip; the first is taken where nothing may be timed.
 
-    `keeps`: of stage 1 where it stores exponentials, or would if a gradient were wanted; `softcap`: of such a head.
+    `keeps`: of stage 1 where it stores exponentials, or would if a gradient were wanted; `softcap`: the head has one.
     """
     if not aligned:
         configs = _UNALIGNED_FLOAT32 if dtype == torch.float32 else _UNALIGNED

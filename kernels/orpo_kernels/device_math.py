@@ -57,7 +57,8 @@ def tanh(u):
 def tanh_and_slope(u):
     """`tanh`, and its slope with relative precision anywhere: 1 - tanh^2 would be what rounding leaves of 1 - 1.
 
-    By one reciprocal, with which this fits stage 3's registers, and `tanh` alone would not fit those of stage 1.
+    One reciprocal serves both: with two divisions stage 3 spills registers. `tanh` divides, since with a reciprocal
+    stage 1 spills.
     """
     a = -2.0 * tl.abs(u)
     e = expm1(a)

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import schedule
 from .form import load_form
-from .head import Gradients, Head, Needs
+from .head import Gradients, Needs
 from .kept import Kept, buffers, clear_padding, kept_columns
 from .matmul import accumulation_dtype, matmul, operator_body, saved_dtype, widened_matmul
 from .rows import Rows, check_rows
@@ -104,7 +104,7 @@ def linear_orpo(
 ) -> list[Tensor]:
     """`Output`; rows are the five arrays of `Rows`, numbers `LossSettings.numbers`, source as `check_rows` has it."""
     settings, wants = Numbers.read(numbers), Needs(*needs)
-    head = Head(weight_VD, bias_V, settings.logit_scale, settings.logit_softcap)
+    head = settings.head(weight_VD, bias_V)
     # Contiguous: kernels step through them one element after the other.
     rows = Rows(*(t.contiguous() for t in rows), pairs, all_count)
     check_rows(rows, hidden_RD.shape[0], weight_VD.shape[0], source)
@@ -207,8 +207,7 @@ def linear_orpo_backward(
         # Out of place: with retain_graph the same saved gradients are scaled again.
         pairs = zip(finished, (hidden_RD, weight_VD, bias_V), needs, strict=True)
         return [(t * grad_loss).to(like.dtype) if wanted else torch.empty_like(t) for t, like, wanted in pairs]
-    settings = Numbers.read(numbers)
-    head = Head(weight_VD, bias_V, settings.logit_scale, settings.logit_softcap)
+    head = Numbers.read(numbers).head(weight_VD, bias_V)
     x_ND, coef_N, targets_N = hidden_RD[rows_N], coef_N * grad_loss, targets_N.contiguous()
     columns = kept_columns(x_ND.shape[0], weight_VD.shape[0], maxima.shape[0])
     be = load_form(backend, x_ND, targets_N, head, strip_bytes, columns)

@@ -188,18 +188,17 @@ def logit_grad(
     assert x_ND.is_contiguous() and targets_N.is_contiguous() and x_ND.dtype == head.weight_VD.dtype
     assert lse_2N.is_contiguous()
     g_NW = x_ND.new_empty((x_ND.shape[0], head.weight_VD.shape[0]))
-    inputs = (x_ND, targets_N, lse_2N, target_grad_N, row_scale_N)
-    # Of lse_2N the second half is read N elements after the first.
-    few = (
-        x_ND[:TIMED_ROWS],
-        targets_N[:TIMED_ROWS],
-        lse_2N[:, :TIMED_ROWS].contiguous(),
-        target_grad_N[:TIMED_ROWS],
-        None if row_scale_N is None else row_scale_N[:TIMED_ROWS],
-    )
     candidates = configs.matmul_candidates(x_ND, head.weight_VD, softcap=head.softcap is not None)
-    config = configs.fastest("logit_grad", candidates, x_ND, head, lambda c: _logit_grad(*few, head, g_NW, c))
-    _logit_grad(*inputs, head, g_NW, config)
+
+    def launch(config: configs.MatmulConfig) -> None:
+        few_scales = None if row_scale_N is None else row_scale_N[:TIMED_ROWS]
+        # A copy, since the second half is read N elements after the first.
+        few_lse_2N = lse_2N[:, :TIMED_ROWS].contiguous()
+        few = x_ND[:TIMED_ROWS], targets_N[:TIMED_ROWS], few_lse_2N, target_grad_N[:TIMED_ROWS], few_scales
+        _logit_grad(*few, head, g_NW, config)
+
+    config = configs.fastest("logit_grad", candidates, x_ND, head, launch)
+    _logit_grad(x_ND, targets_N, lse_2N, target_grad_N, row_scale_N, head, g_NW, config)
     return g_NW
 
 

@@ -13,16 +13,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import schedule
 from .form import load_form
-from .head import Head, Needs
+from .head import Needs
 from .kept import Kept, buffers, clear_padding, kept_columns
 from .matmul import accumulation_dtype, operator_body
 from .rows import check_targets
 from .settings import Numbers
-
-
-def _head(weight_VD: Tensor, bias_V: Tensor | None, numbers: Tensor) -> Head:
-    settings = Numbers.read(numbers)
-    return Head(weight_VD, bias_V, settings.logit_scale, settings.logit_softcap)
 
 
 @torch.library.custom_op("orpo::linear_logprobs", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
@@ -44,7 +39,7 @@ def linear_logprobs(
     the exponentials that are kept (exps and maxima, kept.py)."""
     check_targets(targets_N, weight_VD.shape[0], "targets")
     targets_N = targets_N.contiguous()
-    head, wants = _head(weight_VD, bias_V, numbers), Needs(*needs)
+    head, wants = Numbers.read(numbers).head(weight_VD, bias_V), Needs(*needs)
     keep = schedule.keeping(x_ND, weight_VD, logits_budget, backend, head_frozen)
     be = load_form(backend, x_ND, targets_N, head, strip_bytes, keep.columns)
     dtype = torch.promote_types(x_ND.dtype, weight_VD.dtype)
@@ -94,12 +89,11 @@ def linear_logprobs_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dX_ND, dW_VD, db_V (empty where not wanted) for upstream gradients grad_N of logp_N."""
-    wants = Needs(*needs)
+    head, wants = Numbers.read(numbers).head(weight_VD, bias_V), Needs(*needs)
     if not wants.head:
-        scale = Numbers.read(numbers).logit_scale
-        dx_ND = (u_ND * (scale * grad_N[:, None])).to(x_ND.dtype)
+        dx_ND = (u_ND * (head.scale * grad_N[:, None])).to(x_ND.dtype)
         return dx_ND, logp_N.new_empty(0), logp_N.new_empty(0)
-    head, targets_N = _head(weight_VD, bias_V, numbers), targets_N.contiguous()
+    targets_N = targets_N.contiguous()
     columns = kept_columns(x_ND.shape[0], weight_VD.shape[0], maxima.shape[0])
     grads = schedule.backward_by_strips(
         load_form(backend, x_ND, targets_N, head, strip_bytes, columns),

@@ -112,8 +112,8 @@ def _predicted(labels: Tensor, ignore_index: int, shift: bool) -> Tensor:
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
 
 
-# What a caller knows the arrays of rows by, and the weight: for the messages about what they hold.
-_LABELS = {"labels": "lm_head_weight", "target": "lin_weight", "targets": "weight", "rows": "lm_head_weight"}
+# The name of the weight beside each argument that tokens come from, for the messages.
+_WEIGHTS = {"labels": "lm_head_weight", "target": "lin_weight", "targets": "weight", "rows": "lm_head_weight"}
 
 
 def check_rows(rows: Rows, hidden_rows: int, vocabulary: int, source: str) -> None:
@@ -141,7 +141,7 @@ def check_targets(targets_N: Tensor, vocabulary: int, source: str, in_response_N
         return
     low, high = targets_N.aminmax()
     good, name = (low >= 0) & (high < vocabulary), "rows.targets_N" if source == "rows" else source
-    limit = f"but {_LABELS[source]} has {vocabulary} rows"
+    limit = f"but {_WEIGHTS[source]} has {vocabulary} rows"
     if not good.is_cpu:
         _refuse(good, f"{name} holds a token outside the vocabulary, {limit}")
     elif not good:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .head import Head
+
 
 @dataclass(frozen=True)
 class LossSettings:
@@ -98,3 +100,7 @@ class Numbers:
     def read(cls, numbers: Tensor) -> Numbers:
         beta, nll_weight, tokens, pairs, scale, softcap = numbers.tolist()
         return cls(beta, nll_weight, tokens or None, pairs or None, scale, softcap or None)
+
+    def head(self, weight_VD: Tensor, bias_V: Tensor | None) -> Head:
+        """The head with this scale and softcap."""
+        return Head(weight_VD, bias_V, self.logit_scale, self.logit_softcap)

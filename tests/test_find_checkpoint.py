@@ -1,4 +1,4 @@
-"""orpo.whole and orpo.manifest: damaged checkpoints, records of other versions, clocks that are set back."""
+"""orpo.find_checkpoint and orpo.manifest: damaged checkpoints, records of other versions, clocks that are set back."""
 
 import json
 import re
@@ -13,8 +13,8 @@ from trainers import make_trainer
 
 import orpo.run_record
 from orpo.checkpoints import complete_checkpoints
+from orpo.find_checkpoint import find_checkpoint
 from orpo.manifest import describe_files
-from orpo.whole import find_checkpoint
 
 SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 

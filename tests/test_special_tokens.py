@@ -1,4 +1,4 @@
-"""orpo.written_out: special tokens in the rows' own text are counted, and stay text where that is asked."""
+"""orpo.special_tokens: special tokens in the rows' own text are counted, and stay text where that is asked."""
 
 import datasets
 import pytest
