@@ -47,8 +47,8 @@ def float_counts(trainer, seen):
 
     def forward(self, *args, counts=None, orpo=None, **kwargs):
         if counts is not None:
-            tokens, pairs = counts.tolist()
-            seen["counts"].append((tokens, pairs))
+            tokens, pairs, *rows = counts.tolist()
+            seen["counts"].append((tokens, pairs, *rows))
             orpo = replace(orpo, settings={**orpo.settings, "num_nll_tokens": tokens, "num_pairs": pairs})
         return plain(*args, orpo=orpo, **kwargs)
 
