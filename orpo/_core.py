@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 from orpo_kernels import reference
-from orpo_kernels.backends import choose_backend, resolve_budget, resolve_strip
 from orpo_kernels.head import Head
 from orpo_kernels.matmul import mean_rows
+from orpo_kernels.plan import choose_backend
 from orpo_kernels.rows import Rows, without_others
 from orpo_kernels.settings import LossSettings
 from torch import Tensor
@@ -106,8 +106,6 @@ def run_orpo(
     # training's way.
     head_frozen = is_frozen(weight, bias)
     hidden, weight, bias = autocast(hidden, weight, bias)
-    place = hidden.device.type, hidden.dtype, weight.dtype
-    backend = choose_backend(settings.backend, *place)
     hidden_RD = hidden.reshape(-1, hidden.shape[-1])
     out = fused.Output(
         *fused.linear_orpo(
@@ -119,9 +117,9 @@ def run_orpo(
             pairs=rows.pairs,
             source=source,
             all_count=rows.all_count,
-            logits_budget=resolve_budget(settings.logits_budget, backend, *place, weight.shape[0], head_frozen),
-            strip_bytes=resolve_strip(settings.strip_bytes, place[0]),
-            backend=backend,
+            logits_budget=settings.logits_budget,
+            strip_bytes=settings.strip_bytes,
+            backend=choose_backend(settings.backend, hidden.device.type, hidden.dtype, weight.dtype),
             needs=wanted_gradients(hidden, weight, bias),
             head_frozen=head_frozen,
         )
@@ -138,6 +136,20 @@ def run_orpo(
         _mean_hidden=out.mean_hidden_2D.detach(),
         _head=Head(weight, bias, settings.logit_scale, settings.logit_softcap),
     )
+
+
+def check_row_arrays(rows: Rows, hidden: Tensor) -> None:
+    """Refuse arrays of a caller's `Rows` that do not fit one another, or live elsewhere than the hidden states."""
+    # Not by a set: torch.compile would make a graph for each number of rows.
+    if rows.rows_N.dim() != 1 or any(array.shape != rows.rows_N.shape for array in rows.arrays):
+        raise ValueError(f"rows holds arrays of different shapes: {[tuple(array.shape) for array in rows.arrays]}")
+    if rows.pairs < 1:
+        raise ValueError(f"rows.pairs has to be at least 1, got {rows.pairs}")
+    names = "rows_N", "targets_N", "sequence_N", "in_response_N", "in_nll_N"
+    for name, array, dtype in zip(names, rows.arrays, (torch.int64,) * 3 + (torch.bool,) * 2, strict=True):
+        if array.dtype != dtype:
+            raise ValueError(f"rows.{name} has to be {dtype}, got {array.dtype}")
+        check_device(f"rows.{name}", array, hidden)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, names: Names = Names()) -> None:

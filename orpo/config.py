@@ -6,7 +6,8 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from orpo_kernels.backends import NAMES as BACKENDS
+from orpo_kernels.plan import BACKENDS
+from orpo_kernels.settings import LossSettings
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
@@ -114,9 +115,7 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
     diagnose: bool = _setting(
         False, "Log, for a run that is stable but flat, the gradient norm of each term, delta(d) and separated pairs."
     )
-    loss_backend: str | None = _setting(
-        None, "torch, triton, or one form of triton's stages: triton-fused, triton-strip. Default: by device."
-    )
+    loss_backend: str | None = _setting(None, "torch or triton. Default: by device.")
     model_init_kwargs: dict | str | None = _setting(None, "Arguments of from_pretrained.")  # noqa: RUF009
     trust_remote_code: bool = _setting(False, "Run Python code that comes with a model.")
     dataset_num_proc: int | None = _setting(None, "Processes that tokenize.")
@@ -183,15 +182,15 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
         """Which tokens of the chosen sequence the NLL scores."""
         return NLLSpan(self.nll_span == "prompt_and_chosen", None if self.nll_scores_eos else eos_token_id)
 
-    def loss_settings(self) -> dict[str, Any]:
-        """Keyword arguments of ``orpo_loss_from_rows`` that hold for the whole run."""
-        return {
-            "beta": self.beta,
-            "nll_weight": self.nll_weight,
-            "logits_budget": self.logits_budget,
-            "strip_bytes": self.strip_bytes,
-            "backend": self.loss_backend,
-        }
+    def loss_settings(self) -> LossSettings:
+        """Of the loss, as far as they hold for the whole run."""
+        return LossSettings(
+            beta=self.beta,
+            nll_weight=self.nll_weight,
+            logits_budget=self.logits_budget,
+            strip_bytes=self.strip_bytes,
+            backend=self.loss_backend,
+        )
 
     def _map_older_names(self) -> None:
         mapped = {

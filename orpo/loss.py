@@ -5,8 +5,7 @@ Letters: P pairs, T positions, D hidden size, V vocabulary, N rows; equations ar
 
 from __future__ import annotations
 
-import torch
-from orpo_kernels.backends import LOGITS_BUDGET, choose_backend, resolve_strip
+from orpo_kernels.plan import choose_backend
 from orpo_kernels.rows import Rows, rows_from_labels
 from orpo_kernels.settings import LossSettings
 from torch import Tensor
@@ -15,10 +14,10 @@ from ._core import (
     Names,
     ORPOOutput,
     autocast,
-    check_device,
     check_head,
     check_integers,
     check_labels,
+    check_row_arrays,
     is_frozen,
     run_orpo,
     wanted_gradients,
@@ -89,8 +88,7 @@ def orpo_loss(
         strip_bytes: size of one vocabulary strip of recomputed logits. Default: 128 MiB on accelerators, 32 MiB on CPU,
             where a wider one is no faster.
         backend: "triton", "torch", or None: torch on CPU tensors, in float64 and where triton is not installed, Triton
-            elsewhere. "triton-fused" and "triton-strip" force one form of its kernels; otherwise the faster one is
-            found by timing (`orpo_kernels.form`).
+            elsewhere.
 
     Returns:
         ORPOOutput; `loss` is differentiable by hidden, lm_head_weight and lm_head_bias, once.
@@ -140,16 +138,7 @@ def orpo_loss_from_rows(
 
     The other arguments, the result and the errors are those of `orpo_loss`.
     """
-    # Not by a set: torch.compile would make a graph for each number of rows.
-    if rows.rows_N.dim() != 1 or any(array.shape != rows.rows_N.shape for array in rows.arrays):
-        raise ValueError(f"rows holds arrays of different shapes: {[tuple(array.shape) for array in rows.arrays]}")
-    if rows.pairs < 1:
-        raise ValueError(f"rows.pairs has to be at least 1, got {rows.pairs}")
-    names = "rows_N", "targets_N", "sequence_N", "in_response_N", "in_nll_N"
-    for name, array, dtype in zip(names, rows.arrays, (torch.int64,) * 3 + (torch.bool,) * 2, strict=True):
-        if array.dtype != dtype:
-            raise ValueError(f"rows.{name} has to be {dtype}, got {array.dtype}")
-        check_device(f"rows.{name}", array, hidden)
+    check_row_arrays(rows, hidden)
     settings = LossSettings(
         beta=beta,
         nll_weight=nll_weight,
@@ -213,17 +202,14 @@ def token_logprobs(
     check_head(hidden, weight, bias, Names(weight="weight", bias="bias"))
     head_frozen = is_frozen(weight, bias)
     hidden, weight, bias = autocast(hidden, weight, bias)
-    budget = settings.logits_budget
-    if budget is None:
-        budget = LOGITS_BUDGET if head_frozen else 0
     logp, *_ = linear_logprobs(
         hidden,
         weight,
         bias,
         targets.long(),
         settings.numbers(),
-        logits_budget=budget,
-        strip_bytes=resolve_strip(settings.strip_bytes, hidden.device.type),
+        logits_budget=settings.logits_budget,
+        strip_bytes=settings.strip_bytes,
         backend=choose_backend(settings.backend, hidden.device.type, hidden.dtype, weight.dtype),
         needs=wanted_gradients(hidden, weight, bias),
         head_frozen=head_frozen,

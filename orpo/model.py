@@ -12,35 +12,36 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from orpo_kernels.rows import Rows
+from orpo_kernels.settings import LossSettings
 from torch import Tensor, nn
 from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.utils import ModelOutput
 
+from orpo._core import check_row_arrays, run_orpo
 from orpo.attention import SharedPrefixMask, eager_where_flash_cannot_run, flash_precision
 from orpo.heads import head_operands, head_weight, trained_copy
-from orpo.loss import orpo_loss_from_rows
 from orpo.sharding import from_rank_0
 
 
 @dataclass(frozen=True)
 class LossCall:
-    """The argument of ``model(..., orpo=)``: the rows to score and the settings of ``orpo_loss_from_rows``.
+    """The argument of ``model(..., orpo=)``: the rows to score, and how.
 
     Attributes:
         rows: row n reads ``hidden.reshape(-1, D)[rows.rows_N[n]]``.
-        settings: further keyword arguments of :func:`orpo.loss.orpo_loss_from_rows` (beta, num_nll_tokens, ...).
+        settings: of the loss; the head knows its own scale and softcap.
         logit_metrics: whether ``metrics`` holds TRL's logits/*.
     """
 
     rows: Rows
-    settings: dict[str, Any]
+    settings: LossSettings = field(default_factory=LossSettings)
     logit_metrics: bool = False
 
 
@@ -219,15 +220,10 @@ def _patch_head(head: nn.Module, transform: LogitTransform) -> None:
         if orpo is None:
             return self._orpo_plain_forward(hidden, *args, **kwargs)
         hidden, weight, bias = head_operands(self, hidden)
-        out = orpo_loss_from_rows(
-            hidden,
-            weight,
-            orpo.rows,
-            lm_head_bias=bias,
-            logit_scale=self._orpo_transform.scale,
-            logit_softcap=self._orpo_transform.softcap,
-            **orpo.settings,
-        )
+        transform = self._orpo_transform
+        settings = replace(orpo.settings, logit_scale=transform.scale, logit_softcap=transform.softcap)
+        check_row_arrays(orpo.rows, hidden)
+        out = run_orpo(hidden, weight, bias, orpo.rows, settings, "rows")
         names = ("loss", "nll_loss", "odds_ratio_loss", "chosen_logps", "rejected_logps", "log_odds", "pair_mask")
         return {name: getattr(out, name) for name in names} | {"metrics": out.metrics(logits=orpo.logit_metrics)}
 

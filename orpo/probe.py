@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from orpo_kernels.rows import Rows
+from orpo_kernels.settings import LossSettings
 from torch import Tensor, nn
 
 from orpo.attention import (
@@ -145,7 +146,7 @@ def _answer_logps(
     # Answers of one token each, so that a mean log-probability is that of one token.
     tokens = torch.arange(len(target), device=base.device)
     pairs, every = len(target) // 2, torch.ones_like(tokens, dtype=torch.bool)
-    out = model(**inputs, orpo=LossCall(Rows(hidden, target, tokens, every, tokens < pairs, pairs), settings={}))
+    out = model(**inputs, orpo=LossCall(Rows(hidden, target, tokens, every, tokens < pairs, pairs)))
     logps = torch.cat([out.chosen_logps, out.rejected_logps])
     eps = _matmul_eps(base, base.device.type)
     tolerance = 2e-4 + 16 * eps
@@ -173,12 +174,12 @@ def _matmul_eps(base: nn.Module, device: str) -> float:
 
 
 @torch.no_grad()
-def check_fused_logps(model: nn.Module, **settings: Any) -> float:
+def check_fused_logps(model: nn.Module, settings: LossSettings | None = None) -> float:
     """Compares fused log-probabilities of a few tokens with those from the model's own logits.
 
     Args:
         model: a model after :func:`attach_orpo_loss`.
-        settings: of ``orpo_loss_from_rows`` (backend, logits_budget, ...).
+        settings: of the loss; None: the defaults.
 
     Returns:
         The largest absolute difference, in nats.
@@ -201,7 +202,7 @@ def check_fused_logps(model: nn.Module, **settings: Any) -> float:
         # Precision first: it refuses float32 weights that FlashAttention will meet in training.
         with flash_precision(base), eager_where_flash_cannot_run(base):
             logits = model(**inputs).logits[:, -2].float()
-            out = model(**inputs, orpo=LossCall(rows, settings))
+            out = model(**inputs, orpo=LossCall(rows, settings or LossSettings()))
             mixed = _matmul_eps(base, ids.device.type)
     finally:
         base.train(was_training)

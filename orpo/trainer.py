@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -158,7 +159,7 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
     def _probe(self, layout_options: dict[str, Any] | None) -> Any:
         """The layout to train in, or None where there is nothing to choose."""
         args = self.args
-        check_fused_logps(self.model, **args.loss_settings())
+        check_fused_logps(self.model, args.loss_settings())
         if layout_options is None:
             return None
         layout, why = choose_layout(args.layout, self.model, max_length=args.max_length, **layout_options)
@@ -259,8 +260,8 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
         """The model's forward with the loss of `inputs`, its means taken over the NLL tokens and pairs of `counts`."""
         rows = inputs["orpo"].to(self.args.device).rows
         # A batch may lack what a mean is over; its sum is 0 then, whatever it is divided by.
-        counted = {"num_nll_tokens": max(counts.nll_tokens, 1), "num_pairs": max(counts.pairs, 1)}
-        call = LossCall(rows, {**counted, **self.args.loss_settings(), **settings}, logit_metrics)
+        settings = {"num_nll_tokens": max(counts.nll_tokens, 1), "num_pairs": max(counts.pairs, 1), **settings}
+        call = LossCall(rows, replace(self.args.loss_settings(), **settings), logit_metrics)
         return model(**{name: value for name, value in inputs.items() if name != "orpo"}, orpo=call)
 
     def _diagnose(self, model: nn.Module, inputs: dict[str, Any], outputs: Any, share: float) -> None:

@@ -30,16 +30,16 @@ def own_cache(tmp_path_factory, monkeypatch) -> None:
 @pytest.fixture
 def heads_taken_for_frozen(monkeypatch) -> list[bool]:
     """Whether the schedule by strips took the head for a frozen one, a call each."""
-    from orpo_kernels import schedule
+    from orpo_kernels import strips
 
     seen: list[bool] = []
-    original = schedule.token_stats
+    original = strips.token_stats
 
-    def spy(backend, x_ND, targets_N, head, needs, head_frozen, *more):
-        seen.append(head_frozen)
-        return original(backend, x_ND, targets_N, head, needs, head_frozen, *more)
+    def spy(plan, *more):
+        seen.append(plan.frozen)
+        return original(plan, *more)
 
-    monkeypatch.setattr(schedule, "token_stats", spy)
+    monkeypatch.setattr(strips, "token_stats", spy)
     return seen
 
 

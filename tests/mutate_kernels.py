@@ -5,7 +5,7 @@
 
 A fault that names a test is tried with that test. The others are of the kernels, and tried with the checks below, in
 order until one fails: kernels interpreted with every access watched, the loss against float64 truth, the same kernels
-compiled and executed, the choice of a form (first for the files that it is about). All of them have to pass on the
+compiled and executed, the choice of tiles (first for the file that it is about). All of them have to pass on the
 untouched copy first, which is taken once: the working tree is never edited, and may change meanwhile.
 
 A check that does not end has noticed nothing: it may be slow for another reason. Nor has one that could not start.
@@ -45,16 +45,14 @@ CHECKS = (
     ),
     ("executed", ["--kernels=simt", "-m", "kernels", "tests/test_fused.py::test_float32_is_exact"]),
     (
-        "form",
+        "tiles",
         [
             "--kernels=interpret",
-            "tests/test_kernel_form.py",
             "tests/test_kernel_tuning.py",
             "tests/test_kernel_configs.py",
         ],
     ),
 )
-FORM_FILES = ("triton_strip_backend.py", "form.py", "tuning.py")
 # A fault may make a loop endless.
 SECONDS = 300
 
@@ -75,8 +73,8 @@ def checks_of(mutation: Mutation) -> tuple[tuple[str, list[str]], ...]:
     """(name, arguments of pytest) of what may notice `mutation`, in order."""
     if mutation.test:
         return (("test", [mutation.test]),)
-    if Path(mutation.file).name in FORM_FILES:
-        return tuple(sorted(CHECKS, key=lambda check: check[0] != "form"))
+    if Path(mutation.file).name == "tuning.py":
+        return tuple(sorted(CHECKS, key=lambda check: check[0] != "tiles"))
     return CHECKS
 
 

@@ -52,7 +52,6 @@ MUTATIONS = [
             'tl.where(new_max_N == float("-inf"), 0.0, new_max_N)',
             "new_max_N + 0.0",
         ),
-        ("int32 offset of a strip", "z_rows = z_ptr + offs_n.to(tl.int64)", "z_rows = z_ptr + offs_n"),
         (
             "last tile of the vocabulary dropped",
             "for first in range(start, end, BLOCK_V)",
@@ -69,16 +68,6 @@ MUTATIONS = [
             "tl.store(sum_ptr + out, sum_N, mask=row_mask)",
             "tl.store(sum_ptr + out, sum_N)",
         ),
-        (
-            "strip's statistics not carried on",
-            "target_N = tl.load(target_ptr + offs_n, mask=row_mask, other=0.0)",
-            "target_N = tl.zeros([BLOCK_N], tl.float32)",
-        ),
-        (
-            "last tile of a strip dropped",
-            "for column in range(0, columns, BLOCK_V)",
-            "for column in range(0, columns - BLOCK_V, BLOCK_V)",
-        ),
     ),
     *_in(
         "logit_grad.py",
@@ -88,7 +77,6 @@ MUTATIONS = [
         ("softcap missing", "z_NV = softcap * t_NV", "z_NV = u_NV"),
         ("float16 rows unscaled", "if HAS_ROW_SCALE:", "if HAS_ROW_SCALE and not HAS_ROW_SCALE:"),
         ("int32 offset of the gradient", "g_ptrs = g_ptr + offs_n.to(tl.int64)", "g_ptrs = g_ptr + offs_n"),
-        ("int32 offset of a strip", "offs = offs_n.to(tl.int64)", "offs = offs_n"),
         (
             "gradient stored past the strip's width",
             "mask=row_mask[:, None] & (offs_v < columns)[None, :])",
@@ -98,11 +86,6 @@ MUTATIONS = [
             "gradient not stored for the last column",
             "mask=row_mask[:, None] & (offs_v < columns)[None, :])",
             "mask=row_mask[:, None] & (offs_v < columns - 1)[None, :])",
-        ),
-        (
-            "strip: rows past the end",
-            "mask = row_mask[:, None] & (offs_v < columns)[None, :]",
-            "mask = (offs_n <= N)[:, None] & (offs_v < columns)[None, :]",
         ),
     ),
     *_in(
@@ -162,11 +145,11 @@ MUTATIONS = [
         ("kept: int32 offset of the gradient", "rows = offs_n.to(tl.int64)[:, None]", "rows = offs_n[:, None]"),
     ),
     *_in(
-        "kept.py",
+        "plan.py",
         ("kept: more columns than there is room for", "columns // _STEP * _STEP", "-(-columns // _STEP) * _STEP"),
     ),
     *_in(
-        "schedule.py",
+        "strips.py",
         ("blocks: gradient of the first rows", "add_matmul(u_ND[first:last],", "add_matmul(u_ND[: last - first],"),
         ("blocks: targets of the first rows", "targets_N[first:last]", "targets_N[: last - first]"),
     ),
@@ -251,39 +234,11 @@ MUTATIONS = [
         ("bias of the first strip", "self.bias_V[first:last]", "self.bias_V[: last - first]"),
     ),
     *_in(
-        "triton_strip_backend.py",
-        ("strip: targets of the first strip", "targets_N - first", "targets_N"),
-        ("strip: previous strip still alive", "del z_NW", "pass"),
-        (
-            "strip: wider than the budget",
-            "head.weight_VD.dtype), strip_bytes)",
-            "head.weight_VD.dtype), 2 * strip_bytes)",
-        ),
-        ("strip: float16 rows unscaled", "target_grad_N, row_scale_N, head", "target_grad_N, None, head"),
-        (
-            "strip: softmax of other rows",
-            "strip_grad(z_NW, targets_N, lse_2N,",
-            "strip_grad(z_NW, targets_N, lse_2N.flip(1),",
-        ),
-    ),
-    *_in(
-        "form.py",
-        ("form: the environment forces one alone", "if forced := _forced():", 'if (forced := _forced()) == "fused":'),
-        ("form: any name is taken", 'if forced not in ("auto", *FORMS):', 'if forced == "":'),
-        (
-            "form: exponentials kept where none can be",
-            """backend == "triton" and _forced() != "strip\"""",
-            'backend == "triton"',
-        ),
-        ("form: timed over all rows", "x_ND[: tuning.TIMED_ROWS], targets_N[: tuning.TIMED_ROWS]", "x_ND, targets_N"),
-        ("form: an argument that names none is overruled", 'if backend == "triton":', "if True:"),
-    ),
-    *_in(
         "tuning.py",
-        ("form: the slower one", "way = min(ways", "way = max(ways"),
-        ("form: timed while a graph is captured", "ways[0] if capturing(device) else _find", "_find"),
-        ("form: timed where results have to repeat", "torch.are_deterministic_algorithms_enabled() or ", ""),
-        ("form: another class's file is believed", 'found["class"] == key and ', ""),
-        ("form: one class for all vocabularies", 'f"V<={1 << (v - 1).bit_length()}",', '"V",'),
+        ("tuning: the slower one", "way = min(ways", "way = max(ways"),
+        ("tuning: timed while a graph is captured", "ways[0] if capturing(device) else _find", "_find"),
+        ("tuning: timed where results have to repeat", "torch.are_deterministic_algorithms_enabled() or ", ""),
+        ("tuning: another class's file is believed", 'found["class"] == key and ', ""),
+        ("tuning: one class for all vocabularies", 'f"V<={1 << (v - 1).bit_length()}",', '"V",'),
     ),
 ]

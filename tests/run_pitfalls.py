@@ -1,6 +1,6 @@
 """Runs with one mistake put back: what a trainer on several ranks can get wrong without an error."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import MethodType
 
 import torch
@@ -27,7 +27,9 @@ def full_tensor(trainer, seen):
         hidden, _ = fused.run_to_head(torch.zeros(1, 1, 1), args, {**kwargs, "use_cache": False})
         weight = self.lm_head.weight
         seen["whole"] = isinstance(weight, DTensor)
-        out = orpo_loss_from_rows(hidden, weight.full_tensor() if seen["whole"] else weight, orpo.rows, **orpo.settings)
+        out = orpo_loss_from_rows(
+            hidden, weight.full_tensor() if seen["whole"] else weight, orpo.rows, **asdict(orpo.settings)
+        )
         names = ("loss", "nll_loss", "odds_ratio_loss", "chosen_logps", "rejected_logps", "log_odds", "pair_mask")
         return ORPOModelOutput(**{n: getattr(out, n) for n in names}, metrics=out.metrics(logits=orpo.logit_metrics))
 
@@ -49,7 +51,7 @@ def float_counts(trainer, seen):
         if counts is not None:
             tokens, pairs, *rows = counts.tolist()
             seen["counts"].append((tokens, pairs, *rows))
-            orpo = replace(orpo, settings={**orpo.settings, "num_nll_tokens": tokens, "num_pairs": pairs})
+            orpo = replace(orpo, settings=replace(orpo.settings, num_nll_tokens=tokens, num_pairs=pairs))
         return plain(*args, orpo=orpo, **kwargs)
 
     def with_tensor(wrapped, inputs, counts, *args, **settings):

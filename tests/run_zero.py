@@ -10,6 +10,7 @@ import os
 import sys
 
 import torch
+from orpo_kernels.settings import LossSettings
 from tiny import SEVEN, make_model, make_tokenizer
 
 from orpo.data import Limits, prepare_dataset
@@ -24,7 +25,7 @@ def step_of(model, layout, examples, tokens, pairs):
     """The loss of `examples` as their share of a step with so many NLL tokens and pairs."""
     batch = layout(examples)
     rows = batch.pop("orpo").rows
-    return model(**batch, orpo=LossCall(rows, {"num_nll_tokens": tokens, "num_pairs": pairs})).loss
+    return model(**batch, orpo=LossCall(rows, LossSettings(num_nll_tokens=tokens, num_pairs=pairs))).loss
 
 
 def main(output: str, stage: int) -> None:

@@ -77,7 +77,7 @@ def gradient_norm(model):
 def test_two_steps(model_type):
     examples = list(prepare_dataset(SEVEN, make_tokenizer(), Limits(), report=lambda _: None))[:4]
     batch = PaddedLayout(pad_token_id=0)(examples)
-    call = LossCall(batch.pop("orpo").rows, settings={})
+    call = LossCall(batch.pop("orpo").rows)
     plain = make_model(model_type, **ARCHITECTURES[model_type])
     fused = copy.deepcopy(plain)
     attach_orpo_loss(fused)

@@ -6,7 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 from orpo_kernels import fused, logprobs
-from orpo_kernels.head import STRIP_BYTES, strip_width, strips
+from orpo_kernels.head import strip_width, strips
+from orpo_kernels.plan import STRIP_BYTES
 from orpo_kernels.rows import Rows
 from orpo_kernels.settings import LossSettings
 from problems import make_problem, relative_error

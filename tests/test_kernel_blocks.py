@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from orpo_kernels import kept, logprobs, triton_backend
+from orpo_kernels import logprobs, plan, triton_backend
 from orpo_kernels.head import strip_width
 from orpo_kernels.settings import LossSettings
 from problems import make_problem, relative_error
@@ -33,7 +33,7 @@ def launches(monkeypatch):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(kept, "_BLOCK_ROWS", 4)
+    monkeypatch.setattr(plan, "_BLOCK_ROWS", 4)
 
 
 @pytest.mark.kernels
@@ -47,7 +47,7 @@ def test_a_frozen_head_in_blocks(dtype, head, launches, kernel_device):
     budget = 10 * (64 * dtype.itemsize + 4) * (n // 3 + 1)
 
     def run():
-        keywords = dict(logits_budget=budget, strip_bytes=20_000, backend="triton-fused") | problem.keywords
+        keywords = dict(logits_budget=budget, strip_bytes=20_000, backend="triton") | problem.keywords
         return orpo_loss(problem.hidden, problem.weight, problem.labels, **keywords)
 
     out = run()
@@ -77,7 +77,7 @@ def test_log_probabilities(dtype, rows, frozen, launches, kernel_device):
     budget = rows * 10 * (64 * dtype.itemsize + 4)
 
     def run():
-        keywords = dict(bias=bias, logit_softcap=6.0, logits_budget=budget, strip_bytes=20_000, backend="triton-fused")
+        keywords = dict(bias=bias, logit_softcap=6.0, logits_budget=budget, strip_bytes=20_000, backend="triton")
         return token_logprobs(x, weight, targets, **keywords)
 
     logp = run()
@@ -112,7 +112,7 @@ def test_the_compiler_is_told_the_sizes(weight_dtype, wanted, kernel_device):
     targets = torch.arange(50, device=kernel_device)
     head = wanted in ("all", "head")
     settings = dict(
-        logits_budget=60_000, strip_bytes=20_000, backend="triton-fused",
+        logits_budget=60_000, strip_bytes=20_000, backend="triton",
         needs=[wanted in ("all", "hidden"), head, False], head_frozen=not head,
     )  # fmt: skip
     numbers = LossSettings().numbers()
@@ -127,7 +127,7 @@ def test_the_compiler_is_told_the_sizes(weight_dtype, wanted, kernel_device):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
-@pytest.mark.parametrize("backend", ["torch", "triton-fused"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_log_probabilities_of_rows_that_the_compiler_cannot_count(backend, frozen, kernel_device):
     problem = make_problem(device="cpu" if backend == "torch" else kernel_device).requiring_grad(weight=not frozen)
 
@@ -155,6 +155,6 @@ def test_rows_of_a_block():
 
 
 def block_rows_of(rows, held):
-    found = kept.block_rows(rows, V, 4, held * ROW_BYTES + ROW_BYTES - 1)
+    found = plan.block_rows(rows, V, 4, held * ROW_BYTES + ROW_BYTES - 1)
     assert found <= held
     return found

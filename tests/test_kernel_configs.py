@@ -75,7 +75,7 @@ def test_operands_through_tensor_descriptors(dtype, monkeypatch, kernel_device):
         # Ragged in every direction, and a hidden size that ends inside a tile.
         problem = make_problem(P=2, T=13, V=101, D=40, bias=True, dtype=dtype, device=kernel_device).requiring_grad()
         out = orpo_loss(problem.hidden, problem.weight, problem.labels, lm_head_bias=problem.bias, logits_budget=0,
-                        strip_bytes=6000, backend="triton-fused")  # fmt: skip
+                        strip_bytes=6000, backend="triton")  # fmt: skip
         out.loss.backward()
         return out.loss, problem.hidden.grad, problem.weight.grad, problem.bias.grad
 
@@ -97,7 +97,7 @@ def test_shipped_tiles_give_the_gradients(name, monkeypatch, kernel_device):
     # More than one block of rows, several splits and strips, a hidden size that ends inside a tile.
     problem = make_problem(P=2, T=19, V=301, D=80, bias=True, dtype=dtype, device=kernel_device).requiring_grad()
     out = orpo_loss(problem.hidden, problem.weight, problem.labels, logits_budget=0, strip_bytes=20000,
-                    backend="triton-fused", **problem.keywords)  # fmt: skip
+                    backend="triton", **problem.keywords)  # fmt: skip
     out.loss.backward()
     objective, dx, dw, _ = problem.truth()
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2

@@ -1,10 +1,13 @@
 """Exponentials kept from stage 1 for stage 3: of no, some and all columns, against the truth and within the budget."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from orpo_kernels import fused, schedule, triton_backend
-from orpo_kernels.head import Head
-from orpo_kernels.kept import TILE, Kept, kept_columns, row_tiles
+from orpo_kernels import fused, triton_backend
+from orpo_kernels.head import Head, Needs
+from orpo_kernels.kept import TILE, Kept
+from orpo_kernels.plan import Way, kept_columns, make_plan, row_tiles_within
 from orpo_kernels.settings import LossSettings
 from problems import make_problem, relative_error
 
@@ -17,7 +20,7 @@ HEADS = {"plain": dict(), "full": dict(bias=True, softcap=6.0, scale=0.8)}
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
-def _run(problem, budget, backend="triton-fused", **more):
+def _run(problem, budget, backend="triton", **more):
     keywords = dict(logits_budget=budget, strip_bytes=20_000, backend=backend) | problem.keywords | more
     return orpo_loss(problem.hidden, problem.weight, problem.labels, **keywords)
 
@@ -69,8 +72,7 @@ SATURATED = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 5e-3}
     [
         ("torch", 0),
         ("torch", 2**20),
-        *(pytest.param("triton-fused", b, marks=pytest.mark.kernels) for b in (0, 25_000, 2**20)),
-        pytest.param("triton-strip", 0, marks=pytest.mark.kernels),
+        *(pytest.param("triton", b, marks=pytest.mark.kernels) for b in (0, 25_000, 2**20)),
     ],
 )
 @pytest.mark.parametrize("dtype", SATURATED, ids=str)
@@ -82,7 +84,7 @@ def test_logits_far_above_their_softcap(dtype, backend, budget, kernel_device):
     _run(problem, budget, backend).loss.backward()
     _, _, dw, _ = problem.truth()
     # Kept exponentials have the slope from the logit, as eager torch has: in float32 that is off by 2e-4.
-    tolerance = max(SATURATED[dtype], 1e-3 if backend == "triton-fused" and budget else 0)
+    tolerance = max(SATURATED[dtype], 1e-3 if backend == "triton" and budget else 0)
     assert relative_error(problem.weight.grad, dw) < tolerance
     x, targets = problem.hidden.detach().flatten(0, 1)[problem.rows.rows_N], problem.rows.targets_N
 
@@ -118,7 +120,7 @@ def test_a_masked_tile_before_very_small_logits(frozen, kernel_device):
         problem.bias.sub_(200)
         problem.bias[:128] = -torch.inf
         problem.labels[problem.labels.ge(0) & problem.labels.lt(128)] = 130
-    keywords = problem.keywords | dict(nll_labels=None, logits_budget=2**20, backend="triton-fused")
+    keywords = problem.keywords | dict(nll_labels=None, logits_budget=2**20, backend="triton")
     problem.requiring_grad(weight=not frozen, bias=False)
     orpo_loss(problem.hidden, problem.weight, problem.labels, **keywords).loss.backward()
     kept = _gradients(problem)
@@ -140,7 +142,7 @@ def test_the_compiler_is_told_the_sizes(budget, weight_dtype, kernel_device):
     tensors = problem.hidden.detach().flatten(0, 1), problem.weight.detach().to(weight_dtype)
     settings = dict(
         pairs=rows.pairs, source="labels", all_count=True, logits_budget=budget, strip_bytes=20_000,
-        backend="triton-fused", needs=[True, True, False], head_frozen=False,
+        backend="triton", needs=[True, True, False], head_frozen=False,
     )  # fmt: skip
     real = fused.Output(*fused.linear_orpo(*tensors, None, list(rows.arrays), LossSettings().numbers(), **settings))
     with FakeTensorMode() as mode:
@@ -220,10 +222,10 @@ def test_a_strip_may_begin_and_end_anywhere(kernel_device):
 
 def test_columns_that_fit():
     # 64 float32 exponentials and their maximum: 260 bytes of one row.
-    assert row_tiles(10, 600, 4, 260 * 39) == 0 and row_tiles(10, 600, 4, 260 * 40) == 40
-    assert row_tiles(10, 600, 4, 260 * 100) == 100 and row_tiles(10, 600, 4, 2**30) == 10 * 10
+    assert row_tiles_within(10, 600, 4, 260 * 39) == 0 and row_tiles_within(10, 600, 4, 260 * 40) == 40
+    assert row_tiles_within(10, 600, 4, 260 * 100) == 100 and row_tiles_within(10, 600, 4, 2**30) == 10 * 10
     # Less than an eighth of 10 x 100 tiles.
-    assert row_tiles(10, 6400, 4, 260 * 124) == 0 and row_tiles(10, 6400, 4, 260 * 125) == 125
+    assert row_tiles_within(10, 6400, 4, 260 * 124) == 0 and row_tiles_within(10, 6400, 4, 260 * 125) == 125
     assert kept_columns(10, 600, 100) == 600 and kept_columns(10, 600, 99) == 512
     assert kept_columns(10, 600, 39) == 0 and kept_columns(10, 600, 40) == 256
     # Fewer rows leave room for more columns, never for more than there are.
@@ -255,12 +257,18 @@ def test_a_padded_batch_keeps_no_more_than_its_rows_that_count(monkeypatch):
     assert [t.numel() for t in made[0]] == [counted * 640, counted * 10] and counted < problem.labels.numel()
 
 
-def test_who_keeps(monkeypatch):
-    x, weight = torch.empty(4, 8), torch.empty(600, 8)
-    keeps = {name: schedule.kept_tiles(4, x, weight, 2**20, name) for name in ("torch", "triton-strip")}
-    assert set(keeps.values()) == {0}
-    for name in ("triton", "triton-fused"):
-        assert schedule.kept_tiles(4, x, weight, 2**20, name) == 40 and schedule.kept_tiles(4, x, weight, 0, name) == 0
-    monkeypatch.setenv("ORPO_KERNEL_FORM", "strip")
-    assert schedule.kept_tiles(4, x, weight, 2**20, "triton") == 0
-    assert schedule.kept_tiles(4, x, weight, 2**20, "triton-fused") == 40
+def test_the_way_of_a_call():
+    x, weight, trained, nothing = torch.empty(4, 8), torch.empty(600, 8), Needs(True, True, False), Needs(*[False] * 3)
+
+    def plan(backend, budget, needs=trained, frozen=False, **more):
+        return make_plan(x, weight, 4, needs, frozen, budget, None, backend, **more)
+
+    assert plan("triton", 2**20).way == Way.EXPONENTIALS and plan("triton", 2**20).row_tiles == 40
+    assert plan("triton", 2**20, nothing) == replace(plan("triton", 2**20), needs=nothing)
+    assert plan("triton", 0).way == Way.STRIPS and plan("triton", 2**20, frozen=True).way == Way.BLOCKS
+    assert plan("torch", 2400).way == Way.TILES and plan("torch", 2399).way == Way.STRIPS
+    assert plan("torch", None).way == Way.TILES and plan("torch", None, frozen=True).way == Way.RUNNING
+    assert plan("torch", 2400, frozen=True).way == Way.TILES
+    assert plan("torch", None, has_pairs=False).way == Way.STRIPS
+    assert plan("torch", 0).recomputes and not plan("torch", 2400).recomputes
+    assert not plan("torch", 0, Needs(True, False, False), frozen=True).recomputes

@@ -1,6 +1,7 @@
 """The fastest tile runs: chosen with a clock that the test holds, remembered; untimed where nothing may be timed."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -117,19 +118,6 @@ def test_gradients_under_a_clock(clock, monkeypatch, kernel_device):
     assert relative_error(g, (one_hot - z.softmax(1)) * (1 - (z / head.softcap) ** 2)) < 1e-6
 
 
-def test_a_strip_is_folded_once_although_it_is_timed(clock, monkeypatch, kernel_device):
-    from orpo_kernels import logit_stats
-    from orpo_kernels.odds_ratio import combine
-
-    monkeypatch.setattr(logit_stats, "TIMED_ROWS", 8)
-    left = clock(2.0, 1.0).left
-    x, targets, head = _inputs(kernel_device)
-    stats = logit_stats.start_strip_stats(x)
-    logit_stats.add_strip_stats(x @ head.weight_VD.T, targets, head, stats)
-    assert left == []
-    assert relative_error(combine(*stats)[0], _truth(x, targets, head)[2]) < 1e-6
-
-
 def test_a_tile_that_the_card_cannot_run_is_not_chosen(clock, caplog, monkeypatch, kernel_device):
     from triton.runtime.errors import OutOfResources
 
@@ -166,3 +154,38 @@ def test_without_a_timing_the_first_tile_runs(clock, monkeypatch, kernel_device)
     monkeypatch.setattr(tuning, "capturing", lambda device: False)
     assert torch.equal(_logp(*problem), captured)
     assert list(tuning._chosen.values()) == [str(TILES[0])]
+
+
+OTHER_CLASS = b'{"class": "other", "chosen": "%s", "milliseconds": {}}' % str(TILES[0]).encode()
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff", OTHER_CLASS])
+def test_a_corrupt_file_is_ignored_and_replaced(content, clock, caplog, tmp_path, kernel_device):
+    clock(2.0, 1.0)
+    problem = _inputs(kernel_device)
+    _logp(*problem)
+    (file,) = (tmp_path / "cache" / "orpo_kernels").glob("*.json")
+    whole = file.read_bytes()
+    file.write_bytes(content)
+    tuning.forget()
+    left = clock(2.0, 1.0).left
+    _logp(*problem)
+    assert left == [] and "is ignored" in caplog.text and file.read_bytes() == whole
+    assert [f.name for f in file.parent.iterdir()] == [file.name]
+
+
+def test_a_folder_that_cannot_be_written(clock, caplog, tmp_path, kernel_device):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    left = clock(2.0, 1.0).left
+    problem = _inputs(kernel_device)
+    assert torch.equal(_logp(*problem), _logp(*problem))
+    assert left == [] and "not remembered on disk" in caplog.text
+
+
+def test_what_is_found_is_said_once(clock, caplog, kernel_device):
+    clock(2.0, 1.0)
+    with caplog.at_level(logging.INFO, "orpo_kernels.tuning"):
+        _logp(*_inputs(kernel_device))
+        _logp(*_inputs(kernel_device))
+    (message,) = caplog.messages
+    assert f": {TILES[1]}, timed: {TILES[0]} 2 ms" in message

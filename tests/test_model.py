@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+from orpo_kernels.settings import LossSettings
 from tiny import SEVEN, SMALL, make_model, make_tokenizer, reference_loss
 from torch import nn
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
@@ -23,7 +24,7 @@ def examples():
 
 def loss_of(model, examples, **settings):
     batch = PaddedLayout(pad_token_id=0)(examples)
-    call = LossCall(batch["orpo"].rows, settings=settings)
+    call = LossCall(batch["orpo"].rows, LossSettings(**settings))
     return model(**{k: v for k, v in batch.items() if k != "orpo"}, orpo=call)
 
 

@@ -33,7 +33,7 @@ def trained(model, layout):
     examples = list(prepare_dataset(SEVEN, make_tokenizer(), Limits(), report=lambda _: None))
     batch = layout(examples)
     model.zero_grad()
-    out = model(orpo=LossCall(batch.pop("orpo").rows, settings={}), **batch)
+    out = model(orpo=LossCall(batch.pop("orpo").rows), **batch)
     out.loss.backward()
     return out.loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 

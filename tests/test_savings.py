@@ -4,9 +4,9 @@ import pytest
 import torch
 from allocations import ROUND, measure, skip_where_copied
 from orpo_kernels import matmul, torch_backend, torch_logits
-from orpo_kernels.backends import resolve_budget, resolve_strip
 from orpo_kernels.bins import make_bins
-from orpo_kernels.head import Head
+from orpo_kernels.head import Head, Needs
+from orpo_kernels.plan import make_plan
 from problems import make_problem, relative_error
 from torch.profiler import ProfilerActivity, profile
 
@@ -34,7 +34,7 @@ CASES = {
     "trained head by strips": (True, True, 0, 8),
     "trained head in bins": (True, True, 2**20, 6),
     "one bin": (True, True, 2**30, 6),
-    "oversized pairs": (True, True, 2**17, 6),
+    "oversized pairs": (True, True, 2**17, 8),
     "frozen head": (True, False, 0, 4),
     "frozen head in bins": (True, False, 2**20, 4),
     "frozen hidden states by strips": (False, True, 0, 6),
@@ -113,9 +113,8 @@ def test_two_bins_of_bfloat16_need_no_float32_copy_of_the_head(monkeypatch):
     monkeypatch.setattr(matmul, "_PART_BYTES", 2**20)
     vocabulary, hidden = 20_011, 64
     problem = make_problem(2, 9, hidden, vocabulary, dtype=torch.bfloat16).requiring_grad()
-    element = torch_backend.tile_element_bytes(torch.bfloat16, torch.bfloat16)
     capacity = 2 * problem.rows.rows_N.numel() // 3
-    budget = capacity * vocabulary * element
+    budget = capacity * vocabulary * 2
     assert len(make_bins(problem.rows, capacity)) == 2 and budget < vocabulary * hidden * 2
     _, largest, _ = measure(lambda: loss_of(problem, logits_budget=budget).backward())
     # In float32 the head's gradient would take twice the weight's bytes.
@@ -182,10 +181,16 @@ def test_one_block_of_a_slope_is_alive_at_a_time(keeps):
     assert block <= peak < block + 2**18
 
 
+def _plan(device="cpu", budget=None, strip=None, frozen=False):
+    x, weight = torch.empty(4, 8, device=device), torch.empty(1000, 8, device=device)
+    return make_plan(x, weight, 4, Needs(True, not frozen, False), frozen, budget, strip, "torch")
+
+
+_STRIPS = (("cpu", None), ("meta", None), ("cpu", 123))
+
+
 def test_default_strip_by_device():
-    assert resolve_strip(None, "cpu") == 2**25
-    assert resolve_strip(None, "cuda") == 2**27
-    assert resolve_strip(123, "cpu") == 123
+    assert [_plan(device, strip=strip).strip_bytes for device, strip in _STRIPS] == [2**25, 2**27, 123]
     # Of 2P * T * V * 4 bytes of logits, 39 MiB, never more than the default strip.
     problem = make_problem(8, 128, 8, 5003).requiring_grad()
     _, largest, _ = measure(lambda: loss_of(problem, logits_budget=0).backward())
@@ -193,11 +198,10 @@ def test_default_strip_by_device():
 
 
 def test_default_budget_by_device_and_head():
-    at = (torch.float32, torch.float32, 1000)
-    assert resolve_budget(None, "torch", "cpu", *at, head_frozen=False) == 2**29
-    assert resolve_budget(None, "torch", "cpu", *at, head_frozen=True) == 0
-    assert resolve_budget(None, "torch", "cuda", *at, head_frozen=False) == 0
-    assert resolve_budget(2**20, "torch", "cpu", *at, head_frozen=True) == 2**20
+    assert _plan().tile_rows == 2**29 // 4000
+    assert _plan(frozen=True).tile_rows == 0
+    assert _plan("meta").tile_rows == 0
+    assert _plan(budget=2**20, frozen=True).tile_rows == 2**20 // 4000
     problem = make_problem(8, 128, 8, 20_011).requiring_grad(weight=False)
     _, frozen, _ = measure(lambda: loss_of(problem).backward())
     _, trained, _ = measure(lambda: loss_of(problem.requiring_grad()).backward())
@@ -217,7 +221,7 @@ def test_tiles_stay_within_the_budget_whatever_the_batch(pairs):
 def test_a_large_budget_is_not_filled_where_the_sum_of_products_needs_no_wider_copy(dtype, bfloat16_cpu):
     skip_where_copied(torch_logits.compute_dtype(dtype, dtype))
     problem = make_problem(P=24, T=121, D=16, V=4001, dtype=dtype).requiring_grad()
-    n, element = problem.rows.rows_N.numel(), torch_backend.tile_element_bytes(dtype, dtype)
+    n, element = problem.rows.rows_N.numel(), torch_logits.compute_dtype(dtype, dtype).itemsize
     assert n > 4 * torch_backend.CHUNK_ROWS
     _, largest, _ = measure(lambda: loss_of(problem, logits_budget=2**30).backward())
     tile = n if dtype == torch.bfloat16 else torch_backend.CHUNK_ROWS
@@ -262,7 +266,7 @@ def test_evaluation_holds_one_chunk_of_a_tile_and_has_trainings_bits(
     skip_where_copied(torch_logits.compute_dtype(dtype, dtype))
     with torch.no_grad():
         _, largest, _ = measure(lambda: loss_of(problem, logits_budget=budget))
-    element = torch_backend.tile_element_bytes(dtype, dtype)
+    element = torch_logits.compute_dtype(dtype, dtype).itemsize
     chunk = torch_logits.chunk_rows(torch_logits.compute_dtype(dtype, dtype)) * wide * element
     assert 2**20 < largest <= chunk < n * wide * element
 

@@ -1,9 +1,7 @@
 """The schedule that keeps logits alive for their gradient: bins of whole pairs, 6 N*V*D FLOPs.
 
 A token's coefficient depends on its whole pair (Eq. 6), so a tile of logits can be turned into gradients at once when
-it holds whole pairs. A pair too large for the budget is cut into runs of rows. All response rows of one answer share
-one unknown factor, so their g^T x is summed without it and scaled when the pair is complete: two more (V, D)
-accumulators instead of a second computation of the logits.
+it holds whole pairs. A pair whose logits exceed the budget goes by strips, at 8.
 
 The bins depend on the rows, the budget and the dtypes alone, not on which gradients are wanted, so that the loss under
 no_grad and in training is the same number bit for bit.
@@ -13,44 +11,25 @@ Letters: P pairs, S = 2P sequences, N kept rows, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from . import strips
 from .head import Gradients, Head, Needs
 from .matmul import WeightedRows, accumulation_dtype, parts, saved_dtype, widened_matmul
+from .plan import Plan
 from .rows import Rows
 
-
-@dataclass(frozen=True)
-class Run:
-    """Rows [first, last) of one sequence that share their masks."""
-
-    first: int
-    last: int
-    in_response: bool
-    in_nll: bool
-
-
-@dataclass(frozen=True)
-class Bin:
-    """Slices of rows of whole pairs whose logits fit the budget together; or the runs of one oversized pair."""
-
-    slices: tuple[slice, ...] = ()
-    answers: tuple[tuple[Run, ...], ...] = ()
+# Rows of whole pairs, all chosen ones before all rejected ones: two runs of rows, or one where they meet.
+Bin = tuple[slice, ...]
 
 
 def make_bins(rows: Rows, capacity: int, wanted: float = math.inf) -> list[Bin]:
     """Bins of at most `capacity` rows, and about as few, and as even, as bins of `wanted` rows would be.
 
-    A pair above `wanted` is a bin of its own. One above `capacity` is cut into runs, each within both.
-
-    Reads row counts and, for oversized pairs, masks on the host.
+    A pair above `wanted`, or above `capacity`, is a bin of its own. Reads row counts on the host.
     """
     p = rows.pairs
     counts = torch.bincount(rows.sequence_N, minlength=2 * p).tolist()
@@ -65,32 +44,16 @@ def make_bins(rows: Rows, capacity: int, wanted: float = math.inf) -> list[Bin]:
         while last < p:
             pair = counts[last] + counts[p + last]
             # A pair that would end further above the target than the bin is below it opens the next bin.
-            if size + pair > capacity or (size and size + pair / 2 > target):
+            if last > first and (size + pair > capacity or (size and size + pair / 2 > target)):
                 break
             size += pair
             last += 1
-        if last > first:
-            chosen, rejected = slice(starts[first], starts[last]), slice(starts[p + first], starts[p + last])
-            # Where both meet, as in one bin of all pairs, rows are a view: two slices would be a copy of them.
-            whole = chosen.stop == rejected.start
-            bins.append(Bin(slices=(slice(chosen.start, rejected.stop),) if whole else (chosen, rejected)))
-        else:
-            most = min(capacity, wanted)
-            answers = (tuple(_runs(rows, starts[s], starts[s + 1], most)) for s in (first, p + first))
-            bins.append(Bin(answers=tuple(answers)))
-            last, size = first + 1, counts[first] + counts[p + first]
+        chosen, rejected = slice(starts[first], starts[last]), slice(starts[p + first], starts[p + last])
+        # Where both meet, as in one bin of all pairs, rows are a view: two slices would be a copy of them.
+        whole = chosen.stop == rejected.start
+        bins.append((slice(chosen.start, rejected.stop),) if whole else (chosen, rejected))
         first, left = last, left - size
     return bins
-
-
-def _runs(rows: Rows, first: int, last: int, most: int) -> Iterator[Run]:
-    """Rows [first, last) cut where a mask changes, and each such stretch into as few even runs as `most` rows allow."""
-    masks = list(zip(rows.in_response_N[first:last].tolist(), rows.in_nll_N[first:last].tolist(), strict=True))
-    for (response, nll), stretch in itertools.groupby(range(first, last), key=lambda i: masks[i - first]):
-        held = list(stretch)
-        size = -(-len(held) // -(-len(held) // most))
-        for start in range(held[0], held[-1] + 1, size):
-            yield Run(start, min(start + size, held[-1] + 1), response, nll)
 
 
 class HeadGradient:
@@ -124,18 +87,12 @@ class HeadGradient:
             product_V = rows.bias_grad(g_NV, coef_N.dtype)
             self.bias_V = product_V if self.bias_V is None else self.bias_V.add_(product_V)
 
-    def take(self, other: HeadGradient, factor: Tensor) -> None:
-        """Add factor * other and empty `other`."""
+    def add_finished(self, gradients: Gradients) -> None:
+        """Add what `strips.backward` made of other rows."""
         for name in ("weight_VD", "bias_V"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if theirs is None:
-                continue
-            if mine is not None and mine.dtype == theirs.dtype == factor.dtype:
-                mine.addcmul_(theirs, factor)
-            else:
-                theirs = theirs.to(factor.dtype).mul_(factor)
-                setattr(self, name, theirs if mine is None else theirs.add_(mine))
-            setattr(other, name, None)
+            mine, theirs = getattr(self, name), getattr(gradients, name)
+            if theirs is not None:
+                setattr(self, name, theirs if mine is None else mine.to(accumulation_dtype(mine)).add_(theirs))
 
 
 def _weight_grad(rows: WeightedRows, g_NV: Tensor, dtype: torch.dtype) -> Tensor:
@@ -148,98 +105,55 @@ def _weight_grad(rows: WeightedRows, g_NV: Tensor, dtype: torch.dtype) -> Tensor
     return out_VD
 
 
-def forward(
-    backend: ModuleType, x_ND: Tensor, rows: Rows, head: Head, settings: dict, needs: Needs, logits_budget: int
-) -> tuple[Tensor, Gradients]:
-    """(logp_N, gradients of the loss), tiles of logits never above `logits_budget` bytes.
+def forward(plan: Plan, x_ND: Tensor, rows: Rows, head: Head, settings: dict) -> tuple[Tensor, Gradients]:
+    """(logp_N, gradients of the loss), tiles of logits never above the plan's `tile_rows`.
 
     `settings` are the keyword arguments of the objective, with both denominators given.
     """
-    v = head.weight_VD.shape[0]
+    stages, needs = plan.stages, plan.needs
     dtype = accumulation_dtype(x_ND, head.weight_VD)
-    capacity = logits_budget // (v * backend.tile_element_bytes(x_ND.dtype, head.weight_VD.dtype))
-    assert capacity >= 1
     logp_N = x_ND.new_zeros(x_ND.shape[0], dtype=dtype)
     dx_ND = x_ND.new_zeros(x_ND.shape, dtype=dtype) if needs.hidden else None
     total = HeadGradient(needs, saved_dtype(head.weight_VD))
 
     # Larger tiles only take longer to touch. But a sum in a wider dtype than the head's gradient, as bfloat16 needs it
     # from the third bin on, would be larger than the logits that smaller tiles save.
-    wanted = backend.CHUNK_ROWS if saved_dtype(head.weight_VD) == dtype else math.inf
-    bins = make_bins(rows, capacity, wanted)
-    memory = backend.tile_memory([n for bin_ in bins for n in _tile_rows(bin_)], x_ND, head, with_grad=needs.any)
-    for bin_ in bins:
-        if not needs.any:
-            tiles = [bin_.slices] if bin_.slices else [(slice(r.first, r.last),) for runs in bin_.answers for r in runs]
-            for tile in tiles:
-                logp = backend.tile_stats(_take(x_ND, tile), _take(rows.targets_N, tile), head, memory)
-                _put(logp_N, tile, logp)
-        elif bin_.slices:
-            x, part = _take(x_ND, bin_.slices), _take_rows(rows, bin_.slices)
-            logp, g_NV = backend.tile_stats_and_grad(x, part.targets_N, head, memory)
-            _put(logp_N, bin_.slices, logp)
-            coef = head.scale * backend.objective(logp, part, **settings).coef_N
-            coef = backend.grad_coefficient(coef, logp, g_NV.dtype)
+    wanted = stages.CHUNK_ROWS if saved_dtype(head.weight_VD) == dtype else math.inf
+    bins = make_bins(rows, plan.tile_rows, wanted)
+    sizes = [sum(part.stop - part.start for part in bin_) for bin_ in bins]
+    fitting = [size for size in sizes if size <= plan.tile_rows]
+    memory = stages.tile_memory(fitting, x_ND, head, with_grad=needs.any)
+    for bin_, size in zip(bins, sizes, strict=True):
+        x, part = _take(x_ND, bin_), _take_rows(rows, bin_)
+        if size > plan.tile_rows:
+            logp, gradients = _by_strips(plan, x, part, head, settings)
+            _put(logp_N, bin_, logp)
             if dx_ND is not None:
-                _put(dx_ND, bin_.slices, widened_matmul(g_NV, head.weight_VD, dtype).mul_(coef[:, None]))
+                _put(dx_ND, bin_, gradients.x_ND)
+            total.add_finished(gradients)
+        elif not needs.any:
+            _put(logp_N, bin_, stages.tile_stats(x, part.targets_N, head, memory))
+        else:
+            logp, g_NV = stages.tile_stats_and_grad(x, part.targets_N, head, memory)
+            _put(logp_N, bin_, logp)
+            coef = head.scale * stages.objective(logp, part, **settings).coef_N
+            coef = stages.grad_coefficient(coef, logp, g_NV.dtype)
+            if dx_ND is not None:
+                _put(dx_ND, bin_, widened_matmul(g_NV, head.weight_VD, dtype).mul_(coef[:, None]))
             if needs.head:
                 total.add(g_NV, x, coef, last=bin_ is bins[-1])
             del g_NV
-        else:
-            _oversized_pair(backend, x_ND, rows, head, settings, bin_, logp_N, dx_ND, total, memory)
     return logp_N, Gradients(dx_ND, total.weight_VD, total.bias_V)
 
 
-def _oversized_pair(
-    backend: ModuleType,
-    x_ND: Tensor,
-    rows: Rows,
-    head: Head,
-    settings: dict,
-    bin_: Bin,
-    logp_N: Tensor,
-    dx_ND: Tensor | None,
-    total: HeadGradient,
-    memory: Tensor | None,
-) -> None:
-    """One pair, run by run: an answer's response rows are summed without their common factor, known at the end."""
-    nll_coef = -head.scale * settings["nll_weight"] / settings["num_nll_tokens"]
-    needs, sums = total.needs, []
-    for runs in bin_.answers:
-        answer = HeadGradient(needs, total.dtype)
-        # The factor that most response rows share; the rest of a row's coefficient is known from its masks alone.
-        main = max((r for r in runs if r.in_response), key=lambda r: r.last - r.first, default=None)
-        sums.append((answer, main))
-        for run in runs:
-            here = slice(run.first, run.last)
-            logp, g_NV = backend.tile_stats_and_grad(x_ND[here], rows.targets_N[here], head, memory)
-            logp_N[here] = logp
-            one = backend.grad_coefficient(torch.ones_like(logp), logp, g_NV.dtype)
-            if dx_ND is not None:
-                dx_ND[here] = widened_matmul(g_NV, head.weight_VD, dx_ND.dtype).mul_(one[:, None])
-            if run.in_response:
-                answer.add(g_NV, x_ND[here], one)
-            known = run.in_nll - (main.in_nll if run.in_response else 0)
-            if known:
-                total.add(g_NV, x_ND[here], one * (known * nll_coef))
-            del g_NV
-    tiles = tuple(slice(r.first, r.last) for runs in bin_.answers for r in runs)
-    coef = head.scale * backend.objective(_take(logp_N, tiles), _take_rows(rows, tiles), **settings).coef_N
-    coef_N = torch.zeros_like(logp_N)
-    _put(coef_N, tiles, coef)
-    if dx_ND is not None:
-        for tile in tiles:
-            dx_ND[tile].mul_(coef_N[tile, None])
-    for answer, main in sums:
-        if main is not None:
-            total.take(answer, coef_N[main.first])
-
-
-def _tile_rows(bin_: Bin) -> list[int]:
-    """Rows of each of the bin's tiles."""
-    if bin_.slices:
-        return [sum(s.stop - s.start for s in bin_.slices)]
-    return [run.last - run.first for runs in bin_.answers for run in runs]
+def _by_strips(plan: Plan, x_ND: Tensor, rows: Rows, head: Head, settings: dict) -> tuple[Tensor, Gradients]:
+    """`forward` of one pair whose logits would not fit."""
+    logp_N, lse_2N = plan.stages.token_stats(x_ND, rows.targets_N, head, plan.strip_bytes)
+    if not plan.needs.any:
+        return logp_N, Gradients()
+    coef_N = plan.stages.objective(logp_N, rows, **settings).coef_N
+    dtype = saved_dtype(head.weight_VD)
+    return logp_N, strips.backward(plan, x_ND, rows.targets_N, logp_N, lse_2N, coef_N, head, head_dtype=dtype)
 
 
 def _take(t: Tensor, tiles: tuple[slice, ...]) -> Tensor:
@@ -247,8 +161,7 @@ def _take(t: Tensor, tiles: tuple[slice, ...]) -> Tensor:
 
 
 def _take_rows(rows: Rows, tiles: tuple[slice, ...]) -> Rows:
-    arrays = (rows.rows_N, rows.targets_N, rows.sequence_N, rows.in_response_N, rows.in_nll_N)
-    return Rows(*(_take(a, tiles) for a in arrays), pairs=rows.pairs)
+    return Rows(*(_take(a, tiles) for a in rows.arrays), pairs=rows.pairs)
 
 
 def _put(t: Tensor, tiles: tuple[slice, ...], values: Tensor) -> None:

@@ -199,47 +199,6 @@ def rows_aligned(x_ND: Tensor, weight_VD: Tensor) -> bool:
     return strides and all(tensor.data_ptr() % 16 == 0 for tensor in (x_ND, weight_VD))
 
 
-@dataclass(frozen=True)
-class RowsConfig:
-    """Launch options of a kernel in which each program sweeps a few rows of a strip from end to end."""
-
-    block_n: int
-    block_v: int
-    num_warps: int = 4
-
-    def __str__(self) -> str:
-        return self.name
-
-    @functools.cached_property
-    def name(self) -> str:
-        return f"{self.block_n}x{self.block_v} w{self.num_warps}"
-
-    def launch_options(self) -> dict[str, int]:
-        """Keyword arguments of a launch."""
-        return dict(BLOCK_N=self.block_n, BLOCK_V=self.block_v, num_warps=self.num_warps)
-
-
-@functools.cache
-def rows_candidates(columns: int) -> tuple[RowsConfig, ...]:
-    """Both read 2048 logits at a time, 16 a thread; 32 a thread in float32 with bias and softcap spill on sm_90."""
-    configs = (
-        # Four rows share the bias.
-        RowsConfig(4, 512),
-        # A program for each row: fills a chip with 132 multiprocessors from 132 rows on.
-        RowsConfig(1, 2048),
-    )
-    width = max(16, triton.next_power_of_2(columns))
-    return tuple(RowsConfig(config.block_n, min(config.block_v, width), config.num_warps) for config in configs)
-
-
-def elementwise_config() -> dict[str, int]:
-    """One pass over a strip, bound by memory: 16 bytes and more a thread in flight, and programs without end.
-
-    One configuration: nothing is shared or kept between programs that another could save.
-    """
-    return dict(BLOCK_N=4, BLOCK_V=512, num_warps=4)
-
-
 def fastest(kernel: str, candidates: tuple, x_ND: Tensor, head: Head, launch: Callable[[Any], object]) -> Any:
     """The candidate that `launch` runs fastest on the first `tuning.TIMED_ROWS` rows of x_ND, by class of shapes."""
     if len(candidates) == 1:
@@ -262,7 +221,7 @@ def input_precision() -> str:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of the device; 4 for a CPU."""
+    """How many the device has; a CPU, which executes compiled kernels in tests, counts as 4."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import schedule
-from .form import load_form
-from .head import Gradients, Needs
-from .kept import Kept, buffers, clear_padding, kept_columns
+from . import bins, strips
+from .head import Gradients, Head, Needs
+from .kept import Kept, buffers, clear_padding
 from .matmul import accumulation_dtype, matmul, operator_body, saved_dtype, widened_matmul
+from .plan import Plan, Way, make_plan
+from .reference import Objective
 from .rows import Rows, check_rows
 from .settings import Numbers
 
@@ -96,8 +97,8 @@ def linear_orpo(
     pairs: int,
     source: str,
     all_count: bool,
-    logits_budget: int,
-    strip_bytes: int,
+    logits_budget: int | None,
+    strip_bytes: int | None,
     backend: str,
     needs: list[bool],
     head_frozen: bool,
@@ -108,27 +109,14 @@ def linear_orpo(
     # Contiguous: kernels step through them one element after the other.
     rows = Rows(*(t.contiguous() for t in rows), pairs, all_count)
     check_rows(rows, hidden_RD.shape[0], weight_VD.shape[0], source)
-    x_ND = hidden_RD[rows.rows_N]
-    keep = schedule.keeping(x_ND, weight_VD, logits_budget, backend, head_frozen)
-    be = load_form(backend, x_ND, rows.targets_N, head, strip_bytes, keep.columns)
-    dtype = accumulation_dtype(hidden_RD, weight_VD)
-    num_nll_tokens, num_pairs = settings.num_nll_tokens, settings.num_pairs
-    if schedule.uses_bins(logits_budget, backend):
-        # Each bin counts its own rows alone. As floating point: an integer tensor would turn what it divides into
-        # torch's default dtype.
-        num_nll_tokens = num_nll_tokens or rows.in_nll_N.sum(dtype=dtype).clamp(min=1)
-        num_pairs = num_pairs or _count_pairs(rows).to(dtype).clamp(min=1)
-    objective = dict(
-        beta=settings.beta, nll_weight=settings.nll_weight, num_nll_tokens=num_nll_tokens, num_pairs=num_pairs
-    )
-    exps, maxima = buffers(x_ND, keep.tiles if wants.any else 0, torch.promote_types(x_ND.dtype, weight_VD.dtype))
-    kept = Kept(keep.columns, exps, maxima) if wants.any and keep.columns else None
-    logp_N, lse_2N, result, grads = schedule.forward(
-        be, x_ND, rows, head, objective, wants, head_frozen, logits_budget, strip_bytes, keep, kept
-    )
+    x_ND, dtype = hidden_RD[rows.rows_N], accumulation_dtype(hidden_RD, weight_VD)
+    plan = make_plan(x_ND, weight_VD, len(x_ND), wants, head_frozen, logits_budget, strip_bytes, backend)
+    exps, maxima = buffers(x_ND, plan.row_tiles if wants.any else 0, torch.promote_types(x_ND.dtype, weight_VD.dtype))
+    kept = Kept(plan.columns, exps, maxima) if wants.any and plan.columns else None
+    logp_N, lse_2N, result, grads = _forward(plan, x_ND, rows, head, settings, kept)
     output = Output(*result[:6], _mean_hidden(x_ND, rows, dtype), *(logp_N.new_empty(0) for _ in range(8)))
-    if schedule.recomputes(wants, logits_budget, backend):
-        clear_padding(exps, maxima, x_ND.shape[0], keep.columns)
+    if plan.recomputes:
+        clear_padding(exps, maxima, plan.rows, plan.columns)
         output = output._replace(logp_N=logp_N, lse_2N=lse_2N, coef_N=result.coef_N, exps=exps, maxima=maxima)
     else:
         # The gradient of a frozen head's hidden states is finished, and nothing is left to keep.
@@ -136,6 +124,28 @@ def linear_orpo(
         finished = _finished(grads, rows, hidden_RD, weight_VD, bias_V, wants)
         output = output._replace(exps=exps, maxima=maxima, **finished)
     return list(output)
+
+
+def _forward(
+    plan: Plan, x_ND: Tensor, rows: Rows, head: Head, numbers: Numbers, kept: Kept | None
+) -> tuple[Tensor, Tensor | None, Objective, Gradients]:
+    """Stages 1 and 2, and stage 3 where it can be done at once: (logp_N, lse_2N, objective, gradients).
+
+    lse_2N is None for tiles; gradients are complete, for an upstream gradient of 1, unless the plan `recomputes`.
+    """
+    if plan.way == Way.TILES:
+        dtype = accumulation_dtype(x_ND, head.weight_VD)
+        # Each bin counts its own rows alone. As floating point: an integer tensor would turn what it divides into
+        # torch's default dtype.
+        num_nll_tokens = numbers.num_nll_tokens or rows.in_nll_N.sum(dtype=dtype).clamp(min=1)
+        num_pairs = numbers.num_pairs or _count_pairs(rows).to(dtype).clamp(min=1)
+        settings = numbers.of_objective() | dict(num_nll_tokens=num_nll_tokens, num_pairs=num_pairs)
+        logp_N, gradients = bins.forward(plan, x_ND, rows, head, settings)
+        return logp_N, None, plan.stages.objective(logp_N, rows, **settings), gradients
+    stats, u_ND = strips.token_stats(plan, x_ND, rows.targets_N, head, kept)
+    objective = plan.stages.objective(stats[0], rows, **numbers.of_objective())
+    dx_ND = None if u_ND is None else u_ND.mul_(head.scale * objective.coef_N[:, None])
+    return *stats, objective, Gradients(x_ND=dx_ND)
 
 
 def _finished(
@@ -153,11 +163,13 @@ def _finished(
 
 
 @linear_orpo.register_fake
-def _(hidden_RD, weight_VD, bias_V, rows, numbers, *, pairs, needs, logits_budget, backend, **_):
+def _(
+    hidden_RD, weight_VD, bias_V, rows, numbers, *, pairs, needs, head_frozen, logits_budget, strip_bytes, backend, **_
+):
     wants, n = Needs(*needs), rows[0].shape[0]
     dtype = accumulation_dtype(hidden_RD, weight_VD)
-    recompute = schedule.recomputes(wants, logits_budget, backend)
-    tiles = schedule.kept_tiles(n, hidden_RD, weight_VD, logits_budget, backend) if recompute else 0
+    plan = make_plan(hidden_RD, weight_VD, n, wants, head_frozen, logits_budget, strip_bytes, backend)
+    recompute = plan.recomputes
 
     def floats(*shape: int) -> Tensor:
         return hidden_RD.new_empty(shape, dtype=dtype)
@@ -176,11 +188,25 @@ def _(hidden_RD, weight_VD, bias_V, rows, numbers, *, pairs, needs, logits_budge
         floats(n if recompute else 0),
         floats(2, n) if recompute else floats(0),
         floats(n if recompute else 0),
-        *buffers(hidden_RD, tiles, torch.promote_types(hidden_RD.dtype, weight_VD.dtype)),
+        *buffers(hidden_RD, plan.row_tiles if recompute else 0, torch.promote_types(hidden_RD.dtype, weight_VD.dtype)),
         saved(hidden_RD, wants.hidden),
         saved(weight_VD, wants.weight),
         saved(bias_V, wants.bias),
     ]
+
+
+def _backward_plan(
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    rows_N: Tensor,
+    logits_budget: int | None,
+    strip_bytes: int | None,
+    backend: str,
+    needs: list[bool],
+) -> Plan:
+    """The forward's: where backward computes anything, the head is trained."""
+    wants = Needs(*needs)
+    return make_plan(hidden_RD, weight_VD, rows_N.shape[0], wants, not wants.head, logits_budget, strip_bytes, backend)
 
 
 @torch.library.custom_op("orpo::linear_orpo_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
@@ -195,24 +221,23 @@ def linear_orpo_backward(
     numbers: Tensor,
     saved: list[Tensor],
     *,
-    logits_budget: int,
-    strip_bytes: int,
+    logits_budget: int | None,
+    strip_bytes: int | None,
     backend: str,
     needs: list[bool],
 ) -> list[Tensor]:
     """[dX_RD, dW_VD, db_V], empty where not wanted, for an upstream gradient; saved is `Output` from logp_N on."""
     wants = Needs(*needs)
+    plan = _backward_plan(hidden_RD, weight_VD, rows_N, logits_budget, strip_bytes, backend, needs)
     logp_N, lse_2N, coef_N, exps, maxima, *finished = saved
-    if not schedule.recomputes(wants, logits_budget, backend):
+    if not plan.recomputes:
         # Out of place: with retain_graph the same saved gradients are scaled again.
         pairs = zip(finished, (hidden_RD, weight_VD, bias_V), needs, strict=True)
         return [(t * grad_loss).to(like.dtype) if wanted else torch.empty_like(t) for t, like, wanted in pairs]
     head = Numbers.read(numbers).head(weight_VD, bias_V)
+    kept = Kept(plan.columns, exps, maxima) if plan.columns else None
     x_ND, coef_N, targets_N = hidden_RD[rows_N], coef_N * grad_loss, targets_N.contiguous()
-    columns = kept_columns(x_ND.shape[0], weight_VD.shape[0], maxima.shape[0])
-    be = load_form(backend, x_ND, targets_N, head, strip_bytes, columns)
-    kept = Kept(columns, exps, maxima) if columns else None
-    grads = schedule.backward_by_strips(be, x_ND, targets_N, logp_N, lse_2N, coef_N, head, wants, strip_bytes, kept)
+    grads = strips.backward(plan, x_ND, targets_N, logp_N, lse_2N, coef_N, head, kept)
     return [
         _scatter_rows(grads.x_ND, rows_N, hidden_RD, hidden_RD.dtype) if wants.hidden else coef_N.new_empty(0),
         grads.weight_VD if wants.weight else coef_N.new_empty(0),
@@ -248,8 +273,11 @@ def _backward(ctx, upstream):
 
 
 def _gradients(grad_loss: Tensor, saved: tuple[Tensor | None, ...], settings: dict) -> list[Tensor | None]:
-    recomputed = schedule.recomputes(Needs(*settings["needs"]), settings["logits_budget"], settings["backend"])
-    if recomputed or _graph_is_kept() or type(grad_loss) is not Tensor:
+    if (
+        _backward_plan(saved[0], saved[1], saved[3], **settings).recomputes
+        or _graph_is_kept()
+        or type(grad_loss) is not Tensor
+    ):
         return torch.ops.orpo.linear_orpo_backward(grad_loss, *saved[:6], list(saved[6:]), **settings)
     # Nobody will ask for the finished gradients again: a scaled copy would cost as much memory once more.
     finished = zip(saved[-3:], saved[:3], settings["needs"], strict=True)
@@ -273,15 +301,13 @@ linear_orpo.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 @register_flop_formula(torch.ops.orpo.linear_orpo, get_raw=True)
-def _(hidden_RD, weight_VD, bias_V, rows, *_, needs, logits_budget, backend, head_frozen, **__) -> int:
-    shape = hidden_RD.new_empty((rows[0].shape[0], hidden_RD.shape[1]), device="meta")
-    return schedule.forward_flops(shape, weight_VD, Needs(*needs), logits_budget, backend, head_frozen)
+def _(hidden_RD, weight_VD, _, rows, *__, needs, head_frozen, logits_budget, strip_bytes, backend, **___) -> int:
+    n, wants = rows[0].shape[0], Needs(*needs)
+    plan = make_plan(hidden_RD, weight_VD, n, wants, head_frozen, logits_budget, strip_bytes, backend)
+    return plan.forward_flops(hidden_RD.shape[1])
 
 
 @register_flop_formula(torch.ops.orpo.linear_orpo_backward, get_raw=True)
-def _(_, hidden_RD, weight_VD, bias_V, rows_N, *rest, needs, logits_budget, backend, **__) -> int:
-    if not schedule.recomputes(Needs(*needs), logits_budget, backend):
-        return 0
-    maxima = rest[2][4]
-    shape = hidden_RD.new_empty((rows_N.shape[0], hidden_RD.shape[1]), device="meta")
-    return schedule.backward_flops(shape, weight_VD, Needs(*needs), maxima.shape[0])
+def _(_, hidden_RD, weight_VD, __, rows_N, *___, needs, logits_budget, strip_bytes, backend, **____) -> int:
+    plan = _backward_plan(hidden_RD, weight_VD, rows_N, logits_budget, strip_bytes, backend, needs)
+    return plan.backward_flops(hidden_RD.shape[1])

@@ -10,11 +10,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# One strip of logits, the largest thing that the recomputing schedule ever holds. A GPU fills its multiprocessors with
-# wide strips; a CPU's matmuls are as fast on narrow ones, which its caches hold for longer.
-STRIP_BYTES = 128 * 2**20
-CPU_STRIP_BYTES = 32 * 2**20
-
 
 @dataclass(frozen=True)
 class Head:

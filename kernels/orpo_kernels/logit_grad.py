@@ -2,8 +2,7 @@
 
     g_nv = ([v = y_n] - p_nv) * cap'(z_nv),   p_nv = exp(z_nv - lse_n),   1 - p_y = -expm1(logp_n)      (Eq. 8)
 
-    x_ND, weight_WD [bias_W], targets_N, lse_2N, target_grad_N  ->  g_NW     fused with the recomputed matmul
-    z_NW (by the library), targets_N, lse_2N, target_grad_N     ->  g_NW     strip form
+    x_ND, weight_WD [bias_W], targets_N, lse_2N, target_grad_N  ->  g_NW     the recomputed matmul's epilogue
 
 Everything is float32 until g is stored, once, in the dtype of the two matmuls that follow; target_grad_N is 1 - p_y. In
 float16 each row carries a power of two (row_scale_N) that puts its largest entry, the target's, near 2^14: without it
@@ -12,7 +11,6 @@ entries of 1e-7 are 15 % wrong, and a nearly certain answer loses its gradient. 
 Letters: N rows, D hidden size, W columns of the strip.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -126,53 +124,6 @@ def logit_grad_kernel(
     tl.store(g_ptrs, g_NV.to(g_ptr.dtype.element_ty), mask=row_mask[:, None] & (offs_v < columns)[None, :])
 
 
-@triton.jit
-def strip_grad_kernel(
-    z_ptr,
-    bias_ptr,
-    targets_ptr,
-    lse_ptr,
-    target_grad_ptr,
-    row_scale_ptr,
-    g_ptr,
-    N,
-    columns,
-    scale,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ROW_SCALE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    blocks_v = tl.cdiv(columns, BLOCK_V)
-    offs_n = tl.program_id(0) // blocks_v * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_v = tl.program_id(0) % blocks_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    row_mask = offs_n < N
-    mask = row_mask[:, None] & (offs_v < columns)[None, :]
-    # int64: a tile over the whole vocabulary may hold more than 2^31 logits.
-    offs = offs_n.to(tl.int64)[:, None] * columns + offs_v[None, :]
-    u_NV = tl.load(z_ptr + offs, mask=mask, other=0.0)
-    u_NV = apply_head(u_NV, bias_ptr, offs_v, columns, scale, softcap, HAS_BIAS, False)
-    targets_N = tl.load(targets_ptr + offs_n, mask=row_mask, other=-1).to(tl.int32)
-    target_grad_N = tl.load(target_grad_ptr + offs_n, mask=row_mask, other=0.0)
-    g_NV = gradient(
-        u_NV,
-        offs_v,
-        targets_N,
-        lse_ptr,
-        target_grad_N,
-        row_scale_ptr,
-        offs_n,
-        N,
-        row_mask,
-        softcap,
-        HAS_SOFTCAP,
-        HAS_ROW_SCALE,
-    )
-    tl.store(g_ptr + offs, g_NV.to(g_ptr.dtype.element_ty), mask=mask)
-
-
 def logit_grad(
     x_ND: Tensor,
     targets_N: Tensor,
@@ -181,7 +132,7 @@ def logit_grad(
     row_scale_N: Tensor | None,
     head: Head,
 ) -> Tensor:
-    """Fused form: g_NW in x's dtype for the strip that `head` and targets_N are relative to.
+    """g_NW in x's dtype for the strip that `head` and targets_N are relative to.
 
     x_ND is contiguous and of the weight's dtype.
     """
@@ -235,38 +186,3 @@ def _logit_grad(
         EVEN_D=d % config.block_d == 0,
         **config.launch_options(),
     )
-
-
-def strip_grad(
-    z_NW: Tensor,
-    targets_N: Tensor,
-    lse_2N: Tensor,
-    target_grad_N: Tensor,
-    row_scale_N: Tensor | None,
-    head: Head,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Strip form: g_NW from the strip's raw float32 logits x W^T; in place where dtype is float32."""
-    n, columns = z_NW.shape
-    assert z_NW.is_contiguous() and targets_N.is_contiguous() and z_NW.dtype == torch.float32
-    assert lse_2N.is_contiguous()
-    g_NW = z_NW if dtype == torch.float32 else torch.empty_like(z_NW, dtype=dtype)
-    config = configs.elementwise_config()
-    strip_grad_kernel[(triton.cdiv(n, config["BLOCK_N"]) * triton.cdiv(columns, config["BLOCK_V"]),)](
-        z_NW,
-        head.bias_V,
-        targets_N,
-        lse_2N,
-        target_grad_N,
-        row_scale_N,
-        g_NW,
-        N=n,
-        columns=columns,
-        scale=head.scale,
-        softcap=head.softcap or 0.0,
-        HAS_BIAS=head.bias_V is not None,
-        HAS_SOFTCAP=head.softcap is not None,
-        HAS_ROW_SCALE=row_scale_N is not None,
-        **config,
-    )
-    return g_NW

@@ -3,14 +3,13 @@
     z_nv = cap(scale * (x_n . W_v + b_v))                          (Eq. 1)
     m_n, s_n, z_{n,y_n}:  sum_{v != y_n} exp z_nv = s_n exp m_n    (Eq. 2, the target left out)
 
-    x_ND, weight_VD [bias_V], targets_N  ->  max_KN, sum_KN, target_N        fused: K splits of the vocabulary
+    x_ND, weight_VD [bias_V], targets_N  ->  max_KN, sum_KN, target_N        of K splits of the vocabulary
                                              and exps_NC of the first C columns, where they are kept (kept_grad.py)
-    z_NW (a strip, by the library)       ->  max_N, sum_N, target_N updated  strip form
 
-Logits are float32 from the matmul's accumulator on; in the fused form they exist only as one tile per program. Stage 2
-combines the K partial sums.
+Logits are float32 from the matmul's accumulator on, and exist only as one tile per program. Stage 2 combines the K
+partial sums.
 
-Letters: N rows, D hidden size, V vocabulary, K splits, C kept columns, W columns of a strip.
+Letters: N rows, D hidden size, V vocabulary, K splits, C kept columns.
 """
 
 import torch
@@ -143,47 +142,10 @@ def logit_stats_kernel(
     tl.store(target_ptr + offs_n, target_N, mask=row_mask & (targets_N >= start) & (targets_N < end))
 
 
-@triton.jit
-def strip_stats_kernel(
-    z_ptr,
-    bias_ptr,
-    targets_ptr,
-    max_ptr,
-    sum_ptr,
-    target_ptr,
-    N,
-    columns,
-    scale,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = offs_n < N
-    targets_N = tl.load(targets_ptr + offs_n, mask=row_mask, other=-1).to(tl.int32)
-    max_N = tl.load(max_ptr + offs_n, mask=row_mask, other=float("-inf"))
-    sum_N = tl.load(sum_ptr + offs_n, mask=row_mask, other=0.0)
-    target_N = tl.load(target_ptr + offs_n, mask=row_mask, other=0.0)
-    # int64: a tile over the whole vocabulary may hold more than 2^31 logits.
-    z_rows = z_ptr + offs_n.to(tl.int64)[:, None] * columns
-    for column in range(0, columns, BLOCK_V):
-        offs_v = column + tl.arange(0, BLOCK_V)
-        z_NV = tl.load(z_rows + offs_v[None, :], mask=row_mask[:, None] & (offs_v < columns)[None, :], other=0.0)
-        z_NV = apply_head(z_NV, bias_ptr, offs_v, columns, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-        max_N, sum_N, target_N, _, _ = fold_logits(
-            z_NV, offs_v, columns, targets_N, max_N, sum_N, target_N, softcap, HAS_SOFTCAP, False
-        )
-    tl.store(max_ptr + offs_n, max_N, mask=row_mask)
-    tl.store(sum_ptr + offs_n, sum_N, mask=row_mask)
-    tl.store(target_ptr + offs_n, target_N, mask=row_mask)
-
-
 def logit_stats(
     x_ND: Tensor, targets_N: Tensor, head: Head, columns: int = 0, kept: Kept | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fused form: float32 (max_KN, sum_KN, target_N). x_ND is contiguous and of the weight's dtype.
+    """float32 (max_KN, sum_KN, target_N). x_ND is contiguous and of the weight's dtype.
 
     The first `columns` columns are a launch of their own, which fills `kept` where it is given. Without it they still
     are: partial sums, and with them the last bits of the loss, depend on where a launch ends.
@@ -219,7 +181,7 @@ def _logit_stats(
     k = 0
     for (first, last), (splits, split_columns) in zip(ranges, grids, strict=True):
         partial = max_KN[k : k + splits], sum_KN[k : k + splits], target_N
-        # Of targets before `first` none is met, nor after.
+        # A target outside [first, last) equals no column of this launch, which then leaves its logit alone.
         targets = targets_N - first if first else targets_N
         _launch(x_ND, targets, head.strip(first, last), config, splits, split_columns, partial, None if first else kept)
         k += splits
@@ -261,47 +223,5 @@ def _launch(
         KEPT_TILE=TILE,
         INPUT_PRECISION=configs.input_precision(),
         EVEN_D=d % config.block_d == 0,
-        **config.launch_options(),
-    )
-
-
-def start_strip_stats(x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(max_1N, sum_1N, target_N) before the first strip."""
-    n = x_ND.shape[0]
-    max_1N = x_ND.new_full((1, n), -torch.inf, dtype=torch.float32)
-    return max_1N, torch.zeros_like(max_1N), x_ND.new_zeros(n, dtype=torch.float32)
-
-
-def add_strip_stats(z_NW: Tensor, targets_N: Tensor, head: Head, stats: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Strip form: fold raw float32 logits x W^T into `stats`, in place; targets and head are relative to the strip."""
-    assert z_NW.is_contiguous() and targets_N.is_contiguous() and z_NW.dtype == torch.float32
-    candidates = configs.rows_candidates(z_NW.shape[1])
-    few_NW, few_N = z_NW[:TIMED_ROWS], targets_N[:TIMED_ROWS]
-
-    def launch(config: configs.RowsConfig) -> None:
-        # `stats` must not see this strip twice.
-        _add_strip_stats(few_NW, few_N, head, start_strip_stats(few_NW), config)
-
-    _add_strip_stats(z_NW, targets_N, head, stats, configs.fastest("strip_stats", candidates, z_NW, head, launch))
-
-
-def _add_strip_stats(
-    z_NW: Tensor, targets_N: Tensor, head: Head, stats: tuple[Tensor, Tensor, Tensor], config: configs.RowsConfig
-) -> None:
-    n, columns = z_NW.shape
-    max_1N, sum_1N, target_N = stats
-    strip_stats_kernel[(triton.cdiv(n, config.block_n),)](
-        z_NW,
-        head.bias_V,
-        targets_N,
-        max_1N,
-        sum_1N,
-        target_N,
-        N=n,
-        columns=columns,
-        scale=head.scale,
-        softcap=head.softcap or 0.0,
-        HAS_BIAS=head.bias_V is not None,
-        HAS_SOFTCAP=head.softcap is not None,
         **config.launch_options(),
     )

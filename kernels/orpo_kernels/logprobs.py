@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import schedule
-from .form import load_form
+from . import strips
 from .head import Needs
-from .kept import Kept, buffers, clear_padding, kept_columns
+from .kept import Kept, buffers, clear_padding
 from .matmul import accumulation_dtype, operator_body
+from .plan import Plan, make_plan
 from .rows import check_targets
 from .settings import Numbers
 
@@ -29,8 +29,8 @@ def linear_logprobs(
     targets_N: Tensor,
     numbers: Tensor,
     *,
-    logits_budget: int,
-    strip_bytes: int,
+    logits_budget: int | None,
+    strip_bytes: int | None,
     backend: str,
     needs: list[bool],
     head_frozen: bool,
@@ -40,32 +40,46 @@ def linear_logprobs(
     check_targets(targets_N, weight_VD.shape[0], "targets")
     targets_N = targets_N.contiguous()
     head, wants = Numbers.read(numbers).head(weight_VD, bias_V), Needs(*needs)
-    keep = schedule.keeping(x_ND, weight_VD, logits_budget, backend, head_frozen)
-    be = load_form(backend, x_ND, targets_N, head, strip_bytes, keep.columns)
+    plan = _plan(x_ND, weight_VD, wants, head_frozen, logits_budget, strip_bytes, backend)
     dtype = torch.promote_types(x_ND.dtype, weight_VD.dtype)
-    exps, maxima = buffers(x_ND, keep.tiles if wants.any else 0, dtype)
-    kept = Kept(keep.columns, exps, maxima) if wants.any and keep.columns else None
-    (logp_N, lse_2N), u_ND = schedule.token_stats(
-        be, x_ND, targets_N, head, wants, head_frozen, strip_bytes, keep, kept
-    )
+    exps, maxima = buffers(x_ND, plan.row_tiles if wants.any else 0, dtype)
+    kept = Kept(plan.columns, exps, maxima) if wants.any and plan.columns else None
+    (logp_N, lse_2N), u_ND = strips.token_stats(plan, x_ND, targets_N, head, kept)
     if wants.head:
-        clear_padding(exps, maxima, x_ND.shape[0], keep.columns)
+        clear_padding(exps, maxima, plan.rows, plan.columns)
     else:
         exps, maxima = buffers(x_ND, 0, dtype)
     return logp_N, lse_2N, logp_N.new_empty(0) if u_ND is None else u_ND, exps, maxima
 
 
+def _plan(
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    needs: Needs,
+    frozen: bool,
+    logits_budget: int | None,
+    strip_bytes: int | None,
+    backend: str,
+) -> Plan:
+    if logits_budget is None and not frozen:
+        # Every call whose backward is still to come would keep exponentials of its own.
+        logits_budget = 0
+    settings = logits_budget, strip_bytes, backend
+    # Of single tokens nothing is known that a tile could be turned into gradients of.
+    return make_plan(x_ND, weight_VD, x_ND.shape[0], needs, frozen, *settings, has_pairs=False)
+
+
 @linear_logprobs.register_fake
-def _(x_ND, weight_VD, bias_V, targets_N, numbers, *, needs, logits_budget, backend, **_):
+def _(x_ND, weight_VD, bias_V, targets_N, numbers, *, needs, head_frozen, logits_budget, strip_bytes, backend):
     dtype, wants = accumulation_dtype(x_ND, weight_VD), Needs(*needs)
+    plan = _plan(x_ND, weight_VD, wants, head_frozen, logits_budget, strip_bytes, backend)
     keeps_u = wants.any and not wants.head
     rows = x_ND.new_empty(x_ND.shape[0], dtype=dtype)
-    tiles = schedule.kept_tiles(x_ND.shape[0], x_ND, weight_VD, logits_budget, backend) if wants.head else 0
     return (
         rows,
         rows.new_empty(2, x_ND.shape[0]),
         x_ND.new_empty(x_ND.shape if keeps_u else 0, dtype=dtype),
-        *buffers(x_ND, tiles, torch.promote_types(x_ND.dtype, weight_VD.dtype)),
+        *buffers(x_ND, plan.row_tiles if wants.head else 0, torch.promote_types(x_ND.dtype, weight_VD.dtype)),
     )
 
 
@@ -84,7 +98,8 @@ def linear_logprobs_backward(
     exps: Tensor,
     maxima: Tensor,
     *,
-    strip_bytes: int,
+    logits_budget: int | None,
+    strip_bytes: int | None,
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,20 +108,9 @@ def linear_logprobs_backward(
     if not wants.head:
         dx_ND = (u_ND * (head.scale * grad_N[:, None])).to(x_ND.dtype)
         return dx_ND, logp_N.new_empty(0), logp_N.new_empty(0)
-    targets_N = targets_N.contiguous()
-    columns = kept_columns(x_ND.shape[0], weight_VD.shape[0], maxima.shape[0])
-    grads = schedule.backward_by_strips(
-        load_form(backend, x_ND, targets_N, head, strip_bytes, columns),
-        x_ND,
-        targets_N,
-        logp_N,
-        lse_2N,
-        grad_N,
-        head,
-        wants,
-        strip_bytes,
-        Kept(columns, exps, maxima) if columns else None,
-    )
+    plan = _plan(x_ND, weight_VD, wants, False, logits_budget, strip_bytes, backend)
+    kept = Kept(plan.columns, exps, maxima) if plan.columns else None
+    grads = strips.backward(plan, x_ND, targets_N.contiguous(), logp_N, lse_2N, grad_N, head, kept)
     return (
         grads.x_ND.to(x_ND.dtype) if wants.hidden else logp_N.new_empty(0),
         grads.weight_VD if wants.weight else logp_N.new_empty(0),
@@ -126,8 +130,7 @@ def _save_for_backward(ctx, inputs, keyword_only_inputs, output) -> None:
     # Autograd would make an (N, D) tensor of zeros for u_ND, which has no gradient.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, *output)
-    dropped = ("head_frozen", "logits_budget")
-    ctx.settings = {name: value for name, value in keyword_only_inputs.items() if name not in dropped}
+    ctx.settings = {name: value for name, value in keyword_only_inputs.items() if name != "head_frozen"}
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -143,13 +146,12 @@ linear_logprobs.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 @register_flop_formula(torch.ops.orpo.linear_logprobs, get_raw=True)
-def _(x_ND, weight_VD, *_, needs, logits_budget, backend, head_frozen, **__) -> int:
-    # On a CPU log-probabilities have no bins.
-    budget = 0 if backend == "torch" else logits_budget
-    return schedule.forward_flops(x_ND, weight_VD, Needs(*needs), budget, backend, head_frozen)
+def _(x_ND, weight_VD, *_, needs, head_frozen, logits_budget, strip_bytes, backend, **__) -> int:
+    plan = _plan(x_ND, weight_VD, Needs(*needs), head_frozen, logits_budget, strip_bytes, backend)
+    return plan.forward_flops(x_ND.shape[1])
 
 
 @register_flop_formula(torch.ops.orpo.linear_logprobs_backward, get_raw=True)
-def _(_, x_ND, weight_VD, *rest, needs, **__) -> int:
-    wants, maxima = Needs(*needs), rest[-1]
-    return schedule.backward_flops(x_ND, weight_VD, wants, maxima.shape[0]) if wants.head else 0
+def _(_, x_ND, weight_VD, *__, needs, logits_budget, strip_bytes, backend, **___) -> int:
+    plan = _plan(x_ND, weight_VD, Needs(*needs), False, logits_budget, strip_bytes, backend)
+    return plan.backward_flops(x_ND.shape[1])

@@ -76,13 +76,6 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b).to(dtype)
 
 
-def raw_logits(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
-    """x W^T in float32, never rounded to a narrower dtype on the way."""
-    if x_ND.is_cuda:
-        return matmul(x_ND, weight_VD.T, torch.float32)
-    return torch.mm(x_ND.float(), weight_VD.T.float())
-
-
 def add_matmul(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
     """accumulator += a @ b; low-precision products are added to the accumulator, never to one another.
 

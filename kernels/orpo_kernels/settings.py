@@ -24,7 +24,7 @@ class LossSettings:
         logit_softcap: c of Eq. 1, above 0 and finite; None: no cap.
         logits_budget: most bytes kept between the logits and their gradient; None: the device's default.
         strip_bytes: bytes of one strip of recomputed logits, at least 1; None: the device's default.
-        backend: one of `backends.NAMES`; None: what the device has.
+        backend: one of `plan.BACKENDS`; None: what the device has.
 
     Raises:
         ValueError: a value outside its range, or a tensor that needs a gradient, which no setting gets.
@@ -100,6 +100,11 @@ class Numbers:
     def read(cls, numbers: Tensor) -> Numbers:
         beta, nll_weight, tokens, pairs, scale, softcap = numbers.tolist()
         return cls(beta, nll_weight, tokens or None, pairs or None, scale, softcap or None)
+
+    def of_objective(self) -> dict[str, float | None]:
+        """The keyword arguments of stage 2."""
+        names = ("beta", "nll_weight", "num_nll_tokens", "num_pairs")
+        return {name: getattr(self, name) for name in names}
 
     def head(self, weight_VD: Tensor, bias_V: Tensor | None) -> Head:
         """The head with this scale and softcap."""

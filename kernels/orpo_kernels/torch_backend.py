@@ -19,12 +19,8 @@ from .head import Head, strip_width, strips
 from .matmul import accumulation_dtype, add_matmul, converted_parts
 from .rows import Rows
 from .torch_logits import CHUNK_ROWS as CHUNK_ROWS  # bins.py asks the backend for it
-from .torch_logits import LogitStrip, chunk_rows, compute_dtype, row_blocks, tile_element_bytes
+from .torch_logits import LogitStrip, chunk_rows, compute_dtype, row_blocks
 
-# Logits of a tile stay alive until gradients are made of them: in bins, and in one pass where the head is frozen.
-TILES = True
-
-strip_element_bytes = tile_element_bytes
 _LOG2_E = math.log2(math.e)
 
 
@@ -69,6 +65,10 @@ def _share(log_sum_N: Tensor) -> Tensor:
     return -torch.exp(-log_sum_N.clamp(min=0))[:, None]
 
 
+def _element_bytes(x_ND: Tensor, head: Head) -> int:
+    return compute_dtype(x_ND.dtype, head.weight_VD.dtype).itemsize
+
+
 class RunningStats:
     """Stage 1 over strips: running maximum and sum of exponentials without the target, and the target's logit."""
 
@@ -101,7 +101,7 @@ def token_stats(
     """
     n, v = x_ND.shape[0], head.weight_VD.shape[0]
     stats = RunningStats(n, x_ND, accumulation_dtype(x_ND, head.weight_VD))
-    for first, last in strips(v, strip_width(n, v, strip_element_bytes(x_ND.dtype, head.weight_VD.dtype), strip_bytes)):
+    for first, last in strips(v, strip_width(n, v, _element_bytes(x_ND, head), strip_bytes)):
         strip = LogitStrip(x_ND, targets_N, head, first, last)
         for block in strip.blocks():
             z = strip.read(block)
@@ -177,7 +177,7 @@ def frozen_head_stats_and_grad(
     stats = RunningStats(n, x_ND, dtype)
     u_ND = x_ND.new_zeros(x_ND.shape, dtype=dtype)
     slope_y_N = x_ND.new_ones(n, dtype=dtype)
-    for first, last in strips(v, strip_width(n, v, strip_element_bytes(x_ND.dtype, head.weight_VD.dtype), strip_bytes)):
+    for first, last in strips(v, strip_width(n, v, _element_bytes(x_ND, head), strip_bytes)):
         strip = LogitStrip(x_ND, targets_N, head, first, last)
         for block in strip.blocks():
             z, slope = strip.read_with_slope(block)

@@ -65,11 +65,6 @@ def chunk_rows(dtype: torch.dtype) -> int:
     return 256 if small else CHUNK_ROWS
 
 
-def tile_element_bytes(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
-    """Bytes that one logit takes while it is alive: one number of the matmul's dtype."""
-    return compute_dtype(x_dtype, weight_dtype).itemsize
-
-
 class LogitStrip:
     """Columns [first, last) of the logits of some rows, read block by block of rows in fp32 (fp64 for fp64).
 

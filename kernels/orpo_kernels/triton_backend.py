@@ -1,13 +1,9 @@
 """Stages 1 to 3 with Triton: the interface of torch_backend.py over logit_stats.py, odds_ratio.py and logit_grad.py.
 
-Strips go through the fused form here, through the library's matmul in triton_strip_backend.py; form.py chooses.
-
 Letters: N rows, D hidden size, V vocabulary, W columns of a strip.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,15 +11,12 @@ from torch import Tensor
 from .head import Head
 from .kept import Kept
 from .kept_grad import kept_grad as exps_grad
-from .logit_grad import logit_grad as fused_grad
+from .logit_grad import logit_grad as recomputed_grad
 from .logit_stats import logit_stats
 from .matmul import WeightedRows
 from .odds_ratio import combine, objective
 
 __all__ = ["objective"]
-
-# No tile of logits outlives its kernel: what a budget keeps are exponentials (kept.py).
-TILES = False
 
 # float16 g holds the target's entry, a row's largest, between 2^14 and 2^15.
 _ROW_EXPONENT = 14
@@ -34,11 +27,6 @@ _SMALLEST = 2.0**-100
 def compute_dtype(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> torch.dtype:
     """The dtype of the matmuls: the wider of the two operands'."""
     return torch.promote_types(x_dtype, weight_dtype)
-
-
-def strip_element_bytes(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
-    """Bytes that one logit of a recomputed strip takes: only its gradient leaves the chip."""
-    return compute_dtype(x_dtype, weight_dtype).itemsize
 
 
 def operands(x_ND: Tensor, head: Head) -> tuple[Tensor, Head]:
@@ -70,21 +58,15 @@ def token_stats(
 
 
 def logit_grad(
-    x_ND: Tensor,
-    targets_N: Tensor,
-    logp_N: Tensor,
-    lse_2N: Tensor,
-    head: Head,
-    first: int,
-    last: int,
-    grad: Callable[..., Tensor] = fused_grad,
+    x_ND: Tensor, targets_N: Tensor, logp_N: Tensor, lse_2N: Tensor, head: Head, first: int, last: int
 ) -> tuple[Tensor, Tensor]:
-    """Stage 3: (g_NW, weight_WD) for columns [first, last), logits recomputed by `grad`, called as fused_grad."""
+    """Stage 3: (g_NW, weight_WD) for columns [first, last), logits recomputed."""
     x_ND, head = operands(x_ND, head.strip(first, last))
     if x_ND.shape[0] == 0:
         return x_ND.new_empty((0, last - first)), head.weight_VD
     row_scale_N = _row_scale(logp_N, x_ND.dtype)
-    return grad(x_ND, targets_N - first, lse_2N, -torch.expm1(logp_N), row_scale_N, head), head.weight_VD
+    g_NW = recomputed_grad(x_ND, targets_N - first, lse_2N, -torch.expm1(logp_N), row_scale_N, head)
+    return g_NW, head.weight_VD
 
 
 def kept_grad(

@@ -1,7 +1,7 @@
 """The fastest of a few ways to the same result, by one timing for each class of shapes, remembered.
 
-Used for the form of the stages (form.py) and for the tiles of each kernel (configs.py). What a class was timed at stays
-in this process, and on disk beside triton's own cache, so that later processes do not time again.
+Used for the tiles of each kernel (configs.py). What a class was timed at stays in this process, and on disk beside
+triton's own cache, so that later processes do not time again.
 
 Nothing is timed, and the first way is taken, on a CPU, where deterministic algorithms are asked for, and while a CUDA
 graph is captured in a process that has not met the class: that process then stays with it. So one process takes one
