@@ -6,7 +6,7 @@ Letters: P pairs, S = 2P sequences (chosen first, then rejected), T tokens of a 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,8 +78,7 @@ class PairBatch:
         """The same batch with rows of its first `pairs` pairs only. Reads counts off the device."""
         r = self.rows
         kept = r.sequence_N % r.pairs < pairs
-        arrays = (r.rows_N, r.targets_N, r.sequence_N, r.in_response_N, r.in_nll_N)
-        rows = Rows(*(a[kept] for a in arrays), pairs=r.pairs)
+        rows = r.map(lambda array: array[kept])
         answered = torch.zeros(2 * r.pairs, dtype=torch.bool, device=kept.device)
         answered[rows.sequence_N[rows.in_response_N]] = True
         num_pairs = int(answered.reshape(2, r.pairs).all(dim=0).sum())
@@ -88,9 +87,7 @@ class PairBatch:
 
     def pin_memory(self) -> PairBatch:
         """The same batch in page-locked memory. torch's DataLoader calls this by name."""
-        arrays = (getattr(self.rows, f.name) for f in fields(Rows))
-        pinned = Rows(*(a.pin_memory() if isinstance(a, Tensor) else a for a in arrays))
-        return replace(self, rows=pinned)
+        return replace(self, rows=self.rows.map(Tensor.pin_memory))
 
 
 class RowBuilder:

@@ -124,7 +124,7 @@ def forward(plan: Plan, x_ND: Tensor, rows: Rows, head: Head, settings: dict) ->
     fitting = [size for size in sizes if size <= plan.tile_rows]
     memory = stages.tile_memory(fitting, x_ND, head, with_grad=needs.any)
     for bin_, size in zip(bins, sizes, strict=True):
-        x, part = _take(x_ND, bin_), _take_rows(rows, bin_)
+        x, part = _take(x_ND, bin_), rows.map(lambda array, bin_=bin_: _take(array, bin_))
         if size > plan.tile_rows:
             logp, gradients = _by_strips(plan, x, part, head, settings)
             _put(logp_N, bin_, logp)
@@ -156,15 +156,11 @@ def _by_strips(plan: Plan, x_ND: Tensor, rows: Rows, head: Head, settings: dict)
     return logp_N, strips.backward(plan, x_ND, rows.targets_N, logp_N, lse_2N, coef_N, head, head_dtype=dtype)
 
 
-def _take(t: Tensor, tiles: tuple[slice, ...]) -> Tensor:
+def _take(t: Tensor, tiles: Bin) -> Tensor:
     return t[tiles[0]] if len(tiles) == 1 else torch.cat([t[tile] for tile in tiles])
 
 
-def _take_rows(rows: Rows, tiles: tuple[slice, ...]) -> Rows:
-    return Rows(*(_take(a, tiles) for a in rows.arrays), pairs=rows.pairs)
-
-
-def _put(t: Tensor, tiles: tuple[slice, ...], values: Tensor) -> None:
+def _put(t: Tensor, tiles: Bin, values: Tensor) -> None:
     first = 0
     for tile in tiles:
         t[tile] = values[first : first + tile.stop - tile.start]

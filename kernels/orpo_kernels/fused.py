@@ -107,7 +107,7 @@ def linear_orpo(
     settings, wants = Numbers.read(numbers), Needs(*needs)
     head = settings.head(weight_VD, bias_V)
     # Contiguous: kernels step through them one element after the other.
-    rows = Rows(*(t.contiguous() for t in rows), pairs, all_count)
+    rows = Rows(*rows, pairs, all_count).map(Tensor.contiguous)
     check_rows(rows, hidden_RD.shape[0], weight_VD.shape[0], source)
     x_ND, dtype = hidden_RD[rows.rows_N], accumulation_dtype(hidden_RD, weight_VD)
     plan = make_plan(x_ND, weight_VD, len(x_ND), wants, head_frozen, logits_budget, strip_bytes, backend)
