@@ -298,9 +298,7 @@ def test_rows_and_bias_may_be_columns(backend, budget, kernel_device):
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
-@pytest.mark.parametrize(
-    "backend", [TORCH, *(pytest.param(f"triton-{form}", marks=pytest.mark.kernels) for form in ("fused", "strip"))]
-)
+@backends
 def test_targets_of_log_probabilities_may_be_a_column(backend, frozen, kernel_device):
     problem = make_problem(bias=True, device="cpu" if backend == "torch" else kernel_device)
     results = []
