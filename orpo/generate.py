@@ -13,7 +13,6 @@ column ``prompt`` of a data set in any form that orpo-train reads, as strings or
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 from orpo import judges
 from orpo.command import OneLineErrors, run_command
 from orpo.files import as_json, read_text, write_whole
-from orpo.generation import Answer, Messages, generate, load
+from orpo.generation import Answer, Messages, check_temperature, generate, load
 from orpo.sources import load_pairs
 
 
@@ -88,8 +87,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         # All files of a folder are read: it would replace one of them, or be read as one the next time.
         parser.error(f"--output is {options.output}, in the folder of --prompts: name a file elsewhere")
     # Said now, not by generate when the model is loaded.
-    if options.temperature is not None and not 0 <= options.temperature < math.inf:
-        parser.error(f"--temperature is {options.temperature}; it has to be 0 or more, and finite")
+    if options.temperature is not None:
+        try:
+            check_temperature(options.temperature, "--temperature")
+        except ValueError as error:
+            parser.error(str(error))
     if not 0 < options.top_p <= 1:
         parser.error(f"--top_p is {options.top_p}; it has to be above 0 and at most 1")
     if options.format is not None:
