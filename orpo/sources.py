@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,6 +135,10 @@ def _as_text(builder: Any) -> dict[str, Any]:
                     f"the first row of {Path(file).name} has more fields than its line of names; a text with a comma "
                     "has to stand in double quotes, and no comma ends a row"
                 )
+            header = pandas.read_csv(file, nrows=1, dtype=str, header=None, na_filter=False).iloc[0]
+            if twice := [name for name, count in Counter(header).items() if name and count > 1]:
+                # The reader renames the second one, and nobody knows which of the two is meant.
+                raise ValueError(f"{Path(file).name} has more than one column named {twice[0]!r}: rename or remove one")
             names.update(first.columns)
     except ValueError as error:
         raise DatasetGenerationError from error

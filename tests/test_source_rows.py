@@ -66,3 +66,17 @@ def test_a_folder_that_is_a_pattern_is_refused(tmp_path):
     with pytest.raises(ValueError, match="would be read as a pattern: rename it"):
         load_pairs(str(folder))
     assert len(load_pairs(str(folder / "train.jsonl"))) == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.csv.gz", "folder"])
+def test_csv_with_two_columns_of_one_name_is_refused(name, streaming, tmp_path):
+    text = "\ufeffchosen,prompt,rejected,chosen\na,b,c,d\n".encode()
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+    (path / "a.csv" if name == "folder" else path).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    with pytest.raises(ValueError, match=r"a?(pairs)?\.csv(\.gz)? has more than one column named 'chosen'"):
+        load_pairs(str(path), streaming=streaming)
+    (tmp_path / "b.csv").write_text("prompt,chosen,rejected,chosen.1,,\na,b,c,d,e,f\n")
+    assert next(iter(load_pairs(str(tmp_path / "b.csv"), streaming=streaming)))["chosen.1"] == "d"
