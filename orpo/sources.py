@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -78,7 +79,9 @@ def load_pairs(name: str, split: str = "train", *, config: str | None = None, st
     try:
         with _silent_reader():
             if path.is_dir() or arguments["path"] == "csv":
-                arguments |= _as_text(datasets.load_dataset_builder(**arguments))
+                builder = datasets.load_dataset_builder(**arguments)
+                _tell_unread(path, builder)
+                arguments |= _as_text(builder)
             data = datasets.load_dataset(**arguments, split=split, streaming=streaming)
             if streaming and path.exists():
                 # A stream meets what is wrong with its file when it is read.
@@ -111,6 +114,24 @@ def _check_files(path: Path, streaming: bool) -> None:
             require("zstandard", f"{file}, compressed with zstd,")
         elif reader in ("json", "csv"):
             check_file(file, is_json=reader == "json", most_lines=LINES_OF_A_STREAM if streaming else None)
+
+
+def _tell_unread(folder: Path, builder: Any) -> None:
+    """Warns of files in `folder` that are in no split: ``datasets`` takes those of one kind, and where one is named
+    train, test or validation no other name. A README.md may say which are meant."""
+    if not folder.is_dir() or (folder / "README.md").is_file():
+        return
+    read = {Path(file).resolve() for split in (builder.config.data_files or {}).values() for file in split}
+    names = ("dataset_info.json", "dataset_infos.json", "state.json")
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and reader_for(p) and p.name not in names]
+    hidden = [p for p in files if any(part.startswith((".", "__")) for part in p.relative_to(folder).parts)]
+    if left := [p for p in files if p.resolve() not in read and p not in hidden]:
+        warnings.warn(
+            f"{folder}: {len(left)} of {len(files) - len(hidden)} files are not read (first: "
+            f"{left[0].relative_to(folder)}): of a folder, files of one kind are, and with one that is named train, "
+            "test or validation only such names",
+            stacklevel=4,
+        )
 
 
 def _as_text(builder: Any) -> dict[str, Any]:
@@ -171,7 +192,7 @@ def _broken_line(path: Path) -> str | None:
     opened = {".jsonl": open, ".json": open, **OPENERS}.get(path.suffix.lower())
     if opened is None or not path.is_file() or reader_for(path) != "json":
         return None
-    with opened(path, "rt", encoding="utf-8", errors="replace") as file:
+    with opened(path, "rt", encoding="utf-8-sig", errors="replace") as file:
         return _first_broken(file)
 
 

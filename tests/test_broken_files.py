@@ -59,6 +59,7 @@ def noise(packed):
         ("a.parquet", b"no parquet" * 9, "could not be read as parquet: Parquet magic bytes not found"),
         ("a.arrow", b"no arrow" * 9, "could not be read as arrow: Not an Arrow file"),
         ("a.jsonl", b"1\n2\n", "line 1 is 1, no JSON object"),
+        ("a.jsonl", f"\ufeff{ROW}\n{ROW[:-1]}\n".encode(), "line 2 is no JSON: Expecting ',' delimiter"),
         ("a.jsonl", f"{ROW}\n{nested(10_000)}\n".encode(), "line 2 is nested 10,000 levels deep, and 50 are read"),
         ("a.jsonl.xz", lzma.compress(nested(10_000).encode()), "line 1 is nested 10,000 levels deep"),
     ],

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import warnings
 
 import pytest
 
@@ -80,3 +81,24 @@ def test_csv_with_two_columns_of_one_name_is_refused(name, streaming, tmp_path):
         load_pairs(str(path), streaming=streaming)
     (tmp_path / "b.csv").write_text("prompt,chosen,rejected,chosen.1,,\na,b,c,d,e,f\n")
     assert next(iter(load_pairs(str(tmp_path / "b.csv"), streaming=streaming)))["chosen.1"] == "d"
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (["train.jsonl", "more.csv"], r"folder: 1 of 2 files are not read \(first: more\.csv\): of a folder, files"),
+        (["a/train.jsonl", "a/more.jsonl", "b.jsonl"], r"2 of 3 files are not read \(first: a/more\.jsonl\)"),
+        (["train.jsonl", "test-0.jsonl", "dataset_infos.json", ".hidden.jsonl"], None),
+        (["a.jsonl", "b.jsonl"], None),
+        (["train.jsonl", "more.jsonl", "README.md"], None),
+    ],
+)
+def test_files_of_a_folder_that_are_not_read_are_told(files, told, tmp_path):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    for file in files:
+        path = tmp_path / "folder" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("prompt,chosen,rejected\na,b,c\n" if file.endswith("csv") else json.dumps(row) + "\n")
+    with pytest.warns(UserWarning, match=told) if told else warnings.catch_warnings():
+        warnings.filterwarnings("always" if told else "error", ".*files are not read")
+        assert len(load_pairs(str(tmp_path / "folder"))) == (2 if "b.jsonl" in files and not told else 1)
