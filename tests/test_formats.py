@@ -124,13 +124,22 @@ def test_a_prompt_repeated_on_one_side_only_is_no_answer(chat_tokenizer):
     [
         {"prompt": [SYSTEM], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
         {"prompt": "hello", "chosen": [SYSTEM, GOOD], "rejected": [SYSTEM, BAD]},
+        {"prompt": [SYSTEM, USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": [SYSTEM, USER], "chosen": [GOOD], "rejected": [USER, BAD]},
+        {"prompt": [USER], "chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]},
     ],
-    ids=["the user's turn in the answers", "the system's"],
+    ids=["the user's turn in the answers", "the system's", "both", "on one side", "the system's in the answers alone"],
 )
 def test_turns_that_answer_nothing_belong_to_the_prompt(row, chat_tokenizer):
     system = "<|im_start|>system\nbe kind<|im_end|>\n"
     text = pair_text(row, chat_tokenizer)
     assert text == CHAT._replace(chosen_prompt=system + PROMPT, rejected_prompt=system + PROMPT)
+
+
+def test_a_turn_that_the_user_says_twice_stays_twice(chat_tokenizer):
+    row = {"prompt": [USER], "chosen": [GOOD, USER, GOOD], "rejected": [GOOD, USER, BAD]}
+    text = pair_text(row, chat_tokenizer)
+    assert text.chosen_prompt == f"{PROMPT}hi<|im_end|>\n{PROMPT}" and text.rejected == CHAT.rejected
 
 
 def test_parts_of_text_are_rendered_as_text():
