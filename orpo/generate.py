@@ -22,6 +22,7 @@ from orpo import judges
 from orpo.command import OneLineErrors, run_command
 from orpo.files import as_json, read_text, write_whole
 from orpo.generation import Answer, Messages, check_temperature, generate, load
+from orpo.misread import refuse_dates, refuse_messages_as_text
 from orpo.sources import load_pairs
 
 
@@ -29,7 +30,7 @@ def read_prompts(name: str, split: str = "train") -> list[str | Messages]:
     """The prompts of a text file, a line each, or the column ``prompt`` of a data set.
 
     Raises:
-        ValueError: the file holds none, or the data set has no such column.
+        ValueError: the file holds none, or the data set has no such column, or other prompts in it than its file.
     """
     path = Path(name).expanduser()
     if path.suffix.lower() == ".txt" and path.is_file():
@@ -39,6 +40,12 @@ def read_prompts(name: str, split: str = "train") -> list[str | Messages]:
         if "prompt" not in data.column_names:
             raise ValueError(f"{name} has the columns {data.column_names}; prompts are read from one named 'prompt'")
         prompts = list(data["prompt"])
+        for row, prompt in enumerate(prompts):
+            try:
+                refuse_dates(prompt)
+                refuse_messages_as_text(prompt)
+            except ValueError as error:
+                raise ValueError(f"{name}, row {row}, counted from 0: {error}") from error
     if not prompts:
         raise ValueError(f"{name} holds no prompt")
     return prompts

@@ -1,11 +1,15 @@
 """orpo.sources: what the rows of a file mean is read off the file, and not guessed at."""
 
+import csv
 import gzip
 import json
 import warnings
 
 import pytest
+from tiny import make_tokenizer
 
+from orpo.data import Limits, prepare_dataset
+from orpo.generate import read_prompts
 from orpo.sources import load_pairs
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -67,6 +71,31 @@ def test_a_folder_that_is_a_pattern_is_refused(tmp_path):
     with pytest.raises(ValueError, match="would be read as a pattern: rename it"):
         load_pairs(str(folder))
     assert len(load_pairs(str(folder / "train.jsonl"))) == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_that_the_reader_made_dates_of_is_refused(streaming, tmp_path):
+    rows = [{"prompt": "2024-01-01", "chosen": "2024-01-01", "rejected": f"2024-01-0{i} 10:00"} for i in (2, 3)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"holds datetime.*: save the rows as parquet or CSV"):
+        list(prepare_dataset(load_pairs(str(path), streaming=streaming), make_tokenizer(), Limits()))
+    with pytest.raises(ValueError, match=r"pairs\.jsonl, row 0, counted from 0: a row holds datetime"):
+        read_prompts(str(path))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_conversations_in_a_column_of_text_are_refused(streaming, tmp_path):
+    talk = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}] for answer in ("a", "b")]
+    with (tmp_path / "pairs.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("prompt", "chosen", "rejected"), ("p", "q", "r"), ("hi", *map(json.dumps, talk))])
+    with pytest.raises(ValueError, match="a text is messages written out") as caught:
+        data = load_pairs(str(tmp_path / "pairs.csv"), streaming=streaming)
+        list(prepare_dataset(data, make_tokenizer(), Limits()))
+    assert caught.value.__notes__ == ["in row 1, counted from 0"]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": json.dumps(talk[0][:1])}))
+    with pytest.raises(ValueError, match=r"prompts\.jsonl, row 0, counted from 0: a text is messages written out"):
+        read_prompts(str(tmp_path / "prompts.jsonl"))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
