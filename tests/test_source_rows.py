@@ -127,7 +127,8 @@ def test_files_of_a_folder_that_are_not_read_are_told(files, told, tmp_path):
     for file in files:
         path = tmp_path / "folder" / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("prompt,chosen,rejected\na,b,c\n" if file.endswith("csv") else json.dumps(row) + "\n")
+        text = {".csv": "prompt,chosen,rejected\na,b,c\n", ".json": "{}"}.get(path.suffix, json.dumps(row) + "\n")
+        path.write_text(text)
     with pytest.warns(UserWarning, match=told) if told else warnings.catch_warnings():
         warnings.filterwarnings("always" if told else "error", ".*files are not read")
         assert len(load_pairs(str(tmp_path / "folder"))) == (2 if "b.jsonl" in files and not told else 1)
