@@ -118,8 +118,8 @@ class ModelArguments:
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
             target_modules=_names_or_pattern(self.lora_target_modules),
-            target_parameters=_names_or_pattern(self.lora_target_parameters),
-            modules_to_save=self.lora_modules_to_save,
+            target_parameters=_names(self.lora_target_parameters),
+            modules_to_save=_names(self.lora_modules_to_save),
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
             task_type="CAUSAL_LM",
@@ -141,10 +141,28 @@ class ModelArguments:
         return tokenizer
 
 
-def _names_or_pattern(names: list[str] | None) -> list[str] | str | None:
-    """What peft knows as a string only, all-linear or a regular expression: in a list it would look for that name."""
-    is_pattern = names is not None and len(names) == 1 and not re.fullmatch(r"[\w.]+", names[0])
-    return names[0] if is_pattern else names
+def _names(words: list[str] | None) -> list[str] | None:
+    """`words`, each that is names with commas or spaces between them as these names."""
+    if words is None:
+        return None
+    parts = [re.split(r"[\s,]+", word) if re.fullmatch(r"[\w.\s,-]*", word) else [word] for word in words]
+    return [name for part in parts for name in part if name]
+
+
+def _names_or_pattern(words: list[str] | None) -> list[str] | str | None:
+    """What peft knows as a string only, all-linear or a regular expression: in a list it would look for that name.
+
+    Raises:
+        ValueError: there is more than the one of them.
+    """
+    names = _names(words) or []
+    patterns = [name for name in names if name == "all-linear" or not re.fullmatch(r"[\w.-]+", name)]
+    if patterns and len(names) > 1:
+        raise ValueError(
+            f"lora_target_modules is {' '.join(names)}; {patterns[0]} is no name, and has to stand alone: give names, "
+            "or one regular expression, or all-linear"
+        )
+    return patterns[0] if patterns else words and names
 
 
 @dataclass

@@ -120,10 +120,10 @@ def render_messages(messages: Messages, tokenizer: Any, **keywords: Any) -> str:
 def _split(prompt: Any, chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
     """(prompt, chosen answer, rejected answer); answers hold a message at least."""
     messages = list(prompt) if isinstance(prompt, list) else []
-    if messages:
-        # Data sets repeat the prompt in the answers, or do not.
+    # Data sets repeat the prompt in the answers, or do not, or leave its system message out there.
+    for repeated in (messages, messages[1:] if messages and messages[0]["role"] == "system" else []):
         chosen, rejected = (
-            side[len(messages) :] if side[: len(messages)] == messages else side for side in (chosen, rejected)
+            side[len(repeated) :] if side[: len(repeated)] == repeated else side for side in (chosen, rejected)
         )
     if not chosen or not rejected:
         raise UnusableRow(EMPTY_ANSWER)
@@ -137,7 +137,9 @@ def _split(prompt: Any, chosen: Messages, rejected: Messages) -> tuple[Messages,
         # With a prompt of its own, an answer may well begin like the other one; a user's turn answers nothing.
         while shared and chosen[shared - 1]["role"] not in ("user", "system"):
             shared -= 1
-    messages = [*messages, *chosen[:shared]]
+    # Or the answers alone have the system message, in front of the prompt.
+    repeats = chosen[0]["role"] == "system" and shared > len(messages) and chosen[1 : 1 + len(messages)] == messages
+    messages = [*([] if repeats else messages), *chosen[:shared]]
     if isinstance(prompt, str) and prompt and all(message["role"] == "system" for message in messages):
         messages = [*messages, {"role": "user", "content": prompt}]
     return messages, chosen[shared:], rejected[shared:]

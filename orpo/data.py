@@ -11,13 +11,15 @@ import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from orpo import __version__, conversations, formats, limits, special_tokens, unusable
-from orpo.formats import AS_THEY_ARE, PairText, check_columns, pair_text, skips_template
+from orpo import __version__, conversations, formats, limits, misread, special_tokens, unusable
+from orpo.formats import AS_THEY_ARE, PairText, check_columns, pair_text, skips_template, unread_columns
 from orpo.limits import Limits
 from orpo.pretokenized import checked
+from orpo.repeats import ROWS, repeats_prompt
 from orpo.special_tokens import ALTERED, WrittenOut, describe_written, spare_marks, token_ids, without_marks
 from orpo.streams import ATTRIBUTE, DropCounter, summarize
 from orpo.unusable import EMPTY_ANSWER, EQUAL_ANSWERS, EQUAL_ONCE_CUT, REASONS, REFUSED, UnusableRow
@@ -40,7 +42,7 @@ def code_version() -> str:
     ``datasets`` looks up tokens that it has made before by the attributes of what made them: without this among them, a
     run would train on those that an older version of this package made.
     """
-    files = (__file__, *(part.__file__ for part in (conversations, formats, limits, special_tokens, unusable)))
+    files = (__file__, *(part.__file__ for part in (conversations, formats, limits, misread, special_tokens, unusable)))
     return hashlib.sha256(__version__.encode() + b"".join(Path(f).read_bytes() for f in files)).hexdigest()
 
 
@@ -195,6 +197,9 @@ def as_dataset(data: Any) -> Any:
     import datasets
     import pyarrow as pa
 
+    if isinstance(data, datasets.Dataset) and data.format["type"] not in (None, "custom"):
+        # Rows of numpy and pandas are no strings and lists, by which forms are told; a transform of the user's stays.
+        data = data.with_format(None)
     if isinstance(data, (datasets.Dataset, datasets.IterableDataset)):
         return data
     try:
@@ -248,8 +253,7 @@ def prepare_dataset(
         check_columns(columns)
         tokenized = data.map(tokenize, batched=True, with_indices=True, remove_columns=columns)
         report(f"{name}: a stream; rows that cannot train are left out as they come, and counted after each epoch")
-        if skips_template(next(iter(data), {}), tokenizer):
-            report(f"{name}: {AS_THEY_ARE}")
+        _report_first_rows(data, tokenizer, name, report)
         reasons = (*REASONS, *([] if limits.max_length is None else [limits.too_long]))
         counter = DropCounter(name, reasons, escape_special_tokens)
         prepared = tokenized.filter(counter).remove_columns(ACCOUNT)
@@ -282,12 +286,20 @@ def prepare_dataset(
     if written:
         row, token = written[0]
         report(f"{name}: {describe_written(len(written), escape_special_tokens, f'row {row}, {token!r}')}")
-    if skips_template(data[0], tokenizer):
-        report(f"{name}: {AS_THEY_ARE}")
+    _report_first_rows(data, tokenizer, name, report)
     kept = tokenized.filter(_is_kept, num_proc=num_proc, desc=f"Filtering the {name} set") if reasons else tokenized
     prepared = kept.remove_columns(ACCOUNT)
     setattr(prepared, SUMMARY, summary)
     return prepared
+
+
+def _report_first_rows(data: Any, tokenizer: Any, name: str, report: Callable[[str], None]) -> None:
+    """What the first rows show of a data set that trains, but perhaps not as it was meant."""
+    rows = list(islice(data, ROWS))
+    first = rows[0] if rows else {}
+    said = (AS_THEY_ARE if skips_template(first, tokenizer) else None, repeats_prompt(rows), unread_columns(first))
+    for sentence in filter(None, said):
+        report(f"{name}: {sentence}")
 
 
 def _is_kept(example: Mapping[str, Any]) -> bool:

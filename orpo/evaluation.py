@@ -15,6 +15,24 @@ from orpo.model import base_model
 from orpo.preview import check_token_ids
 from orpo.setup import router_coefficient
 
+# What an evaluation gives, without the eval_ in front; a softcap leaves logits/* out.
+METRICS = (
+    *("loss", "nll_loss", "log_odds_ratio", "log_odds_chosen"),
+    *(f"rewards/{part}" for part in ("chosen", "rejected", "accuracies", "margins")),
+    *(f"{kind}/{side}" for kind in ("logps", "logits") for side in ("chosen", "rejected")),
+    *("runtime", "samples_per_second", "steps_per_second"),
+)
+
+
+def check_best_metric(name: str | None) -> None:
+    """Refuses a ``metric_for_best_model`` that an evaluation of one data set, without ``compute_metrics``, lacks.
+
+    Raises:
+        ValueError: with the names that there are.
+    """
+    if name is not None and name.removeprefix("eval_") not in METRICS:
+        raise ValueError(f"metric_for_best_model is {name!r}; an evaluation gives {', '.join(METRICS)}")
+
 
 def each_set(data: Any, name: str, function: Any) -> Any:
     """``function(data, name)``, or of each data set in a dict of them."""
@@ -86,6 +104,13 @@ class EvaluatingTrainer(Trainer):
         logps = torch.stack([outputs.chosen_logps, outputs.rejected_logps], dim=1)
         loss = loss.detach() if "loss" in self.args.include_for_metrics else None
         return loss, logps, torch.zeros(len(logps), device=logps.device)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:
+            name, given = self.args.metric_for_best_model, ", ".join(metrics)
+            raise ValueError(f"metric_for_best_model is {name!r}, and the evaluation has given {given}") from error
 
     def evaluation_loop(
         self,

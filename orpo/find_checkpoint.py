@@ -52,9 +52,11 @@ def find_fault(checkpoint: Path, contents: bool = False) -> str | None:
         contents: compare checksums as well, for which every file is read.
     """
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8"))
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8"))
     except (OSError, ValueError):
         return NOT_ENDED
+    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+        return f"has a {TRAINER_STATE_NAME} that is damaged (it names no global_step)"
     if (checkpoint / JIT_SIGN).exists():
         return NOT_ENDED
     try:

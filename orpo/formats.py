@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from orpo.conversations import conversation_text, is_conversation
 from orpo.images import refuse_images
+from orpo.misread import refuse_dates, refuse_messages_as_text
 from orpo.unusable import ASSISTANT, EMPTY_ANSWER, NO_PROMPT, PROMPTS_DIFFER, UNMARKED, UnusableRow
 
 AS_THEY_ARE = (
@@ -63,6 +64,18 @@ def check_columns(names: Collection[str]) -> None:
     raise ValueError(f"{what}: rename its columns; 'prompt' is needed too where the answers are no whole dialogues")
 
 
+def unread_columns(row: Mapping[str, Any]) -> str | None:
+    """What has to be said of columns that belong to the prompt by their names, and are no part of it; or None."""
+    candidates = ("system", "system_prompt", "instruction", "input", "history", "tools")
+    names = [name for name in candidates if isinstance(value := row.get(name), str | list | Mapping) and value]
+    if not names:
+        return None
+    return (
+        f"the columns {', '.join(names)} are not read: a prompt is what 'prompt' holds, or the messages that both "
+        "answers begin with; a system message belongs among the messages, tools into the column 'chat_template_kwargs'"
+    )
+
+
 def pair_text(row: Mapping[str, Any], tokenizer: Any) -> PairText:
     """The texts of one row of a data set, whatever its form.
 
@@ -70,11 +83,14 @@ def pair_text(row: Mapping[str, Any], tokenizer: Any) -> PairText:
 
     Raises:
         UnusableRow: the row is of one of the forms above and cannot train; :mod:`orpo.unusable` names the reasons.
-        ValueError: the row has none of the forms above, or an image.
+        ValueError: the row has none of the forms above, an image, or something else than its file holds
+            (:mod:`orpo.misread`).
     """
     refuse_images(row)
     check_columns(row.keys())
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    refuse_dates([prompt, chosen, rejected, row.get("chat_template_kwargs")])
+    refuse_messages_as_text(prompt, chosen, rejected)
     if chosen is None or rejected is None:
         raise UnusableRow(EMPTY_ANSWER)
     if is_conversation(chosen) and is_conversation(rejected):

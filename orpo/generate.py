@@ -13,7 +13,6 @@ column ``prompt`` of a data set in any form that orpo-train reads, as strings or
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,8 @@ from typing import Any
 from orpo import judges
 from orpo.command import OneLineErrors, run_command
 from orpo.files import as_json, read_text, write_whole
-from orpo.generation import Answer, Messages, generate, load
+from orpo.generation import Answer, Messages, check_temperature, generate, load
+from orpo.misread import refuse_dates, refuse_messages_as_text
 from orpo.sources import load_pairs
 
 
@@ -30,7 +30,7 @@ def read_prompts(name: str, split: str = "train") -> list[str | Messages]:
     """The prompts of a text file, a line each, or the column ``prompt`` of a data set.
 
     Raises:
-        ValueError: the file holds none, or the data set has no such column.
+        ValueError: the file holds none, or the data set has no such column, or other prompts in it than its file.
     """
     path = Path(name).expanduser()
     if path.suffix.lower() == ".txt" and path.is_file():
@@ -40,6 +40,12 @@ def read_prompts(name: str, split: str = "train") -> list[str | Messages]:
         if "prompt" not in data.column_names:
             raise ValueError(f"{name} has the columns {data.column_names}; prompts are read from one named 'prompt'")
         prompts = list(data["prompt"])
+        for row, prompt in enumerate(prompts):
+            try:
+                refuse_dates(prompt)
+                refuse_messages_as_text(prompt)
+            except ValueError as error:
+                raise ValueError(f"{name}, row {row}, counted from 0: {error}") from error
     if not prompts:
         raise ValueError(f"{name} holds no prompt")
     return prompts
@@ -88,8 +94,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         # All files of a folder are read: it would replace one of them, or be read as one the next time.
         parser.error(f"--output is {options.output}, in the folder of --prompts: name a file elsewhere")
     # Said now, not by generate when the model is loaded.
-    if options.temperature is not None and not 0 <= options.temperature < math.inf:
-        parser.error(f"--temperature is {options.temperature}; it has to be 0 or more, and finite")
+    if options.temperature is not None:
+        try:
+            check_temperature(options.temperature, "--temperature")
+        except ValueError as error:
+            parser.error(str(error))
     if not 0 < options.top_p <= 1:
         parser.error(f"--top_p is {options.top_p}; it has to be above 0 and at most 1")
     if options.format is not None:

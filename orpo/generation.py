@@ -21,6 +21,9 @@ from orpo.unusable import UnusableRow
 
 Messages = list[dict[str, str]]
 
+# Below it float32 logits of an ordinary size become infinite, and no token has a probability.
+LEAST_TEMPERATURE = 1e-6
+
 
 class Answer(str):
     """A model's answer: a string that knows whether it ended.
@@ -122,8 +125,7 @@ def generate(
     Raises:
         ValueError: a setting is out of its range, or a prompt cannot be rendered or is too long for the model.
     """
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; it has to be 0 or more, and finite")
+    check_temperature(temperature, "temperature")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}; it has to be 0 or more, and below 2**63")
     if not 0 < top_p <= 1:
@@ -138,6 +140,19 @@ def generate(
     answers = answer_tokens(model, tokenizer, ids, batch_size=batch_size, seed=seed, progress=progress, **options)
     left = [left_to_the_answer(text, tokenizer, marks) for text in texts]
     return [answer.without(text) for answer, text in zip(answers, left, strict=True)]
+
+
+def check_temperature(temperature: float, name: str) -> None:
+    """Refuses a temperature that logits cannot be divided by.
+
+    Raises:
+        ValueError: it is neither 0 nor from ``LEAST_TEMPERATURE`` up, or not finite; `name` is what it is called.
+    """
+    if not (temperature == 0 or LEAST_TEMPERATURE <= temperature < math.inf):
+        raise ValueError(
+            f"{name} is {temperature}; it has to be 0 (the most likely token), or at least {LEAST_TEMPERATURE} and "
+            "finite"
+        )
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Mapping
 from enum import Enum
@@ -39,6 +40,29 @@ _KINDS = {
 }
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads numbers as YAML 1.2 does: to 1.1 0100 is 64, 1:30 is 90 and 2024-01-01 no text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, form) for tag, form in forms if not tag.endswith((":int", ":float", ":timestamp"))]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+# Digits after a leading 0 stay text: a name keeps them all, and a setting that is a number reads them as decimal.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"(?:[-+]?(?:0|[1-9]\d*)|0x[\da-fA-F]+)\Z", re.ASCII), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"(?:[-+]?(?:\.\d+|(?:0|[1-9]\d*)(?:\.\d*)?)(?:[eE][-+]?\d+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z",
+        re.ASCII,
+    ),
+    list("-+0123456789."),
+)
+
+
 def read_run_file(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The options in the file `name`, or in the shipped recipe of that name.
 
@@ -53,9 +77,9 @@ def read_run_file(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     path = find_config(name)
     text = read_text(path)
     try:
-        root, options = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+        root, options = yaml.compose(text, _Loader), yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:
-        # A ValueError is of a date that is none.
+        # A ValueError is of a date that is none, after !!timestamp.
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deep to be a mapping of options") from error
@@ -64,11 +88,12 @@ def read_run_file(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise ValueError(f"{path} has to hold a mapping of options, not a {type(options).__name__}")
     lines = _lines(path, root)
+    written = {key.value: _written(node) for key, node in root.value}
     _refuse_unknown(path, options, lines, settings)
     read = {}
     for option, value in options.items():
         try:
-            read[option] = _fitted(option, value, settings[option])
+            read[option] = _fitted(option, value, settings[option], written.get(option))
         except ValueError as error:
             raise ValueError(f"{_place(path, lines, option)}: {error}") from error.__cause__
     return read
@@ -89,6 +114,13 @@ def _lines(path: Path, root: yaml.MappingNode) -> dict[str, int]:
         if isinstance(key.value, str):
             lines[key.value] = number
     return lines
+
+
+def _written(node: yaml.Node) -> Any:
+    """A value as it stands in the file: 1.10 is no longer so as a number."""
+    if isinstance(node, yaml.SequenceNode):
+        return [part.value for part in node.value]
+    return node.value if isinstance(node, yaml.ScalarNode) else None
 
 
 def _refuse_unknown(path: Path, options: Mapping[Any, Any], lines: Mapping[str, int], known: Mapping[str, Any]) -> None:
@@ -115,15 +147,18 @@ def _kinds(hint: Any) -> set[type]:
     return {str} if isinstance(kind, type) and issubclass(kind, Enum) else {kind}
 
 
-def _fitted(name: str, value: Any, hint: Any) -> Any:
+def _fitted(name: str, value: Any, hint: Any, written: Any) -> Any:
     """`value`, of the kind that the setting `name` has.
+
+    Args:
+        written: its text, or texts, in the file; None where they are not known.
 
     Raises:
         ValueError: it cannot be.
     """
     kinds = _kinds(hint)
     if isinstance(value, list) and list in kinds and not any(map(_is_no_scalar, value)):
-        return [str(part) for part in value]
+        return [str(part) for part in written or value]
     if type(value) in kinds - {list} or (name in WORDS and (value is None or isinstance(value, bool))):
         return value
     if isinstance(value, str) and str not in kinds:
@@ -141,9 +176,9 @@ def _fitted(name: str, value: Any, hint: Any) -> Any:
     if scalar and bool in kinds and value in (0, 1):
         return bool(value)
     if scalar and str in kinds:
-        return str(value)
+        return str(value) if written is None else written
     if scalar and list in kinds:
-        return [str(value)]
+        return [str(value) if written is None else written]
     raise _refusal(name, value, kinds)
 
 

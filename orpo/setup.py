@@ -225,6 +225,7 @@ def wrap_peft(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module
     if isinstance(model, peft.PeftModel):
         raise ValueError("the model has an adapter already: merge it first, or leave out peft_config")
     model = prepare_quantized(model, args)
+    _warn_of_names(model, peft_config)
     # The adapter's initial weights are random, and nothing has set the seed yet.
     torch.manual_seed(args.seed)
     try:
@@ -235,6 +236,19 @@ def wrap_peft(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module
             linear = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
             error.add_note(f"--lora_target_modules takes all-linear, or some of {', '.join(sorted(linear))}")
         raise
+
+
+def _warn_of_names(model: nn.Module, peft_config: Any) -> None:
+    """peft leaves a name that no module has out of a list without a word, as long as it finds another one of it."""
+    for option in ("target_modules", "modules_to_save"):
+        names = getattr(peft_config, option, None) or ()
+        modules = [f".{name}" for name, _ in model.named_modules()]
+        absent = [name for name in names if not any(module.endswith(f".{name}") for module in modules)]
+        if absent and not isinstance(names, str):
+            warnings.warn(
+                f"{option} names {', '.join(sorted(absent))}, and the model has no such module: it is left out",
+                stacklevel=2,
+            )
 
 
 def prepare_quantized(model: nn.Module, args: ORPOConfig) -> nn.Module:

@@ -6,6 +6,8 @@ import glob
 import hashlib
 import json
 import logging
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,7 +79,9 @@ def load_pairs(name: str, split: str = "train", *, config: str | None = None, st
     try:
         with _silent_reader():
             if path.is_dir() or arguments["path"] == "csv":
-                arguments |= _as_text(datasets.load_dataset_builder(**arguments))
+                builder = datasets.load_dataset_builder(**arguments)
+                _tell_unread(path, builder)
+                arguments |= _as_text(builder)
             data = datasets.load_dataset(**arguments, split=split, streaming=streaming)
             if streaming and path.exists():
                 # A stream meets what is wrong with its file when it is read.
@@ -112,6 +116,24 @@ def _check_files(path: Path, streaming: bool) -> None:
             check_file(file, is_json=reader == "json", most_lines=LINES_OF_A_STREAM if streaming else None)
 
 
+def _tell_unread(folder: Path, builder: Any) -> None:
+    """Warns of files in `folder` that are in no split: ``datasets`` takes those of one kind, and where one is named
+    train, test or validation no other name. A README.md may say which are meant."""
+    if not folder.is_dir() or (folder / "README.md").is_file():
+        return
+    read = {Path(file).resolve() for split in (builder.config.data_files or {}).values() for file in split}
+    names = ("dataset_info.json", "dataset_infos.json", "state.json")
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and reader_for(p) and p.name not in names]
+    hidden = [p for p in files if any(part.startswith((".", "__")) for part in p.relative_to(folder).parts)]
+    if left := [p for p in files if p.resolve() not in read and p not in hidden]:
+        warnings.warn(
+            f"{folder}: {len(left)} of {len(files) - len(hidden)} files are not read (first: "
+            f"{left[0].relative_to(folder)}): of a folder, files of one kind are, and with one that is named train, "
+            "test or validation only such names",
+            stacklevel=4,
+        )
+
+
 def _as_text(builder: Any) -> dict[str, Any]:
     """What a reader of CSV has to be told so that no column is guessed at; nothing for other readers.
 
@@ -134,6 +156,10 @@ def _as_text(builder: Any) -> dict[str, Any]:
                     f"the first row of {Path(file).name} has more fields than its line of names; a text with a comma "
                     "has to stand in double quotes, and no comma ends a row"
                 )
+            header = pandas.read_csv(file, nrows=1, dtype=str, header=None, na_filter=False).iloc[0]
+            if twice := [name for name, count in Counter(header).items() if name and count > 1]:
+                # The reader renames the second one, and nobody knows which of the two is meant.
+                raise ValueError(f"{Path(file).name} has more than one column named {twice[0]!r}: rename or remove one")
             names.update(first.columns)
     except ValueError as error:
         raise DatasetGenerationError from error
@@ -166,7 +192,7 @@ def _broken_line(path: Path) -> str | None:
     opened = {".jsonl": open, ".json": open, **OPENERS}.get(path.suffix.lower())
     if opened is None or not path.is_file() or reader_for(path) != "json":
         return None
-    with opened(path, "rt", encoding="utf-8", errors="replace") as file:
+    with opened(path, "rt", encoding="utf-8-sig", errors="replace") as file:
         return _first_broken(file)
 
 

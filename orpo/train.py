@@ -25,6 +25,7 @@ from orpo.arguments import HELD_OUT, DataArguments, ModelArguments, parse
 from orpo.command import out_of_memory, run_command
 from orpo.config import ORPOConfig
 from orpo.disk import leaves_no_empty_folder, refuse_own_sources
+from orpo.evaluation import check_best_metric
 from orpo.find_checkpoint import complete_checkpoints
 from orpo.guard import check_evaluation
 from orpo.merge import check_output, merge_adapter
@@ -56,6 +57,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig
             "--generate_during_eval answers held-out prompts at each evaluation, and nothing is evaluated: give "
             f"--eval_strategy steps and {HELD_OUT}"
         )
+    if args.eval_strategy != "no":
+        check_best_metric(args.metric_for_best_model)
     optim = args.optim.value
     # adamw_torch_8bit and its like are torchao's.
     if "torch" not in optim and any(part in optim for part in ("paged", "bit", "bnb")):

@@ -57,6 +57,25 @@ def test_trls_lora_settings_reach_peft():
     line = ["--use_peft", "--lora_target_modules"]
     assert parse([*LINE, *line, ".*(q|v)_proj"])[0].peft_config().target_modules == ".*(q|v)_proj"
     assert parse([*LINE, *line, "attn.q_proj"])[0].peft_config().target_modules == {"attn.q_proj"}
+    assert parse([*LINE, *line, r".*\.(q|v)_proj{1,2}"])[0].peft_config().target_modules == r".*\.(q|v)_proj{1,2}"
+
+
+@pytest.mark.parametrize("words", ["q_proj,v_proj", "q_proj, v_proj", "q_proj ,v_proj,", "q_proj v_proj"])
+def test_names_may_have_commas_between_them(words):
+    options = [part for name in ("target_modules", "modules_to_save") for part in (f"--lora_{name}", *words.split())]
+    config = parse([*LINE, "--use_peft", *options])[0].peft_config()
+    assert (config.target_modules, config.modules_to_save) == ({"q_proj", "v_proj"}, ["q_proj", "v_proj"])
+    one = parse([*LINE, "--use_peft", "--lora_target_parameters", words])[0].peft_config()
+    assert one.target_parameters == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("words", [["all-linear", "lm_head"], ["all-linear,lm_head"], ["v_proj", ".*q_proj"]])
+def test_a_pattern_among_names_is_refused(words):
+    model = parse([*LINE, "--use_peft", "--lora_target_modules", *words])[0]
+    with pytest.raises(
+        ValueError, match=r"lora_target_modules is .*; (all-linear|\.\*q_proj) is no name, and has to s"
+    ):
+        model.peft_config()
 
 
 def test_quantization_reaches_bitsandbytes(monkeypatch):

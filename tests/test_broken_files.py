@@ -59,6 +59,7 @@ def noise(packed):
         ("a.parquet", b"no parquet" * 9, "could not be read as parquet: Parquet magic bytes not found"),
         ("a.arrow", b"no arrow" * 9, "could not be read as arrow: Not an Arrow file"),
         ("a.jsonl", b"1\n2\n", "line 1 is 1, no JSON object"),
+        ("a.jsonl", f"\ufeff{ROW}\n{ROW[:-1]}\n".encode(), "line 2 is no JSON: Expecting ',' delimiter"),
         ("a.jsonl", f"{ROW}\n{nested(10_000)}\n".encode(), "line 2 is nested 10,000 levels deep, and 50 are read"),
         ("a.jsonl.xz", lzma.compress(nested(10_000).encode()), "line 1 is nested 10,000 levels deep"),
     ],
@@ -126,6 +127,10 @@ PREPARED = {
         ({"rejected_prompt_length": 4}, "row 1 .*: rejected_prompt_length is 4, of rejected_input_ids' 3 tokens"),
         ({"chosen_prompt_length": -1}, "row 1 .*: chosen_prompt_length is -1"),
         ({"chosen_input_ids": []}, "row 1 .*: chosen_input_ids holds no token"),
+        ({"rejected_prompt_length": 3}, "row 1 .*: the rejected answer is empty, rejected_prompt_length 3 of 3 tokens"),
+        ({"chosen_prompt_length": 0, "chosen_input_ids": [5]}, "row 1 .*: the chosen answer is empty, .* 0 of 1 tok"),
+        ({"chosen_input_ids": [5, 6, 9]}, "row 1 .*: its two answers are equal; leave out such rows"),
+        ({"length": 8}, "row 1 has the length 8, and its two sequences have 7 tokens together: leave out the column"),
         ({"chosen_input_ids": [5, None]}, "row 1 .*: chosen_input_ids or chosen_prompt_length holds null"),
         ({"rejected_prompt_length": None}, "row 1 .*: rejected_input_ids or rejected_prompt_length holds null"),
         (
@@ -135,7 +140,7 @@ PREPARED = {
     ],
 )
 def test_prepared_columns(changes, message, stream):
-    first = {"chosen_input_ids": [1.0]} if "double" in message else {}
+    first = {"chosen_input_ids": [1.0]} if "double" in message else {"length": 7} if "length" in changes else {}
     data = datasets.Dataset.from_list([{**PREPARED, **first}, {**PREPARED, **changes}])
     data = data.to_iterable_dataset() if stream else data
     with pytest.raises(ValueError, match=message):
@@ -144,9 +149,15 @@ def test_prepared_columns(changes, message, stream):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_prepared_columns_get_their_length(stream):
-    data = datasets.Dataset.from_list([PREPARED, {**PREPARED, "chosen_input_ids": [5, 6]}]).select([1, 0])
+    data = datasets.Dataset.from_list([PREPARED, {**PREPARED, "chosen_input_ids": [5, 6, 7]}]).select([1, 0])
     data = data.to_iterable_dataset() if stream else data
-    assert [row["length"] for row in prepare_dataset(data, make_tokenizer(), Limits())] == [5, 7]
+    assert [row["length"] for row in prepare_dataset(data, make_tokenizer(), Limits())] == [6, 7]
+
+
+@pytest.mark.parametrize("changes", [{"length": 7}, {"chosen_input_ids": [5, 6, 9], "chosen_prompt_length": 1}])
+def test_prepared_columns_that_are_right(changes):
+    data = datasets.Dataset.from_list([{**PREPARED, **changes}])
+    assert len(prepare_dataset(data, make_tokenizer(), Limits())) == 1
 
 
 def test_a_stream_without_usable_rows():

@@ -273,6 +273,8 @@ def test_containers_and_processes_agree(num_proc):
     expected = prepare(rows)[0].to_list()
     for data in (SEVEN, datasets.Dataset.from_dict(SEVEN)):
         assert prepare(data, num_proc=num_proc)[0].to_list() == expected
+    for kind in ("numpy", "pandas"):
+        assert prepare(datasets.Dataset.from_dict(SEVEN).with_format(kind), num_proc=num_proc)[0].to_list() == expected
     # Prepared once is prepared for good.
     assert prepare(prepare(SEVEN)[0])[0].to_list() == expected
 
@@ -367,3 +369,37 @@ def test_other_rows_in_a_file_of_the_same_name_size_and_time_are_read(name, own_
         assert pairs["chosen"] == [answer]
         example = prepare(pairs)[0][0]
         assert make_tokenizer().decode(example["chosen_input_ids"]) == f"<s>a{answer}</s>"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([("Q: a", "Q: a b", "Q: a c")], "chosen and rejected"),
+        ([("Q: a ", " Q: a b", "no")] * 2, "chosen"),
+        ([("", "a", "b"), ("Q", "a", "Q b"), *[("Q", "a", f"Q {i}") for i in range(9)]], "rejected"),
+        ([("Q", "a", "b"), ("Q", "Q a", "Q b")], None),
+        ([("", "a", "b")], None),
+    ],
+)
+def test_answers_that_repeat_their_prompt_are_told(rows, said, stream):
+    rows = [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in rows]
+    data = datasets.Dataset.from_list(rows)
+    lines = [line for line in prepare(data.to_iterable_dataset() if stream else data)[1] if "row's prompt" in line]
+    first = 1 if said == "rejected" else 0
+    start = f"train: the texts of {said} begin with their own row's prompt (first: row {first}), which is put in front"
+    assert [line.startswith(start) for line in lines] == ([True] if said else [])
+
+
+def test_messages_that_repeat_their_prompt_are_trained_once():
+    turn = [{"role": "user", "content": "q"}]
+    row = {"prompt": turn, **{s: [*turn, {"role": "assistant", "content": s}] for s in ("chosen", "rejected")}}
+    assert len(prepare([row], make_tokenizer(chat_template=CHATML))[1]) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_columns_of_a_prompt_that_are_not_read_are_told(stream):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "system": "be kind", "history": [], "tools": "[]"}
+    data = datasets.Dataset.from_list([row])
+    lines = prepare(data.to_iterable_dataset() if stream else data)[1]
+    assert [line for line in lines if line.startswith("train: the columns system, tools are not read: ")] == lines[1:]

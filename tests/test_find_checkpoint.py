@@ -161,3 +161,15 @@ def test_a_record_with_values_of_another_kind_is_a_damaged_one(wrong, out):
     record.write_text(json.dumps({**json.loads(record.read_text()), **wrong}))
     assert find_checkpoint("auto", out) == out / "checkpoint-2"
     assert [path.name for path in complete_checkpoints(out)] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("state", ["[]", "3", "null", "{}", '{"global_step": "4"}'])
+def test_a_state_that_is_no_state_is_a_damaged_checkpoint(state, out):
+    for step in (2, 4):
+        (out / f"checkpoint-{step}/orpo_run.json").unlink()
+    (out / "checkpoint-4/trainer_state.json").write_text(state)
+    assert find_checkpoint("auto", out) == out / "checkpoint-2"
+    with pytest.raises(
+        ValueError, match=r"checkpoint-4 has a trainer_state\.json that is damaged .*checkpoint-2 is whole"
+    ):
+        find_checkpoint(str(out / "checkpoint-4"), out)

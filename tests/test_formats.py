@@ -1,5 +1,8 @@
 """orpo.formats: every form of preference data, reduced to prompt and answer text."""
 
+import json
+from datetime import date, time
+
 import pytest
 from tiny import CHATML, make_tokenizer
 
@@ -102,6 +105,27 @@ def test_rows_that_cannot_train_say_why(row, reason, chat_tokenizer):
         ({"prompt": "p", "completion": "a"}, "as fine-tuning .* trains on.*add a worse one"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "'prompt' has to be a string .* not int"),
         ({"prompt": "p", "chosen": "a", "rejected": [GOOD]}, "not str and list"),
+        ({"prompt": "p", "chosen": json.dumps([GOOD]), "rejected": json.dumps([BAD])}, r"messages written out, '\[{"),
+        ({"prompt": "p", "chosen": f" {[USER, GOOD]}\n", "rejected": str(BAD)}, r"json\.loads \(ast\.literal_eval"),
+        ({"chosen": json.dumps([USER, GOOD]), "rejected": json.dumps([USER, BAD], indent=1)}, "messages written out"),
+        ({"prompt": str([{"from": "human", "value": "a"}]), "chosen": "a", "rejected": "b"}, "messages written out"),
+        ({"prompt": json.dumps([USER]), "chosen": [GOOD], "rejected": [BAD]}, "messages written out"),
+        (
+            {"prompt": "p", "chosen": date(2024, 1, 1), "rejected": "b"},
+            r"holds datetime\.date\(2024, 1, 1\) where text",
+        ),
+        (
+            {
+                "prompt": "p",
+                "chosen": [{**CALL, "tool_calls": [{"arguments": {"d": date(2024, 1, 1)}}]}],
+                "rejected": [BAD],
+            },
+            "save the rows as parquet or CSV",
+        ),
+        (
+            {"prompt": "p", **{s: [m] for s, m in PAIR.items()}, "chat_template_kwargs": {"d": time(1)}},
+            "text stays text",
+        ),
     ],
 )
 def test_other_forms_are_refused(row, message):
@@ -124,13 +148,22 @@ def test_a_prompt_repeated_on_one_side_only_is_no_answer(chat_tokenizer):
     [
         {"prompt": [SYSTEM], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
         {"prompt": "hello", "chosen": [SYSTEM, GOOD], "rejected": [SYSTEM, BAD]},
+        {"prompt": [SYSTEM, USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": [SYSTEM, USER], "chosen": [GOOD], "rejected": [USER, BAD]},
+        {"prompt": [USER], "chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]},
     ],
-    ids=["the user's turn in the answers", "the system's"],
+    ids=["the user's turn in the answers", "the system's", "both", "on one side", "the system's in the answers alone"],
 )
 def test_turns_that_answer_nothing_belong_to_the_prompt(row, chat_tokenizer):
     system = "<|im_start|>system\nbe kind<|im_end|>\n"
     text = pair_text(row, chat_tokenizer)
     assert text == CHAT._replace(chosen_prompt=system + PROMPT, rejected_prompt=system + PROMPT)
+
+
+def test_a_turn_that_the_user_says_twice_stays_twice(chat_tokenizer):
+    row = {"prompt": [USER], "chosen": [GOOD, USER, GOOD], "rejected": [GOOD, USER, BAD]}
+    text = pair_text(row, chat_tokenizer)
+    assert text.chosen_prompt == f"{PROMPT}hi<|im_end|>\n{PROMPT}" and text.rejected == CHAT.rejected
 
 
 def test_parts_of_text_are_rendered_as_text():
@@ -200,3 +233,16 @@ def test_what_a_row_says_to_the_template_reaches_it():
     assert pair_text(row, tokenizer).chosen_prompt == "hi;"
     text = pair_text({**row, "chat_template_kwargs": {"loud": True, "absent": None}}, tokenizer)
     assert (text.chosen_prompt, text.rejected_prompt, text.chosen) == ("LOUD hi;", "LOUD hi;", "chosen;")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ('[{"a": 1}]', '[{"role": "user", "content": "a"}]'),
+        ('[{"role": "user", "content": "a"}] is one.', '{"role": "user", "content": "a"'),
+        ('{"role": "admin"}', '{"role": "guest"}'),
+    ],
+)
+def test_answers_that_are_json_are_text(chosen, rejected):
+    text = pair_text({"prompt": "[p", "chosen": chosen, "rejected": rejected}, None)
+    assert (text.chosen, text.rejected) == (chosen, rejected)

@@ -142,6 +142,8 @@ def test_chat_template():
     ("settings", "words"),
     [
         ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": 1e-300}, "temperature is 1e-300"),
+        ({"temperature": 9e-7}, "temperature is 9e-07"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
@@ -152,6 +154,14 @@ def test_chat_template():
 def test_refusals(settings, words, model):
     with pytest.raises(ValueError, match=words):
         generate(model, make_tokenizer(), ["hello"], **settings)
+
+
+def test_the_least_temperature_is_nearly_none(model):
+    prompts, tokenizer = ["hello", "how are you"], make_tokenizer()
+    options = {"max_new_tokens": 8, "chat_template": False}
+    assert generate(model, tokenizer, prompts, temperature=1e-6, **options) == generate(
+        model, tokenizer, prompts, **options
+    )
 
 
 def test_a_prompt_without_a_token_is_refused(model):
@@ -276,8 +286,12 @@ def test_a_folder_is_no_output(folder, capsys):
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        (["--temperature", "nan"], "--temperature is nan; it has to be 0 or more, and finite"),
+        (
+            ["--temperature", "nan"],
+            "--temperature is nan; it has to be 0 (the most likely token), or at least 1e-06 and finite",
+        ),
         (["--temperature", "inf"], "--temperature is inf"),
+        (["--temperature", "1e-300"], "--temperature is 1e-300"),
         (["--top_p", "-1"], "--top_p is -1.0; it has to be above 0 and at most 1"),
         (["--top_p", "nan"], "--top_p is nan"),
     ],
@@ -289,7 +303,9 @@ def test_what_cannot_be_sampled_by_is_said_before_the_model_is_loaded(option, sa
 
 
 def test_seeds_and_temperatures_that_torch_would_misread(model):
-    with pytest.raises(ValueError, match="temperature is nan; it has to be 0 or more, and finite"):
+    with pytest.raises(
+        ValueError, match=r"temperature is nan; it has to be 0 \(the most likely token\), or at least 1e-06"
+    ):
         generate(model, make_tokenizer(), ["hello"], temperature=float("nan"))
     with pytest.raises(ValueError, match="seed is -1; it has to be 0 or more"):
         generate(model, make_tokenizer(), ["hello"], seed=-1)

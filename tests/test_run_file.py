@@ -29,6 +29,28 @@ def test_values_are_taken_as_the_line_takes_them(options):
     assert args.lr_scheduler_kwargs == {"num_cycles": 1} and args.max_length is None and args.label_names == ["a", "1"]
 
 
+@pytest.mark.parametrize(
+    ("written", "number"),
+    [("0100", 100), ("-0", 0), ("1_000", 1000), ("0x10", 16), ("09", 9), ("1e3", 1000), ("+5", 5)],
+)
+def test_numbers_are_those_of_yaml_1_2(written, number, options):
+    args = options(f"learning_rate: {written}\nmax_steps: {written}\n")[2]
+    assert (args.learning_rate, args.max_steps) == (number, number)
+
+
+def test_numbers_within_a_mapping(options):
+    text = "lr_scheduler_type: polynomial\nlr_scheduler_kwargs: {lr_end: 1e-7, power: 2}\n"
+    assert options(text)[2].lr_scheduler_kwargs == {"lr_end": 1e-7, "power": 2}
+
+
+@pytest.mark.parametrize("text", ["0100", "1:30", "1_000", "1.10", "2e3", "2024-01-01", "0x1F", "007", "1234567e8"])
+def test_text_stays_as_it_is_written(text, options):
+    _, data, args = options(f"run_name: {text}\ndataset_config: {text}\nlabel_names: [{text}, {text}]\n")
+    assert (args.run_name, data.dataset_config, args.label_names) == (text, text, [text, text])
+    assert options(f"lora_target_modules: {text}\n")[0].lora_target_modules == [text]
+    assert options(f"<<: {{run_name: a}}\nmodel_revision: {text}\n")[0].model_revision == text
+
+
 def test_no_and_off_are_words(options):
     args = options("eval_strategy: no\nsave_strategy: off\nlogging_strategy: no\nreport_to: no\n")[2]
     assert (args.eval_strategy, args.save_strategy, args.logging_strategy, args.report_to) == ("no", "no", "no", [])
@@ -43,7 +65,7 @@ def test_an_empty_file_and_a_merged_mapping(options):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("beta: 1\nlearning_rate: [1e-4]\n", r"run\.yaml, line 2: learning_rate is \['1e-4'\]; it has to be a number"),
+        ("beta: 1\nlearning_rate: [1e-4]\n", r"run\.yaml, line 2: learning_rate is \[0\.0001\]; it has to be a number"),
         ("beta: {a: 1}\n", r"line 1: beta is {'a': 1}; it has to be a number or null"),
         ("max_steps: 1.5\n", r"max_steps is 1\.5; it has to be a whole number"),
         ("max_steps: true\n", "max_steps is true; it has to be a whole number"),
@@ -71,7 +93,12 @@ def test_an_empty_file_and_a_merged_mapping(options):
         ("learning-rate: 1\n", r"learning-rate \(did you mean learning_rate\?\)"),
         ("beta: *x\n", "is not YAML: found undefined alias"),
         ("beta: 1\n---\nbeta: 2\n", "is not YAML"),
-        ("output_dir: 2024-13-45\n", "is not YAML: month must be in"),
+        ("output_dir: !!timestamp 2024-13-45\n", "is not YAML: month must be in"),
+        ("seed: 1\nmax_steps: 1:30\n", "line 2: max_steps is '1:30'; it has to be a whole number"),
+        ("learning_rate: 1:30.5\n", "learning_rate is '1:30.5'; it has to be a number"),
+        ("max_steps: 0o17\n", "max_steps is '0o17'; it has to be a whole number"),
+        ("max_steps: 0b11\n", "max_steps is '0b11'; it has to be a whole number"),
+        ("logging_steps: 2024-01-01\n", "logging_steps is '2024-01-01'; it has to be a number"),
         ("beta: " + "[" * 5000 + "]" * 5000, "is nested too deep"),
         (
             "# Größe\noutput_dir: Größe\n".encode("latin-1"),

@@ -146,3 +146,20 @@ def test_a_batch_is_filled_up_with_a_token_that_the_model_knows(tmp_path):
     for value in (vocabulary, -1):
         with pytest.raises(ValueError, match=f"padding_value is {value}, and the model has {vocabulary} embeddings"):
             make_trainer(tmp_path, model, padding_value=value)
+
+
+def test_names_that_no_module_has_are_told(tmp_path):
+    import peft
+
+    config = peft.LoraConfig(target_modules=["q_proj", "v_porj"], modules_to_save=["lmhead"], task_type="CAUSAL_LM")
+    with pytest.warns(UserWarning, match="no such module") as caught:
+        make_trainer(tmp_path, peft_config=config)
+    told = [str(warning.message) for warning in caught if "no such module" in str(warning.message)]
+    assert told == [
+        "target_modules names v_porj, and the model has no such module: it is left out",
+        "modules_to_save names lmhead, and the model has no such module: it is left out",
+    ]
+    config = peft.LoraConfig(target_modules=["mlp.up_proj", "lm_head"], modules_to_save=["norm"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*no such module")
+        make_trainer(tmp_path, peft_config=config)

@@ -1,10 +1,15 @@
 """orpo.sources: what the rows of a file mean is read off the file, and not guessed at."""
 
+import csv
 import gzip
 import json
+import warnings
 
 import pytest
+from tiny import make_tokenizer
 
+from orpo.data import Limits, prepare_dataset
+from orpo.generate import read_prompts
 from orpo.sources import load_pairs
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -66,3 +71,64 @@ def test_a_folder_that_is_a_pattern_is_refused(tmp_path):
     with pytest.raises(ValueError, match="would be read as a pattern: rename it"):
         load_pairs(str(folder))
     assert len(load_pairs(str(folder / "train.jsonl"))) == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_that_the_reader_made_dates_of_is_refused(streaming, tmp_path):
+    rows = [{"prompt": "2024-01-01", "chosen": "2024-01-01", "rejected": f"2024-01-0{i} 10:00"} for i in (2, 3)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"holds datetime.*: save the rows as parquet or CSV"):
+        list(prepare_dataset(load_pairs(str(path), streaming=streaming), make_tokenizer(), Limits()))
+    with pytest.raises(ValueError, match=r"pairs\.jsonl, row 0, counted from 0: a row holds datetime"):
+        read_prompts(str(path))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_conversations_in_a_column_of_text_are_refused(streaming, tmp_path):
+    talk = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}] for answer in ("a", "b")]
+    with (tmp_path / "pairs.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("prompt", "chosen", "rejected"), ("p", "q", "r"), ("hi", *map(json.dumps, talk))])
+    with pytest.raises(ValueError, match="a text is messages written out") as caught:
+        data = load_pairs(str(tmp_path / "pairs.csv"), streaming=streaming)
+        list(prepare_dataset(data, make_tokenizer(), Limits()))
+    assert caught.value.__notes__ == ["in row 1, counted from 0"]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": json.dumps(talk[0][:1])}))
+    with pytest.raises(ValueError, match=r"prompts\.jsonl, row 0, counted from 0: a text is messages written out"):
+        read_prompts(str(tmp_path / "prompts.jsonl"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.csv.gz", "folder"])
+def test_csv_with_two_columns_of_one_name_is_refused(name, streaming, tmp_path):
+    text = "\ufeffchosen,prompt,rejected,chosen\na,b,c,d\n".encode()
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+    (path / "a.csv" if name == "folder" else path).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    with pytest.raises(ValueError, match=r"a?(pairs)?\.csv(\.gz)? has more than one column named 'chosen'"):
+        load_pairs(str(path), streaming=streaming)
+    (tmp_path / "b.csv").write_text("prompt,chosen,rejected,chosen.1,,\na,b,c,d,e,f\n")
+    assert next(iter(load_pairs(str(tmp_path / "b.csv"), streaming=streaming)))["chosen.1"] == "d"
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (["train.jsonl", "more.csv"], r"folder: 1 of 2 files are not read \(first: more\.csv\): of a folder, files"),
+        (["a/train.jsonl", "a/more.jsonl", "b.jsonl"], r"2 of 3 files are not read \(first: a/more\.jsonl\)"),
+        (["train.jsonl", "test-0.jsonl", "dataset_infos.json", ".hidden.jsonl"], None),
+        (["a.jsonl", "b.jsonl"], None),
+        (["train.jsonl", "more.jsonl", "README.md"], None),
+    ],
+)
+def test_files_of_a_folder_that_are_not_read_are_told(files, told, tmp_path):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    for file in files:
+        path = tmp_path / "folder" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = {".csv": "prompt,chosen,rejected\na,b,c\n", ".json": "{}"}.get(path.suffix, json.dumps(row) + "\n")
+        path.write_text(text)
+    with pytest.warns(UserWarning, match=told) if told else warnings.catch_warnings():
+        warnings.filterwarnings("always" if told else "error", ".*files are not read")
+        assert len(load_pairs(str(tmp_path / "folder"))) == (2 if "b.jsonl" in files and not told else 1)
