@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from torch import nn
 from torch.distributed.fsdp import StateDictType
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from orpo.disk import DiskSpace, readable
 from orpo.find_checkpoint import (
-    JIT_SIGN,
     checkpoint_folders,
     complete_checkpoints,
     find_checkpoint,
@@ -25,9 +26,10 @@ from orpo.find_checkpoint import (
     way_back,
 )
 from orpo.guard import NonFiniteError, NonFiniteGuard, check_evaluation, check_weights
-from orpo.run_lock import run_lock
+from orpo.run_lock import check_lock, run_lock
 from orpo.run_record import RECORD, compare_runs, describe_run, write_record
 from orpo.sharding import from_rank_0, fsdp_plugin
+from orpo.sigterm import SaveOnSigterm
 
 # Begins with an underscore, since Trainer leaves such names out of what it uploads to the hub.
 INCOMPLETE = "_incomplete"
@@ -48,6 +50,8 @@ class CheckpointingTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(DiskSpace())
+        if (callback := self.pop_callback(JITCheckpointCallback)) is not None:
+            self.add_callback(SaveOnSigterm(self, callback))
         self._guard = NonFiniteGuard(self.args.process_index)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -81,6 +85,11 @@ class CheckpointingTrainer(Trainer):
                 raise
         return output
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """``Trainer``'s; with ``auto_find_batch_size`` it is begun anew after one that ran out of memory."""
+        self._guard = NonFiniteGuard(self.args.process_index)
+        return super()._inner_training_loop(*args, **kwargs)
+
     def _choose_checkpoint(self, wanted: str | bool | None) -> str | None:
         folder = Path(self.args.output_dir)
         report = print if self.args.should_log else lambda _: None
@@ -105,11 +114,14 @@ class CheckpointingTrainer(Trainer):
         return metrics
 
     def _check_before_checkpoint(self) -> None:
-        """Raises NonFiniteError on all ranks where one of them has found something that is not finite."""
+        self._guard.flush()
+        check_weights(self.model, self.state.global_step)
+
+    def _on_all_ranks(self, check: Callable[[], None]) -> None:
+        """Raises NonFiniteError on all ranks where `check` does on one: the others would wait for it in the save."""
         error = None
         try:
-            self._guard.flush()
-            check_weights(self.model, self.state.global_step)
+            check()
         except NonFiniteError as found:
             error = found
         if self.accelerator.num_processes > 1:
@@ -126,12 +138,11 @@ class CheckpointingTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         part, final = folder / INCOMPLETE / name, folder / name
-        # Trainer's callback for SIGTERM leaves its sign where the checkpoint will be, and asks for it.
-        self.interrupted = self.interrupted or (final / JIT_SIGN).exists()
-        self._check_before_checkpoint()
+        self._on_all_ranks(self._check_before_checkpoint)
         self._saving = True
         try:
             if self.args.should_save:
+                check_lock(self.args.output_dir)
                 _mark(part)
             super()._save_checkpoint(model, trial)
             # Trainer may spell the folder otherwise: ./out.
@@ -191,9 +202,14 @@ class CheckpointingTrainer(Trainer):
         Raises:
             NonFiniteError: a weight that was trained is NaN or infinite.
         """
-        if not _internal_call:
-            check_weights(self.model, self.state.global_step)
         plugin = fsdp_plugin(self.accelerator)
+        if not _internal_call:
+
+            def check() -> None:
+                check_weights(self.model, self.state.global_step)
+
+            # Without FSDP all ranks have the same weights, and one may save alone.
+            check() if plugin is None else self._on_all_ranks(check)
         if plugin is None or _internal_call or plugin.state_dict_type == StateDictType.FULL_STATE_DICT:
             super().save_model(output_dir, _internal_call)
             return

@@ -66,7 +66,8 @@ def out_of_memory(error: BaseException) -> bool:
 def _nobody_reads() -> bool:
     """Whether stdout or stderr leads to a process that has ended; what is still to be printed is then dropped."""
     gone = False
-    for stream in (sys.stdout, sys.stderr):
+    # A stream that was closed before Python began is None.
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
         except BrokenPipeError:

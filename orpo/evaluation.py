@@ -10,9 +10,9 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from orpo.batch import pair_batch, without_repeats
-from orpo.metrics import WeightedMeans
+from orpo.metrics import EVALUATED, WeightedMeans
 from orpo.model import base_model
-from orpo.preview import check_token_ids
+from orpo.preview import check_stream, check_token_ids
 from orpo.setup import router_coefficient
 
 # What an evaluation gives, without the eval_ in front; a softcap leaves logits/* out.
@@ -36,9 +36,41 @@ def check_best_metric(name: str | None) -> None:
 
 def each_set(data: Any, name: str, function: Any) -> Any:
     """``function(data, name)``, or of each data set in a dict of them."""
-    if isinstance(data, dict) and "chosen" not in data:
-        return {key: function(part, f"{name} ({key})") for key, part in data.items()}
-    return function(data, name)
+    if not _are_sets(data):
+        return function(data, name)
+    if not data:
+        raise ValueError(f"the {name} set is an empty dict: give a data set, or several by their names")
+    return {key: function(part, f"{name} ({key})") for key, part in data.items()}
+
+
+def _are_sets(data: Any) -> bool:
+    return isinstance(data, dict) and "chosen" not in data
+
+
+def check_best_metric(args: Any, data: Any, has_own: bool) -> None:
+    """Refuses a ``metric_for_best_model`` that the evaluations do not have: the first would end the run.
+
+    Args:
+        args: the settings.
+        data: the prepared evaluation set, a dict of several, or None.
+        has_own: whether the user's ``compute_metrics`` adds others.
+
+    Raises:
+        ValueError: with the names that there are.
+    """
+    wanted = args.metric_for_best_model
+    if wanted is None or args.eval_strategy == "no" or data is None:
+        return
+    # Of several sets, each metric begins with its set's name.
+    parts = [f"{name}_" for name in data] if isinstance(data, dict) else [""]
+    name = wanted.removeprefix("eval_")
+    if any(name.startswith(part) and (has_own or name.removeprefix(part) in EVALUATED) for part in parts):
+        return
+    raise ValueError(
+        f"metric_for_best_model is {wanted!r}; it has to be one of "
+        f"{', '.join(part + metric for part in parts for metric in sorted(EVALUATED))}"
+        f"{', or one of compute_metrics' if has_own else ''}"
+    )
 
 
 class EvaluatingTrainer(Trainer):
@@ -55,6 +87,7 @@ class EvaluatingTrainer(Trainer):
 
         def prepare(part: Any, name: str) -> Any:
             part = self._prepare(part, name)
+            check_stream(part)
             check_token_ids(part, base_model(self.model).get_input_embeddings().weight.shape[0])
             return part
 
@@ -73,6 +106,9 @@ class EvaluatingTrainer(Trainer):
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """``Trainer.predict``, of pairs in any form: predictions (pairs, 2), mean log-probabilities, chosen first."""
+        if test_dataset is None or _are_sets(test_dataset):
+            given = "None" if test_dataset is None else f"a dict with {', '.join(map(str, test_dataset)) or 'nothing'}"
+            raise ValueError(f"predict takes one data set, not {given}: call it for each")
         data = self._prepared(test_dataset, "test")
         with self._streams.counting(data):
             return super().predict(data, ignore_keys, metric_key_prefix)
@@ -124,6 +160,11 @@ class EvaluatingTrainer(Trainer):
         self._eval_means = WeightedMeans()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self._eval_means.reduce(self._sum_over_ranks, self.args.device)
+        if not means:
+            raise ValueError(
+                f"the {metric_key_prefix} set gave no batch to evaluate: it is empty, or dataloader_drop_last leaves "
+                f"out a batch of fewer pairs than per_device_eval_batch_size ({self.args.per_device_eval_batch_size})"
+            )
         loss = self.args.nll_weight * means["nll_loss"] - self.args.beta * means["log_odds_ratio"]
         means["loss"] = loss + router_coefficient(self.model) * means.pop("aux_loss", 0.0)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers.trainer import TRAINER_STATE_NAME
+import transformers
+from transformers import TrainerState
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from orpo.manifest import find_bad_weights, find_cut_weights, find_damage
+from orpo.manifest import find_bad_weights, find_cut_file, find_damage
 from orpo.run_record import read_record
 
 # Trainer's own sign, in the folder of a checkpoint that it saves on SIGTERM.
@@ -53,18 +56,19 @@ def find_fault(checkpoint: Path, contents: bool = False) -> str | None:
     """
     try:
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return NOT_ENDED
-    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
-        return f"has a {TRAINER_STATE_NAME} that is damaged (it names no global_step)"
-    if (checkpoint / JIT_SIGN).exists():
-        return NOT_ENDED
+    known = {field.name for field in dataclasses.fields(TrainerState)}
+    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int) or not state.keys() <= known:
+        return f"has a {TRAINER_STATE_NAME} that transformers {transformers.__version__} cannot read"
     try:
         record = read_record(checkpoint)
     except ValueError as error:
         return f"has a record that is damaged ({error})"
     if record is None or "files" not in record:
-        return find_cut_weights(checkpoint) if contents else None
+        if (checkpoint / JIT_SIGN).exists():
+            return NOT_ENDED
+        return find_cut_file(checkpoint) if contents else None
     return find_damage(checkpoint, record["files"], contents)
 
 
@@ -102,6 +106,9 @@ def find_checkpoint(
             f"{found} holds the model alone (save_only_model), without which the optimizer cannot go on: "
             "give another output_dir, or resume_from_checkpoint false to start anew"
         )
+    # DeepSpeed keeps its own beside its optimizer; without it, Trainer would leave the optimizer's state out as well.
+    if not (found / SCHEDULER_NAME).is_file() and not any(found.glob("global_step*")):
+        raise ValueError(f"{found} has no {SCHEDULER_NAME}, without which the run cannot go on{_before(found)}")
     # Not passed over: going back leads to the same spike again, unless something is changed.
     if spoilt := find_bad_weights(found):
         raise ValueError(f"{found} {spoilt}{_before(found)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,14 +55,18 @@ def find_damage(folder: Path, files: dict[str, dict[str, Any]], contents: bool) 
     return f"has a {changed[0]} whose checksum is not that of what was written" if changed else None
 
 
-def find_cut_weights(folder: Path) -> str | None:
-    """A safetensors file in `folder` that is not as long as its own header says, in words, or None."""
+def find_cut_file(folder: Path) -> str | None:
+    """A file of weights or states in `folder` that is not as long as it says itself, in words, or None."""
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
             return f"has a {path.name} that cannot be read ({error})"
+    # What torch saves is a zip archive, whose directory is its end.
+    for path in sorted(folder.glob("*.pt*")):
+        if path.is_file() and not zipfile.is_zipfile(path):
+            return f"has a {path.name} that cannot be read (it is cut off)"
     return None
 
 

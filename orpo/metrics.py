@@ -13,6 +13,16 @@ from torch import Tensor
 
 from orpo.batch import Counts
 
+# What an evaluation is told by; logits/* are missing where the head has a softcap.
+EVALUATED = frozenset(
+    (
+        *("loss", "nll_loss", "log_odds_ratio", "log_odds_chosen"),
+        *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
+        *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
+        *("runtime", "samples_per_second", "steps_per_second"),
+    )
+)
+
 
 class WeightedMeans:
     """Running sums of ``weight * value`` and of the weights, for each name."""

@@ -21,6 +21,20 @@ def first_pair(data: Any) -> dict[str, Any]:
     return pair
 
 
+def check_stream(data: Any) -> None:
+    """Refuses prepared `data` that are a stream of which no row is usable. None and other data sets are not looked at.
+
+    Raises:
+        ValueError: with what was dropped.
+    """
+    if data is None or hasattr(data, "__len__"):
+        return
+    first_pair(data)
+    for counter in counters(data):
+        # It will be read again.
+        counter.take()
+
+
 def check_token_ids(data: Any, vocabulary: int) -> None:
     """Refuses a prepared data set with tokens that the model has no embedding for. A stream is not looked at.
 

@@ -13,7 +13,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
 
+from orpo.find_checkpoint import find_fault
 from orpo.run_record import describe_run
+from orpo.sharding import from_rank_0
 
 
 class LengthGroups(LengthGroupedSampler):
@@ -78,6 +80,8 @@ class ResumingTrainer(Trainer):
             self._run_settings = describe_run(self)
         if resume_from_checkpoint is None:
             return position
+        # Trainer takes logging_steps, eval_steps and save_steps from the checkpoint: new ones would do nothing.
+        self.state.compute_steps(self.args, max_steps)
         state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME)))
         self._find_best(state, Path(resume_from_checkpoint))
         finished = self._why_finished(state, max_steps)
@@ -90,8 +94,15 @@ class ResumingTrainer(Trainer):
 
     def _find_best(self, state: TrainerState, resumed: Path) -> None:
         """Takes the best checkpoint from beside the one resumed from: its folder may have been moved or named anew."""
-        best = resumed.parent / Path(state.best_model_checkpoint or "").name
-        if state.best_model_checkpoint is None or not best.is_dir():
+        if state.best_model_checkpoint is None:
+            return
+        best = resumed.parent / Path(state.best_model_checkpoint).name
+        if not best.is_dir():
+            if self.state.best_model_checkpoint is None:
+                if self.args.should_log:
+                    print(f"{best}, the best checkpoint so far, is gone: the best is looked for from here on")
+                # What is better than those that are there would not count.
+                self.state.best_metric = self.state.best_global_step = None
             return
         if self.state.best_model_checkpoint is None and self.args.should_log:
             # Trainer has just said that it is ignored.
@@ -132,6 +143,13 @@ class ResumingTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """``Trainer``'s; an adapter with a name of its own lies in a folder of that name, where it does not look."""
+        best = Path(self.state.best_model_checkpoint)
+        # Of one rank: another node may have a disk of its own.
+        if fault := from_rank_0(self.accelerator, lambda: find_fault(best, contents=True)):
+            raise ValueError(
+                f"{best}, the best checkpoint, {fault} and is not loaded: load_best_model_at_end false keeps the last "
+                "step's weights"
+            )
         named = [name for name in getattr(self.model, "peft_config", {}) if name != "default"]
         if not named or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()

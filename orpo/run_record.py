@@ -43,10 +43,15 @@ def describe_run(trainer: Any) -> dict[str, Any]:
     run = {name: values[name] for name in (*FIXED, *LENGTH)}
     run["fsdp or deepspeed"] = _sharding(trainer)
     run["model"] = _describe_model(trainer.model)
+    run["dtype of the model"] = ", ".join(
+        sorted({str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters()})
+    )
     run["train_dataset"] = _describe_data(trainer.train_dataset)
     for config in getattr(trainer.model, "peft_config", {}).values():
         adapter = {k: v for k, v in config.to_dict().items() if k not in NOT_FIXED_IN_ADAPTER}
         run |= {f"{name}{ADAPTER}": value for name, value in adapter.items()}
+        # Checkpoints hold the adapter alone.
+        run[f"base model's weights{ADAPTER}"] = _digest_frozen(trainer.model)
     # Sets have no order, and enums no JSON.
     return json.loads(json.dumps(run, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
 
@@ -70,7 +75,7 @@ def read_record(checkpoint: Path) -> dict[str, Any] | None:
         record = json.loads((checkpoint / RECORD).read_text("utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{checkpoint / RECORD} cannot be read: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("run"), dict):
         raise ValueError(f"{checkpoint / RECORD} cannot be read: it holds no settings of a run")
@@ -137,6 +142,15 @@ def _describe_model(model: nn.Module) -> str:
     count = sum(int(np.prod(shape)) for shape in shapes.values())
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     return f"{kind} of {count:,} parameters ({_digest(repr(names).encode())})"
+
+
+def _digest_frozen(model: nn.Module) -> str:
+    """Of the first 64 numbers of each frozen parameter; but for those that an adapter may begin by changing (PiSSA)."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and not parameter.is_meta and ".base_layer." not in name:
+            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _describe_data(data: Any) -> str:

@@ -61,9 +61,12 @@ def load_start(name: str, args: ORPOConfig, peft_config: Any) -> nn.Module:
         return load_adapter(folder, trainable=True, prepare=lambda model: prepare_quantized(model, args), **options)
     merged, dtype = Path(args.output_dir, MERGED).absolute(), options.get("dtype", "auto")
     report(f"{name} is an adapter on {base}: it is merged, in {merged}, and the new adapter is trained on that")
-    with args.main_process_first(desc="merging the adapter"):
-        if not is_merged(merged, folder, dtype):
-            merge_adapter(folder, merged, dtype=dtype, trust_remote_code=args.trust_remote_code)
+    # Rank 0 alone on a disk that the nodes share, and then one process of each node that has a disk of its own.
+    for alone in (False, True):
+        with args.main_process_first(local=alone, desc="merging the adapter"):
+            turn = args.local_process_index if alone else args.process_index
+            if turn == 0 and not is_merged(merged, folder, dtype):
+                merge_adapter(folder, merged, dtype=dtype, trust_remote_code=args.trust_remote_code)
     return load_model(str(merged), **{**options, "revision": None})
 
 

@@ -22,13 +22,13 @@ from orpo.config import ORPOConfig
 from orpo.data import prepare_dataset
 from orpo.diagnose import gradient_norms, pair_statistics, refuse_cut_gradients
 from orpo.disk import check_writable
-from orpo.evaluation import EvaluatingTrainer, each_set
+from orpo.evaluation import EvaluatingTrainer, check_best_metric, each_set
 from orpo.hub import hub_options
 from orpo.layout import make_layout
 from orpo.metrics import WeightedMeans
 from orpo.model import LossCall, base_model
 from orpo.overlap import report_overlap
-from orpo.preview import check_token_ids, describe_example, first_pair
+from orpo.preview import check_stream, check_token_ids, describe_example, first_pair
 from orpo.probe import check_fused_logps, choose_layout
 from orpo.prompts import boundary_note, remember_form
 from orpo.reports import ReportingTrainer
@@ -115,6 +115,8 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
         self._prepare = self._preparation(args, text_tokenizer)
         train_dataset = self._prepare(train_dataset, "train")
         eval_dataset = each_set(eval_dataset, "eval", self._prepare)
+        each_set(eval_dataset, "eval", lambda part, _: check_stream(part))
+        check_best_metric(args, eval_dataset, has_own=compute_metrics is not None)
         if args.should_log and train_dataset is not None:
             report_overlap(train_dataset, eval_dataset)
         self._streams = StreamReport(counters(train_dataset), counters(eval_dataset))
@@ -144,8 +146,7 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        self._train_means, self._runaway = WeightedMeans(), RunawayLoss(args)
-        self._saw_gradient = self._has_counted = self._starved = False
+        self._forget()
         if args.diagnose:
             # accelerate launch leaves args.fsdp and args.deepspeed empty.
             refuse_cut_gradients(self.is_fsdp_enabled or self.is_deepspeed_enabled)
@@ -193,12 +194,19 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
             ValueError: there is no such checkpoint, or it is of a run with settings that this one does not have.
             orpo.sanity.NothingTrainsError: no parameter is trained, or every gradient of the first step is 0.
         """
-        self._train_means, self._runaway = WeightedMeans(), RunawayLoss(self.args)
-        self._saw_gradient = self._has_counted = self._starved = False
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._runaway.flush()
         refuse_no_step(self.state, self._starved)
         return output
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """``Trainer``'s, which knows nothing of a loop before it: a smaller batch follows one that was too large."""
+        self._forget()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _forget(self) -> None:
+        self._train_means, self._runaway = WeightedMeans(), RunawayLoss(self.args)
+        self._saw_gradient = self._has_counted = self._starved = False
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """``Trainer``'s, of a model that has something to train."""

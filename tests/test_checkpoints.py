@@ -95,6 +95,7 @@ def test_a_whole_model_is_exported_with_its_ties(way, uninterrupted):
             "max_completion_length was None and is 60; truncation_mode was keep_end and is keep_start",
         ),
         ({"model": make_model("llama", num_hidden_layers=1)}, "model was llama of .* and is llama of"),
+        ({"model": make_model("llama").bfloat16()}, "dtype of the model was float32 and is bfloat16"),
         ({"peft_config": peft.LoraConfig(r=2)}, "lora_alpha of the adapter was None and is 8"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -161,6 +162,8 @@ def test_an_interrupted_folder_of_another_program_is_ignored_and_not_counted(tmp
 def test_a_checkpoint_that_trainer_calls_incomplete_is_none(first_run, tmp_path):
     shutil.copytree(first_run, tmp_path / "out")
     (tmp_path / "out/checkpoint-4/checkpoint-is-incomplete.txt").touch()
+    # Ours is written last, and only when all is there.
+    (tmp_path / "out/checkpoint-4/orpo_run.json").unlink()
     assert [path.name for path in complete_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
 
 
@@ -271,6 +274,19 @@ def test_an_adapter_goes_on_where_its_base_lies_elsewhere_now(tmp_path):
         trainer = ORPOTrainer(str(tmp_path / folder), args, train_dataset=SEVEN, peft_config=adapter)
         trainer.train("auto")
     assert trainer.state.global_step == 4
+
+
+def test_an_adapter_does_not_go_on_around_another_base_of_the_same_shape(tmp_path):
+    def run(seed, steps):
+        adapter = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="pissa")
+        settings = {**SAVING, "max_steps": steps, "layout": "padded", "peft_config": adapter}
+        trainer = make_trainer(tmp_path, make_model("llama", seed=seed), **settings)
+        trainer.train("auto")
+        return trainer._initial_global_step
+
+    assert (run(0, 2), run(0, 3)) == (0, 2)
+    with pytest.raises(ValueError, match="base model's weights of the adapter was"):
+        run(1, 4)
 
 
 def test_what_an_older_save_of_the_same_step_has_left_is_no_part_of_the_next(tmp_path):

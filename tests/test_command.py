@@ -63,12 +63,12 @@ def test_sigterm_with_a_checkpoint_is_no_finished_run(files, tmp_path, monkeypat
     assert code_of(lambda: train.main(line)) == 128 + signal.SIGTERM
     said = capsys.readouterr().err
     assert "orpo-train: SIGTERM ended training after step 4 of 8, and no final model is written; " in said
-    assert f"{tmp_path}/checkpoint-3 is whole, and the next start resumes from it" in said
+    assert f"{tmp_path}/checkpoint-4 is whole, and the next start resumes from it" in said
     assert not list(tmp_path.glob("*.safetensors"))
-    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-4"]
     monkeypatch.setattr(ORPOTrainer, "training_step", plain)
     run_command("orpo-train", lambda: train.main(line))
-    assert f"resumes from {tmp_path}/checkpoint-3\n" in capsys.readouterr().out
+    assert f"resumes from {tmp_path}/checkpoint-4\n" in capsys.readouterr().out
     assert (tmp_path / "model.safetensors").is_file()
 
 
@@ -105,6 +105,15 @@ def test_a_command_that_is_done_is_done_though_nobody_reads(monkeypatch, capsys)
     run_command("orpo-train", lambda: print("last line"))
     assert not capsys.readouterr().err
     sys.stdout.close()
+
+
+def test_closed_outputs_end_nothing(monkeypatch):
+    """What `orpo-train >&- 2>&-` has."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    done = []
+    run_command("orpo-train", lambda: done.append(print("a line")))
+    assert done == [None]
 
 
 def test_another_broken_pipe_is_told(capsys):

@@ -134,6 +134,57 @@ def test_cut_weights_of_a_version_without_checksums_are_passed_over(out, capsys)
     assert f"resumes from {out}/checkpoint-2\n" in printed
 
 
+def cut_state(change):
+    def harm(path):
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+    return harm
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "message"),
+    [
+        ("rng_state.pth", empty, "has a rng_state.pth that cannot be read"),
+        ("optimizer.pt", cut, "has a optimizer.pt that cannot be read"),
+        ("scheduler.pt", empty, "has a scheduler.pt that cannot be read"),
+        (
+            "trainer_state.json",
+            cut_state(lambda state: []),
+            "has a trainer_state.json that transformers .* cannot read",
+        ),
+        (
+            "trainer_state.json",
+            cut_state(lambda state: {}),
+            "has a trainer_state.json that transformers .* cannot read",
+        ),
+        ("trainer_state.json", cut_state(lambda state: {**state, "of_a_newer_version": 1}), "cannot read"),
+        ("trainer_state.json", lambda path: path.write_text("[" * 100_000), "was not written to its end"),
+    ],
+)
+def test_a_damaged_checkpoint_of_another_program_is_passed_over_too(name, harm, message, out, capsys):
+    for step in (2, 4):
+        (out / f"checkpoint-{step}/orpo_run.json").unlink()
+    harm(out / "checkpoint-4" / name)
+    with pytest.raises(ValueError, match=f"checkpoint-4.*{message}"):
+        find_checkpoint(out / "checkpoint-4", out)
+    make_trainer(out, **SAVING).train("auto")
+    printed = capsys.readouterr().out
+    assert f"resumes from {out}/checkpoint-2 " in printed and re.search(message, printed)
+
+
+def test_an_optimizer_that_would_not_be_loaded_is_no_way_to_resume(out):
+    """Trainer takes up an optimizer's state only beside a schedule's."""
+    (out / "checkpoint-4/orpo_run.json").unlink()
+    (out / "checkpoint-4/scheduler.pt").unlink()
+    with pytest.raises(ValueError, match=f"checkpoint-4 has no scheduler.pt, .*; {out}/checkpoint-2 is whole"):
+        find_checkpoint(out / "checkpoint-4", out)
+
+
+def test_a_record_that_is_nested_without_end_is_a_damaged_one(out):
+    (out / "checkpoint-4/orpo_run.json").write_text("[" * 100_000)
+    assert find_checkpoint("auto", out) == out / "checkpoint-2"
+
+
 def test_a_clock_that_is_set_back_loses_nothing(tmp_path, monkeypatch):
     times = iter([9e3, 9.1e3, 9.2e3, *(2e3 + i for i in range(9))])
     monkeypatch.setattr(orpo.run_record, "time", SimpleNamespace(time=lambda: next(times)))

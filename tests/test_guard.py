@@ -1,10 +1,12 @@
 """orpo.guard in a run: nothing that is not finite is saved, or replaces what was."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import SEVEN
+from torch.distributed.fsdp import StateDictType
 from trainers import make_trainer
 from transformers import TrainerCallback
 
@@ -67,3 +69,19 @@ def test_a_finite_run_is_not_refused(tmp_path):
     trainer.model.register_parameter("unused", torch.nn.Parameter(torch.tensor(float("inf")), requires_grad=False))
     trainer.train()
     assert json.loads((tmp_path / "checkpoint-6/trainer_state.json").read_text())["global_step"] == 6
+
+
+def test_no_rank_waits_in_the_last_save_for_one_that_has_found_a_nan(tmp_path, monkeypatch):
+    """Under FSDP each has its own part of a weight."""
+    trainer = make_trainer(tmp_path)
+    plugin = SimpleNamespace(state_dict_type=StateDictType.FULL_STATE_DICT)
+    monkeypatch.setattr("orpo.checkpoints.fsdp_plugin", lambda accelerator: plugin)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    seen = []
+    monkeypatch.setattr(trainer.accelerator, "reduce", lambda flag: seen.append(float(flag)) or flag + 1)
+    with pytest.raises(NonFiniteError, match="another rank than 0 says what is not finite"):
+        trainer.save_model()
+    trainer.model.lm_head.weight.data[3, 4] = float("nan")
+    with pytest.raises(NonFiniteError, match="the weights are not finite"):
+        trainer.save_model()
+    assert seen == [0, 1] and not list(tmp_path.rglob("*.safetensors"))

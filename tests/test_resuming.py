@@ -1,6 +1,7 @@
 """orpo.resuming: a resumed run has the rows and losses of one that was never interrupted, and a finished run ends."""
 
 import json
+import shutil
 
 import datasets
 import pytest
@@ -219,3 +220,37 @@ def test_the_best_checkpoint_of_a_folder_spelled_otherwise(tmp_path, monkeypatch
     trainer.train()
     assert trainer.state.best_model_checkpoint == "out/checkpoint-1"
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+
+
+@pytest.mark.parametrize("harm", ["changed", "removed"])
+def test_a_best_checkpoint_that_was_harmed_is_not_loaded(harm, tmp_path, capsys):
+    best = {"load_best_model_at_end": True, "greater_is_better": True, "metric_for_best_model": "loss"}
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "layout": "padded"}
+    # The loss falls, and the highest is asked for.
+    settings = {**every, **best, "eval_dataset": SEVEN, "save_total_limit": 2, "learning_rate": 0.01}
+    make_trainer(tmp_path, max_steps=2, **settings).train()
+    trainer = make_trainer(tmp_path, max_steps=4, **settings)
+    if harm == "changed":
+        weights = tmp_path / "checkpoint-1/model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+        with pytest.raises(
+            ValueError, match=r"the best checkpoint, has a model.safetensors whose checksum .*: load_best_model_at_end"
+        ):
+            trainer.train("auto")
+        return
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    trainer.train("auto")
+    assert "checkpoint-1, the best checkpoint so far, is gone" in capsys.readouterr().out
+    assert trainer.state.best_global_step == 3
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+
+
+def test_logs_evaluations_and_saves_are_as_often_as_the_resumed_run_is_told(tmp_path):
+    often = {"eval_strategy": "steps", "save_strategy": "steps", "layout": "padded"}
+    for every, steps in ((2, 2), (1, 4)):
+        times = {"logging_steps": every, "eval_steps": every, "save_steps": every}
+        trainer = make_trainer(tmp_path, eval_dataset=SEVEN, max_steps=steps, **often, **times)
+        trainer.train("auto")
+    for name in ("loss", "eval_loss"):
+        assert [e["step"] for e in trainer.state.log_history if name in e] == [2, 3, 4]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (2, 3, 4)]

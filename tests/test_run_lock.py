@@ -12,7 +12,7 @@ import pytest
 from accelerate import PartialState
 from trainers import make_trainer
 
-from orpo.run_lock import LOCK, _started, run_lock
+from orpo.run_lock import LOCK, _me, _started, check_lock, run_lock
 
 SAVING = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
 
@@ -62,11 +62,95 @@ def test_a_lock_that_nobody_can_hold_is_taken_over(left, tmp_path, sleeper):
 
 
 def test_a_lock_of_another_host_says_how_it_is_removed(tmp_path):
-    owned_by(tmp_path, 7, host="node-3", started=1)
-    with pytest.raises(ValueError, match=f"in use by process 7 on node-3: .* rm {tmp_path}/{LOCK}"):
-        make_trainer(tmp_path, **SAVING).train()
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    # On a file system whose times cannot be set.
+    owned_by(folder, 7, host="node-3", started=1)
+    with pytest.raises(ValueError, match=f"in use by process 7 on node-3: .* rm '{folder}/{LOCK}'"):
+        make_trainer(folder, **SAVING).train()
     # Nothing is saved that could be mixed.
-    make_trainer(tmp_path, max_steps=1).train()
+    make_trainer(folder, max_steps=1).train()
+
+
+ELSEWHERE = [{"host": "node-3"}, {"namespace": "pid:[1]"}]
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    monkeypatch.setattr("orpo.run_lock.BEAT", 0.1)
+    monkeypatch.setattr("orpo.run_lock.SILENCE", 1.5)
+
+
+def locked_elsewhere(folder, where):
+    (folder / LOCK).write_text(json.dumps({**_me(), "pid": 7, "started": 1, "beats": True, **where}))
+
+
+@pytest.mark.parametrize("where", ELSEWHERE, ids=["host", "container"])
+def test_a_lock_from_elsewhere_is_taken_over_once_nothing_touches_it(where, tmp_path, hasty, capsys):
+    """A run that was killed with its host, and is queued again on another."""
+    locked_elsewhere(tmp_path, where)
+    # Its host's clock is of no matter.
+    os.utime(tmp_path / LOCK, (2e9, 2e9))
+    with run_lock(tmp_path, PartialState(cpu=True)):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert "was left locked by process 7 on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ELSEWHERE, ids=["host", "container"])
+def test_a_lock_from_elsewhere_that_is_touched_is_held(where, tmp_path, hasty):
+    locked_elsewhere(tmp_path, where)
+    toucher = subprocess.Popen(["sh", "-c", f"while sleep 0.3; do touch {tmp_path}/{LOCK}; done"])
+    try:
+        with pytest.raises(ValueError, match=f"in use by process 7.* rm {tmp_path}/{LOCK}"):
+            make_trainer(tmp_path, **SAVING).train()
+    finally:
+        toucher.kill()
+        toucher.wait()
+    assert json.loads((tmp_path / LOCK).read_text())["pid"] == 7
+
+
+def test_a_run_touches_its_lock_until_it_ends(tmp_path, hasty):
+    with run_lock(tmp_path, PartialState(cpu=True)):
+        for _ in range(2):
+            os.utime(tmp_path / LOCK, (1, 1))
+            limit = time.monotonic() + 30
+            while (tmp_path / LOCK).stat().st_mtime == 1 and time.monotonic() < limit:
+                time.sleep(0.02)
+            assert (tmp_path / LOCK).stat().st_mtime > 1
+        # Taken over while this process was stopped: it is left alone.
+        locked_elsewhere(tmp_path, {"host": "node-3"})
+        os.utime(tmp_path / LOCK, (1, 1))
+        time.sleep(0.5)
+        assert (tmp_path / LOCK).stat().st_mtime == 1
+    assert json.loads((tmp_path / LOCK).read_text())["pid"] == 7
+
+
+def test_a_run_whose_lock_was_taken_over_saves_no_more(tmp_path):
+    trainer = make_trainer(tmp_path, **{**SAVING, "save_steps": 1})
+    plain = trainer.training_step
+
+    def step(*args, **kwargs):
+        if trainer.state.global_step == 1:
+            locked_elsewhere(tmp_path, {"host": "node-3"})
+        return plain(*args, **kwargs)
+
+    trainer.training_step = step
+    with pytest.raises(ValueError, match="in use by process 7 on node-3"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert json.loads((tmp_path / LOCK).read_text())["pid"] == 7
+    # Who never had it is not asked.
+    check_lock(tmp_path)
+
+
+def test_one_process_may_hold_it_twice_by_two_names(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with run_lock(tmp_path / "out", PartialState(cpu=True)):
+        with run_lock(tmp_path / "link", PartialState(cpu=True)):
+            pass
+        assert (tmp_path / "out" / LOCK).exists()
+    assert not (tmp_path / "out" / LOCK).exists()
 
 
 def test_one_process_may_hold_it_twice(tmp_path):

@@ -148,3 +148,29 @@ def test_a_stream_that_fills_no_step_is_refused(tmp_path):
     settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 2}
     with pytest.raises(NothingTrainsError, match="no optimizer step was taken"):
         make_trainer(tmp_path, train_dataset=stream, **settings).train()
+
+
+def test_a_batch_that_did_not_fit_leaves_nothing_behind(tmp_path):
+    """With auto_find_batch_size the loop begins anew, with a smaller batch."""
+
+    def run(folder, **settings):
+        trainer = make_trainer(folder, gradient_accumulation_steps=2, layout="padded", **settings)
+        plain, calls = trainer.compute_loss, []
+
+        def compute_loss(*args, **kwargs):
+            loss = plain(*args, **kwargs)
+            calls.append(loss)
+            if trainer.args.auto_find_batch_size and len(calls) == 1:
+                raise RuntimeError("CUDA out of memory.")
+            return loss
+
+        trainer.compute_loss = compute_loss
+        trainer.train()
+        return trainer
+
+    found = run(tmp_path / "found", per_device_train_batch_size=2, auto_find_batch_size=True)
+    told = run(tmp_path / "told", per_device_train_batch_size=found._train_batch_size)
+    assert found._train_batch_size < 2 and len(logged(told, "nll_loss")) == 2
+    for name in ("nll_loss", "log_odds_ratio", "logps/chosen", "loss"):
+        assert logged(found, name) == pytest.approx(logged(told, name), rel=1e-6), name
+    assert found._runaway.first == told._runaway.first

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import contextmanager
 
 import peft
 import pytest
@@ -14,7 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from orpo import ORPOTrainer, train
 from orpo.generation import load
+from orpo.merge import merge_adapter
 from orpo.setup import load_tokenizer
+from orpo.starting import load_start
 
 IDS = torch.arange(3, 60)[None]
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -132,3 +135,28 @@ def test_an_adapter_of_the_hub(adapter, tmp_path, monkeypatch):
     line = f"--model_name_or_path someone/adapter --dataset_name nowhere.jsonl --output_dir {tmp_path / 'new'}"
     with pytest.raises(ValueError, match="there is no file or folder nowhere"):
         train.main(f"{line} --merge_adapter".split())
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one disk", "a disk of its own"])
+def test_a_second_node_merges_on_a_disk_of_its_own_alone(shared, adapter, tmp_path, monkeypatch):
+    """Seen by its first process, which is no first one of the run."""
+    args, merged = make_args(tmp_path / "out"), []
+
+    def merge(*places, **options):
+        merged.append(places)
+        return merge_adapter(*places, **options)
+
+    @contextmanager
+    def main_process_first(local, desc):
+        if shared and not local:
+            # Rank 0, for which this one waits.
+            merge_adapter(tmp_path / "sft", tmp_path / "out/base")
+        yield
+
+    monkeypatch.setattr("orpo.starting.merge_adapter", merge)
+    monkeypatch.setattr(args, "main_process_first", main_process_first)
+    monkeypatch.setattr(type(args), "process_index", 8)
+    monkeypatch.setattr(type(args), "local_process_index", 0)
+    model = load_start(str(tmp_path / "sft"), args, peft.LoraConfig(r=2))
+    assert len(merged) == (not shared)
+    assert model.config._name_or_path == str(tmp_path / "out/base")
