@@ -16,7 +16,7 @@ import torch
 from . import results
 from .cases import Batch, head_case, make_batch
 from .gate import BETA, exact, relative_error
-from .measure import default_device, stamp
+from .measure import default_device
 from .peers import PARTS
 from .training_data import LONGEST, load, pairs_of
 
@@ -92,7 +92,7 @@ def run(names: list[str], model: str | None = None, data: str | None = None) -> 
                 "V": batch.weight.shape[0],
                 "dtype": str(dtype).removeprefix("torch."),
             }
-            records = [{**shape, "kind": "accuracy", **r, **stamp()} for r in errors(in_dtype(batch, dtype), names)]
+            records = [{**shape, "kind": "accuracy", **r} for r in errors(in_dtype(batch, dtype), names)]
             results.append("accuracy", records)
             print(f"{head}, {source}, {shape['dtype']}")
             for r in records:

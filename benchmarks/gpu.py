@@ -7,7 +7,7 @@
 1. Runs the kernel tests natively (`pytest tests --kernels=cuda`) and stops where they fail.
 2. Times forward, forward and backward, evaluation and a frozen head in bfloat16, with CUDA events, interleaved, against
    TRL, Liger, CCE and torch, each gated by its error against float64; records peak memory.
-3. Writes gpu.csv, each row stamped with device, versions and commit, and gpu.png with the roofline beside the bars.
+3. Writes gpu.csv, each row stamped with device, versions and commit, and gpu.png.
 
 Without a GPU it says so and ends with exit status 0.
 """
@@ -27,19 +27,10 @@ from .cases import HEADS as ALL_HEADS
 from .cases import TINY, Case, head_case
 from .measure import measure_case, stamp, synchronize, wall_clock
 from .peers import BUDGET, PEERS, available, ours_within
+from .pictures import bars
 
 HEADS = ("OPT-350M", "SmolLM2-135M", "Phi-2", "Mistral-7B-v0.3", "Llama-3-8B", "Qwen2.5-0.5B", "Gemma-2-2B")
 PAIRS, POSITIONS, PROMPT_SHARE = 4, 1024, 0.5
-# What the cards of roofline.py call themselves. Others of the same family (PCIe, NVL, GH200, a MIG slice, 40 GB) have
-# other peaks.
-CARDS = {
-    "NVIDIA A100-SXM4-80GB": "A100",
-    "NVIDIA H100 80GB HBM3": "H100",
-    "NVIDIA H200": "H200",
-    "NVIDIA B200": "B200",
-    "AMD Instinct MI300X": "MI300X",
-    "AMD Instinct MI300X OAM": "MI300X",
-}
 LABELS = {"step": "forward and backward", "forward": "forward", "evaluation": "evaluation", "frozen": "frozen head"}
 
 
@@ -54,22 +45,6 @@ def event_clock(function: Callable[[], object]) -> float:
     return before.elapsed_time(after) / 1e3
 
 
-def roofline_seconds(row: dict, device: str) -> float | None:
-    """Time that the matmuls of a plain loss over the rows that count take at the card's peak; None for another card.
-
-    2 N V D to evaluate, 4 with a frozen head, 6 with gradients: what ours recomputes is not in it.
-    """
-    from .roofline import ACCELERATORS
-
-    units = {"step": 6, "frozen": 4, "forward": 2, "evaluation": 2}[row["kind"]]
-    if device not in CARDS:
-        return None
-    card = ACCELERATORS[CARDS[device]]
-    # Each of the units / 2 products reads or writes the weight once, two bytes an element.
-    weight = row["V"] * row["D"]
-    return max(units * row["rows"] * weight / card.flops, units * weight / card.bandwidth)
-
-
 def run_tests(device: str) -> int:
     """The kernel tests natively, or a part of them interpreted; the exit status of pytest."""
     if device == "cuda":
@@ -80,7 +55,8 @@ def run_tests(device: str) -> int:
 
 
 def write_csv(records: list[dict], path: Path) -> None:
-    """All records, every field that any of them has."""
+    """All records with this run's stamp, every field that any of them has."""
+    records = [{**record, **stamp()} for record in records]
     fields = list(dict.fromkeys(name for record in records for name in record if name != "seconds"))
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, fields, extrasaction="ignore")
@@ -89,42 +65,11 @@ def write_csv(records: list[dict], path: Path) -> None:
 
 
 def plot(records: list[dict], path: Path) -> bool:
-    """One panel a kind: milliseconds of each peer by head, a black line where the roofline of the card is.
-
-    Returns:
-        Whether anyone was timed, and drawn.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from .pictures import colour_of
-
-    timed = [r for r in records if r["status"] == "measured" and not r["peer"].startswith(BUDGET)]
-    if not timed:
-        return False
-    kinds, heads = list(dict.fromkeys(r["kind"] for r in timed)), list(dict.fromkeys(r["head"] for r in timed))
-    peers = list(dict.fromkeys(r["peer"] for r in timed))
-    figure, axes = plt.subplots(len(kinds), 1, figsize=(11, 3.2 * len(kinds)), squeeze=False, sharex=True)
-    for axis, kind in zip(axes[:, 0], kinds, strict=True):
-        for i, peer in enumerate(peers):
-            rows = [r for r in timed if r["kind"] == kind and r["peer"] == peer]
-            x = [heads.index(r["head"]) + (i - (len(peers) - 1) / 2) * 0.8 / len(peers) for r in rows]
-            axis.bar(x, [1e3 * r["median"] for r in rows], 0.8 / len(peers), color=colour_of(peer), label=peer)
-        for x, head in enumerate(heads):
-            row = next((r for r in timed if r["head"] == head and r["kind"] == kind), None)
-            bound = row and roofline_seconds(row, row["device"])
-            if bound:
-                axis.hlines(1e3 * bound, x - 0.45, x + 0.45, color="black", label="roofline" if x == 0 else None)
-        axis.set(yscale="log", ylabel=f"{LABELS[kind]}, ms", xticks=range(len(heads)), xticklabels=heads)
-        axis.grid(axis="y", alpha=0.3)
-    axes[0, 0].legend(ncols=4, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0))
-    s = stamp()
-    axes[-1, 0].set_xlabel(f"{s['device']}, torch {s['torch']}, commit {s['commit']}", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    return True
+    """One panel a kind: milliseconds of each peer by head. Returns whether anyone was timed, and drawn."""
+    timed = [r for r in records if not r["peer"].startswith(BUDGET)]
+    panels = {label: [r for r in timed if r["kind"] == kind] for kind, label in LABELS.items()}
+    versions = "{device}, torch {torch}, commit {commit}".format(**stamp())
+    return bars(panels, path, lambda r: 1e3 * r["median"] if "median" in r else None, "ms", versions, "log")
 
 
 def budgets(text: str) -> list[int]:

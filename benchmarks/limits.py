@@ -46,7 +46,6 @@ def attempt(peer: str, length: int, memory_gib: float) -> dict[str, object]:
 
     from .cases import head_case, make_batch
     from .gate import step
-    from .measure import stamp
     from .peers import PEERS as ALL
 
     case = head_case(HEAD, 0.5, pairs=1, positions=length)
@@ -59,7 +58,7 @@ def attempt(peer: str, length: int, memory_gib: float) -> dict[str, object]:
     start = time.perf_counter()
     step(ALL[peer], batch)
     seconds = time.perf_counter() - start
-    return {**_shape(length, peer, memory_gib), "status": "measured", "median": seconds, "rounds": 1, **stamp()}
+    return {**_shape(length, peer, memory_gib), "status": "measured", "median": seconds, "rounds": 1}
 
 
 def _shape(length: int, peer: str, memory_gib: float = MEMORY_GIB) -> dict[str, object]:
@@ -89,7 +88,7 @@ def run(lengths: tuple[int, ...] = LENGTHS, peers: tuple[str, ...] = PEERS) -> N
             status = stored.get((peer, length))
             if status is None:
                 record = _in_a_process(peer, length)
-                results.append("long", [{**record, **stamp()}])
+                results.append("long", [record])
                 status = record["status"]
                 print(f"{peer:28s} {length:7d}  {status}  {record.get('median', float('nan')):.1f} s", flush=True)
             if status != "measured":

@@ -1,4 +1,4 @@
-"""How a figure is taken: interleaved rounds, memory by allocation, and the stamp that goes with every row."""
+"""How a figure is taken: interleaved rounds, memory by allocation, and the stamp of a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross
 
 @cache
 def stamp() -> dict[str, object]:
-    """Hardware, versions and commit, to stand beside every figure."""
+    """Hardware, versions and commit of this run."""
 
     def version(package: str) -> str:
         try:
@@ -42,9 +42,8 @@ def stamp() -> dict[str, object]:
             return ""
 
     # Figures stored a moment ago are no change of what is measured.
-    changed = git(
-        "status", "--porcelain", "--", ":/", *(f":(top,exclude)benchmarks/{name}" for name in ("results", "RESULTS.md"))
-    )
+    written = (f":(top,exclude)benchmarks/{name}" for name in ("results", "RESULTS.md"))
+    changed = git("status", "--porcelain", "--", ":/", *written)
     root = git("rev-parse", "--show-toplevel")
     elsewhere = root and not Path(orpo_kernels.__file__).resolve().is_relative_to(Path(root).resolve() / "kernels")
     commit = (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
@@ -206,18 +205,7 @@ def measure_case(
         seconds = interleaved(functions, rounds, clock)
         for name, times in seconds.items():
             figures = summary(times, seconds.get(baseline))
-            records.append(
-                {
-                    **shape,
-                    "kind": kind,
-                    "peer": name,
-                    "status": "measured",
-                    **figures,
-                    "seconds": times,
-                    "rounds": rounds,
-                    "peak_bytes": memory[name],
-                    **right[name],
-                    **passed[name],
-                }
-            )
-    return [{**record, **stamp()} for record in records]
+            record = {**shape, "kind": kind, "peer": name, "status": "measured", **figures, "seconds": times}
+            memory_and_errors = {"peak_bytes": memory[name], **right[name], **passed[name]}
+            records.append({**record, "rounds": rounds, **memory_and_errors})
+    return records

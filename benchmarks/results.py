@@ -1,14 +1,15 @@
-"""Stored results: one JSON object a line, appended as they are measured; the last one of a measurement stands."""
+"""Stored results: JSON lines, the stamp of a run and then its records; the last record of a measurement stands."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 
 from .gate import is_right
+from .measure import stamp
 
 FOLDER = Path(__file__).parent / "results"
 # What makes two records the same measurement.
@@ -19,25 +20,34 @@ def key_of(record: Mapping[str, object]) -> tuple:
     return tuple(record.get(name) for name in KEY)
 
 
+def _lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def append(group: str, records: Iterable[Mapping[str, object]], folder: Path = FOLDER) -> None:
-    """Add `records` to the file of `group`."""
+    """Add `records` to the file of `group`, under this run's stamp."""
     folder.mkdir(exist_ok=True, parents=True)
-    with open(folder / f"{group}.jsonl", "a") as file:
-        for record in records:
-            rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items() if k != "seconds"}
-            file.write(json.dumps({"group": group, **rounded}) + "\n")
+    path = folder / f"{group}.jsonl"
+    stamps = [line["stamp"] for line in _lines(path) if "stamp" in line]
+    lines = [] if stamps and stamps[-1] == stamp() else [{"stamp": stamp()}]
+    for record in records:
+        lines.append({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items() if k != "seconds"})
+    with open(path, "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def load(group: str, folder: Path = FOLDER) -> list[dict]:
-    """The records of `group`, each measurement once, the newest last; [] where nothing was measured.
+    """The records of `group` with their stamps, each measurement once, the newest last; [] where nothing was measured.
 
     What was timed under a wider gate than today's is judged by today's: it loses its time.
     """
-    path = folder / f"{group}.jsonl"
-    if not path.exists():
-        return []
     latest: dict[tuple, dict] = {}
-    for record in map(_judged, map(json.loads, path.read_text().splitlines())):
+    now: dict[str, object] = {}
+    for line in _lines(folder / f"{group}.jsonl"):
+        if "stamp" in line:
+            now = line["stamp"]
+            continue
+        record = _judged({"group": group, **now, **line})
         # Out first: what is measured again is the newest, and stands last.
         latest.pop(key_of(record), None)
         latest[key_of(record)] = record
@@ -64,30 +74,19 @@ def _with_ratio(record: dict, latest: Mapping[tuple, dict]) -> dict:
     return {**record, "ratio": trl["median"] / record["median"]} if {"median"} <= trl.keys() & record.keys() else record
 
 
-def by_device(records: list[dict]) -> list[list[dict]]:
-    """The records of each machine, in the order in which machines were first measured."""
-    return [[r for r in records if r["device"] == device] for device in dict.fromkeys(r["device"] for r in records)]
+def one_machine(records: list[dict], by: Callable[[dict], object] = lambda r: r["dtype"]) -> list[dict]:
+    """The records of one machine for each value of `by`: that which has most cases, of two with as many the last.
 
-
-def most_measured(records: list[dict]) -> list[dict]:
-    """The records of the machine that has most cases of them; of two that have as many, the one measured last."""
+    A machine without instructions for bfloat16 measures float32 alone.
+    """
 
     def cases(part: list[dict]) -> int:
         # Not its rows: one machine may have been measured with more peers.
         return len({tuple(r.get(name) for name in KEY if name != "peer") for r in part})
 
-    return max(reversed(by_device(records)), key=cases)
-
-
-def shown_in(group: str, stored: dict[str, list[dict]]) -> list[dict]:
-    """What a group's picture and the README show: of each dtype one machine, that on which most of it was measured.
-
-    The shares of prompt include the half, which is measured with the heads.
-    """
-    records = [*(stored["heads"] if group == "prompt_share" else []), *stored[group]]
     shown = []
-    # A machine without instructions for bfloat16 measures float32 alone.
-    for dtype in dict.fromkeys(r["dtype"] for r in stored[group]):
-        device = most_measured([r for r in stored[group] if r["dtype"] == dtype])[0]["device"]
-        shown += [r for r in records if (r["dtype"], r["device"]) == (dtype, device)]
+    for value in dict.fromkeys(map(by, records)):
+        part = [r for r in records if by(r) == value]
+        machines = [[r for r in part if r["device"] == d] for d in dict.fromkeys(r["device"] for r in part)]
+        shown += max(reversed(machines), key=cases)
     return shown

@@ -57,15 +57,6 @@ def _growth() -> list[Case]:
 
 
 LOSS_GROUPS: dict[str, list[Piece]] = {
-    # The two shapes that the first figures of this project were taken on.
-    "targets": [
-        Piece(Case(name, p, t, prompt, d, v), dtype, MAIN, 3)
-        for name, p, t, prompt, d, v in (
-            ("SmolLM2-135M", 4, 256, 96, 576, 49152),
-            ("Qwen2.5-0.5B", 2, 1024, 384, 896, 151936),
-        )
-        for dtype in ("float32", "bfloat16")
-    ],
     # Half of a sequence is prompt: forward and backward, and evaluation, in front of every head.
     "heads": [Piece(head_case(head, 0.5), dtype, MAIN, 5) for dtype in ("float32", "bfloat16") for head in HEADS],
     # Evaluation is in the other groups: its time follows the number of rows. With three rounds, two that the machine

@@ -8,7 +8,7 @@
 
 FOLDER is any local copy of a causal language model with its tokenizer, for example SmolLM2-135M-Instruct as
 `hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir FOLDER` leaves it. Without `--data` the pairs
-are random words as many as real answers have (lengths.py). All trainers get the same rows, the same batch size, the
+are random words as many as real answers have (cases.py). All trainers get the same rows, the same batch size, the
 same start and the same order. They take turns, in another order each round, each for some steps from the same weights;
 a time is that of one optimizer step, its batches already made (the whole run has their making in it). Before any time
 stands, ours has to give TRL's loss at the first step. Memory is the most that a process of its own held over the same
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from . import results
-from .measure import orders, stamp, summary, synchronize
+from .measure import orders, summary, synchronize
 from .training_data import LONGEST, SHARED_TOTAL, load_all
 
 LAYOUTS = ("padded", "packed", "shared")
@@ -186,7 +186,6 @@ def measure(
             / summary(times[kind][what])["median"],
             "first_loss": losses[kind],
             **held.get(kind, {}),
-            **stamp(),
         }
         for what in ("training step", "whole run")
         for kind in kinds

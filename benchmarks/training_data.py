@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import lengths
+from .cases import draw
 
 # Tokens of the longest sequence that is taken.
 LONGEST = 512
@@ -39,7 +39,7 @@ def synthetic_pairs(
         return "".join(f" {g.choice(words)}" for _ in range(max(tokens, 1)))
 
     if share is None:
-        drawn = lengths.draw(count, seed, longest)
+        drawn = draw(count, seed, longest)
     else:
         prompt = SHARED_TOTAL * share // 100
         drawn = [(prompt, SHARED_TOTAL - prompt, SHARED_TOTAL - prompt)] * count

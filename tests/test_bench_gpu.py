@@ -6,7 +6,6 @@ import torch
 from benchmarks import gpu, peers
 from benchmarks.cases import TINY, make_batch
 from benchmarks.peers import PEERS
-from benchmarks.roofline import ACCELERATORS
 
 
 def test_without_a_gpu_the_command_says_so_and_ends_well(capsys):
@@ -22,17 +21,6 @@ def test_ours_within_a_budget_is_ours_with_it(monkeypatch):
     batch = make_batch(TINY, torch.float32)
     found = [peers.ours_within(budget)(batch, 0.1) for budget in (0, 2**20)]
     assert asked == [0, 2**20] and torch.equal(found[0], PEERS["ours (strips)"](batch, 0.1))
-
-
-def test_roofline_beside_the_bars_is_the_matmuls_at_the_cards_peak():
-    row = dict(rows=8192, V=128256, D=4096)
-    assert gpu.roofline_seconds({**row, "kind": "step"}, "NVIDIA H100 80GB HBM3") == pytest.approx(26.1e-3, rel=1e-2)
-    one = gpu.roofline_seconds({**row, "rows": 1, "kind": "evaluation"}, "NVIDIA H100 80GB HBM3")
-    assert one == pytest.approx(2 * 128256 * 4096 / 3.35e12)
-    # Of the same family, with other peaks.
-    for device in ("NVIDIA H100 PCIe", "NVIDIA GH200 480GB", "NVIDIA A100-SXM4-40GB", "NVIDIA H200 NVL", "AMD EPYC"):
-        assert gpu.roofline_seconds({**row, "kind": "step"}, device) is None
-    assert set(gpu.CARDS.values()) == set(ACCELERATORS)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The compile report sees matrix instructions, spills, kernels that do not fit or do not compile (compile_report.py).
+"""The compile report sees matrix instructions, spills, kernels that do not fit or compile (tools/compile_report.py).
 
 Each check runs in a process of its own: kernels compile only where TRITON_INTERPRET is not set.
 """
@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
 PREAMBLE = """
 import sys
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path[:0] = [{tests!r}, {tools!r}]
 import torch, triton
-from benchmarks.chips import CHIPS, resident_blocks
-from benchmarks.compile_report import report
+from chips import CHIPS, resident_blocks
+from compile_report import report
 from kernelcheck.samples import add_kernel, matmul_kernel
 
 def empty(*shape, dtype=torch.bfloat16):
@@ -33,7 +33,7 @@ def matmul(chip, dtype=torch.bfloat16, blocks=(128, 128, 64), **options):
 
 def _run(script: str) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    preamble = PREAMBLE.format(root=str(ROOT), tests=str(ROOT / "tests"))
+    preamble = PREAMBLE.format(tests=str(TESTS), tools=str(TESTS / "tools"))
     result = subprocess.run([sys.executable, "-c", preamble + script], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
 
@@ -86,7 +86,7 @@ assert resident_blocks(mi300, warps=8, registers=256, shared=0) == 1
 @pytest.mark.parametrize("fault", [False, True], ids=["sound", "faulty"])
 def test_the_exit_status(fault):
     _run(f"""
-import benchmarks.compile_report as module
+import compile_report as module
 from concurrent.futures import ThreadPoolExecutor
 n = 7 if {fault} else 8
 launches = [("one", lambda: add_kernel[(1,)](empty(64), empty(64), empty(64), 64, BLOCK=n))]

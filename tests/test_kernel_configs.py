@@ -22,7 +22,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
 @pytest.mark.parametrize(("dtype", "precision"), [("bf16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")])
 def test_what_a_chip_can_choose_fits_it(dtype, precision, aligned, keeps):
-    from benchmarks.chips import CHIPS
+    from tools.chips import CHIPS
 
     for chip in CHIPS.values():
         if chip.is_amd and precision == "tf32":

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-
-from .chips import Chip, resident_blocks
+from chips import Chip, resident_blocks
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -32,7 +31,6 @@ COPIES = {
     "load": r"(?:buffer|global)_load_\w+",
     "store": r"(?:buffer|global)_store_\w+",
 }
-ATOMICS = re.compile(r"RED|REDG|ATOM|ATOMG|(?:buffer|global|flat)_atomic_\w+")
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,6 @@ class Resources:
     needs_matrix: bool
     matrix: dict[str, int] = field(default_factory=dict)
     copies: dict[str, int] = field(default_factory=dict)
-    atomics: int = 0
 
     def problems(self, chip: Chip) -> list[str]:
         """Why this must not be shipped, in words; empty if it may."""
@@ -80,7 +77,6 @@ def resources(compiled: Any, chip: Chip) -> Resources:
         shared=metadata.shared,
         blocks=resident_blocks(chip, metadata.num_warps, registers, metadata.shared),
         needs_matrix=needs_matrix_instruction(compiled.asm["ttir"]),
-        atomics=sum(n for name, n in instructions.items() if ATOMICS.fullmatch(name)),
         **count,
     )
 

@@ -1,8 +1,7 @@
 """Compile every shipped kernel configuration for every chip, without a GPU, and refuse what must not be shipped.
 
-    python -m benchmarks.compile_report                          all chips
-    python -m benchmarks.compile_report --chips sm_90 gfx942     some
-    python -m benchmarks.compile_report --csv report.csv
+    python tests/tools/compile_report.py                          all chips
+    python tests/tools/compile_report.py --chips sm_90 gfx942     some
 
 The package's own launchers run on meta tensors of real shapes while a driver pretends to be the chip, so that the
 report compiles exactly what a launch there could: specialisation, options and every tile that tuning may choose come
@@ -11,7 +10,6 @@ the chip, fails to compile, or has a `tl.dot` and no matrix instruction.
 """
 
 import argparse
-import csv
 import itertools
 import os
 import sys
@@ -24,10 +22,9 @@ from unittest import mock
 
 import torch
 import triton
+from chips import CHIPS, Chip
+from disassembly import Resources, resources
 from triton.runtime.jit import JITFunction
-
-from .chips import CHIPS, Chip
-from .disassembly import Resources, resources
 
 # Llama-3-8B with 8192 rows; 2880 + 8 is a hidden size that no tile divides, 50257 (GPT-2) such a vocabulary.
 REAL_SHAPE = (8192, 4096, 128256)
@@ -170,20 +167,7 @@ def chip_report(name: str, cases: str = "") -> list[Row]:
         return [row for case, launch in shipped_launches(chip) if cases in case for row in report(case, launch, chip)]
 
 
-FIELDS = (
-    "chip",
-    "kernel",
-    "case",
-    "tile",
-    "warps",
-    "stages",
-    "registers",
-    "spills",
-    "shared",
-    "blocks",
-    "matrix",
-    "copies",
-)
+FIELDS = "chip kernel case tile warps stages registers spills shared blocks matrix copies".split()
 
 
 def cells(row: Row) -> list[str]:
@@ -204,7 +188,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS), help="default: all")
     parser.add_argument("--cases", default="", help="only those that contain this, such as ragged")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="chips compiled for at once")
-    parser.add_argument("--csv", help="write the table there too")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it")
@@ -212,15 +195,10 @@ def main(arguments: list[str] | None = None) -> int:
     with ProcessPoolExecutor(min(options.jobs, len(options.chips))) as pool:
         rows = [row for result in pool.map(partial(chip_report, cases=options.cases), options.chips) for row in result]
     print(f"triton {triton.__version__}; blocks: resident on one multiprocessor; shared: bytes a block")
-    table = [list(FIELDS), *map(cells, rows)]
+    table = [FIELDS, *map(cells, rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    if options.csv:
-        with open(options.csv, "w", newline="") as file:
-            csv.writer(file).writerows(
-                [[*FIELDS, "problems"], *([*cells(row), "; ".join(row.problems)] for row in rows)]
-            )
     failed = [row for row in rows if row.problems]
     for row in failed:
         kernel = row.resources.kernel if row.resources else "a kernel"
