@@ -120,7 +120,6 @@ def shipped_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], Any]]]:
         x, targets, vector = empty(n, d, dtype=dtype), empty(n, dtype=torch.int64), empty(n)
         row_scale = vector if dtype == torch.float16 else None
         grad_arguments = (targets, empty(2, n), vector, row_scale, head)
-        strip, statistics = empty(n, v), (empty(1, n), empty(1, n), vector)
         held = kept.Kept(v, *kept.buffers(x, n * -(-v // kept.TILE), dtype))
         with_matmul = (
             lambda a=(x, targets, head): logit_stats.logit_stats(*a),
@@ -132,8 +131,6 @@ def shipped_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], Any]]]:
             if dtype == torch.float32 and not chip.is_amd:
                 tf32 = mock.patch.object(configs, "input_precision", lambda: "tf32")
                 yield case.replace("fp32", "tf32"), tf32(launch)
-        yield case, lambda a=(strip, targets, head, statistics): logit_stats.add_strip_stats(*a)
-        yield case, lambda a=(strip, *grad_arguments, dtype): logit_grad.strip_grad(*a)
         yield case, lambda a=(held, *grad_arguments[:-1], 0, 4096): kept_grad.kept_grad(*a)
     n, pairs = REAL_SHAPE[0], 8
     flags = empty(n, dtype=torch.bool)
