@@ -15,7 +15,7 @@ from pathlib import Path
 
 import orpo_kernels
 import torch
-from orpo_kernels.torch_logits import multiplies_bfloat16
+from orpo_kernels.cpu.logits import multiplies_bfloat16
 from torch.profiler import ProfilerActivity, profile
 
 from .cases import Case, make_batch

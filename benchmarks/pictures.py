@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from orpo.plots import COLOURS
+from orpo.report.curves import COLOURS
 
 from .cases import HEADS
 

@@ -14,9 +14,9 @@ except PackageNotFoundError:  # a source tree on sys.path, not installed
 # Looked up on first use, so that importing the package brings in neither transformers nor triton.
 _EXPORTS = {
     "FusedLinearORPOLoss": "orpo.loss",
-    "ORPOConfig": "orpo.config",
+    "ORPOConfig": "orpo.trainer.config",
     "ORPOOutput": "orpo.loss",
-    "ORPOTrainer": "orpo.trainer",
+    "ORPOTrainer": "orpo.trainer.trainer",
     "odds_ratio_loss": "orpo.loss",
     "orpo_loss": "orpo.loss",
     "orpo_loss_from_rows": "orpo.loss",
@@ -26,14 +26,14 @@ _EXPORTS = {
 __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
-    from orpo.config import ORPOConfig as ORPOConfig
     from orpo.loss import FusedLinearORPOLoss as FusedLinearORPOLoss
     from orpo.loss import ORPOOutput as ORPOOutput
     from orpo.loss import odds_ratio_loss as odds_ratio_loss
     from orpo.loss import orpo_loss as orpo_loss
     from orpo.loss import orpo_loss_from_rows as orpo_loss_from_rows
     from orpo.loss import token_logprobs as token_logprobs
-    from orpo.trainer import ORPOTrainer as ORPOTrainer
+    from orpo.trainer.config import ORPOConfig as ORPOConfig
+    from orpo.trainer.trainer import ORPOTrainer as ORPOTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from orpo import judges
-from orpo.command import OneLineErrors, run_command
+from orpo.cli.errors import OneLineErrors, run_command
+from orpo.data.misread import refuse_dates, refuse_messages_as_text
+from orpo.data.sources import load_pairs
 from orpo.files import as_json, read_text, write_whole
 from orpo.generation import Answer, Messages, check_temperature, generate, load
-from orpo.misread import refuse_dates, refuse_messages_as_text
-from orpo.sources import load_pairs
 
 
 def read_prompts(name: str, split: str = "train") -> list[str | Messages]:

@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from orpo_kernels import torch_logits
+from orpo_kernels.cpu import logits as cpu_logits
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from orpo.adapters import adapter_folder, load_adapter
-from orpo.conversations import is_conversation, read_messages, render_messages
-from orpo.prompts import left_to_the_answer, prompt_tokens, trained_escaped, trained_plain
-from orpo.setup import find_device, load_model, load_tokenizer
-from orpo.special_tokens import ALTERED, WrittenOut, spare_marks, without_marks
-from orpo.unusable import UnusableRow
+from orpo.data.conversations import is_conversation, read_messages, render_messages
+from orpo.data.unusable import UnusableRow
+from orpo.model.adapters import adapter_folder, load_adapter
+from orpo.model.load import find_device, load_model, load_tokenizer
+from orpo.tokens.prompts import left_to_the_answer, prompt_tokens, trained_escaped, trained_plain
+from orpo.tokens.special_tokens import ALTERED, WrittenOut, spare_marks, without_marks
 
 Messages = list[dict[str, str]]
 
@@ -286,5 +286,5 @@ def load(name: str, *, dtype: str = "auto", device: str | None = None, trust_rem
     tokenizer = load_tokenizer(name if folder is None else str(folder), trust_remote_code=trust_remote_code)
     if dtype == "auto" and model.dtype == torch.bfloat16 and place.type == "cpu":
         # Emulated on an AVX2 CPU, bfloat16 takes six times as long to multiply as float32.
-        model = model if torch_logits.multiplies_bfloat16() else model.float()
+        model = model if cpu_logits.multiplies_bfloat16() else model.float()
     return model.to(place), tokenizer

@@ -20,18 +20,17 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from orpo.adapters import adapter_folder
-from orpo.arguments import HELD_OUT, DataArguments, ModelArguments, parse
-from orpo.command import out_of_memory, run_command
-from orpo.config import ORPOConfig
-from orpo.disk import leaves_no_empty_folder, refuse_own_sources
-from orpo.evaluation import check_best_metric
-from orpo.find_checkpoint import complete_checkpoints
-from orpo.guard import check_evaluation
-from orpo.merge import check_output, merge_adapter
+from orpo.cli.arguments import HELD_OUT, DataArguments, ModelArguments, parse
+from orpo.cli.errors import out_of_memory, run_command
+from orpo.model.adapters import adapter_folder
+from orpo.model.merging import check_output, merge_adapter
 from orpo.packages import require
-from orpo.run_lock import run_lock
-from orpo.trainer import ORPOTrainer
+from orpo.runs.disk import leaves_no_empty_folder, refuse_own_sources
+from orpo.runs.find_checkpoint import complete_checkpoints
+from orpo.runs.lock import run_lock
+from orpo.runs.non_finite import check_evaluation
+from orpo.trainer.config import ORPOConfig
+from orpo.trainer.trainer import ORPOTrainer
 
 
 class InterruptedRun(RuntimeError):
@@ -57,8 +56,6 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig
             "--generate_during_eval answers held-out prompts at each evaluation, and nothing is evaluated: give "
             f"--eval_strategy steps and {HELD_OUT}"
         )
-    if args.eval_strategy != "no":
-        check_best_metric(args.metric_for_best_model)
     optim = args.optim.value
     # adamw_torch_8bit and its like are torchao's.
     if "torch" not in optim and any(part in optim for part in ("paged", "bit", "bnb")):
@@ -99,7 +96,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig
         trainer.save_metrics("eval", metrics)
     trainer.save_state()
     if trainer.is_world_process_zero() and any("nll_loss" in entry for entry in curves):
-        from orpo.plots import plot_curves, write_curves_csv
+        from orpo.report.curves import plot_curves, write_curves_csv
 
         history = {"ORPO": curves}
         plot_curves(history, Path(args.output_dir) / "curves.png")

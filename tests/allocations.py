@@ -6,7 +6,7 @@ import platform
 
 import pytest
 import torch
-from orpo_kernels.torch_logits import multiplies_bfloat16  # as it is: tests replace the module's
+from orpo_kernels.cpu.logits import multiplies_bfloat16  # as it is: tests replace the module's
 from torch.profiler import ProfilerActivity, profile
 
 ROUND = 4096  # allocations are rounded up, and O(N) arrays are allowed

@@ -46,7 +46,7 @@ def heads_taken_for_frozen(monkeypatch) -> list[bool]:
 @pytest.fixture(params=[True, False], ids=["bfloat16 multiplied", "bfloat16 widened"])
 def bfloat16_cpu(request, monkeypatch) -> bool:
     """A CPU with instructions for bfloat16, and one without: the loss is computed in different dtypes on the two."""
-    from orpo_kernels import torch_logits
+    from orpo_kernels.cpu import logits as cpu_logits
 
-    monkeypatch.setattr(torch_logits, "multiplies_bfloat16", lambda: request.param)
+    monkeypatch.setattr(cpu_logits, "multiplies_bfloat16", lambda: request.param)
     return request.param

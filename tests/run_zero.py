@@ -13,9 +13,9 @@ import torch
 from orpo_kernels.settings import LossSettings
 from tiny import SEVEN, make_model, make_tokenizer
 
-from orpo.data import Limits, prepare_dataset
-from orpo.layout import make_layout
-from orpo.model import LossCall, attach_orpo_loss
+from orpo.data.prepare import Limits, prepare_dataset
+from orpo.layouts.layout import make_layout
+from orpo.model.attach import LossCall, attach_orpo_loss
 from orpo.train import end_process_group
 
 STEPS, PAIRS, RATE = 3, 4, 1e-2

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import SEVEN, make_model, make_tokenizer, reference_loss
 
-from orpo.data import Limits, prepare_dataset
-from orpo.layout import PaddedLayout
-from orpo.model import LossCall, attach_orpo_loss
-from orpo.probe import check_fused_logps
+from orpo.data.prepare import Limits, prepare_dataset
+from orpo.layouts.layout import PaddedLayout
+from orpo.model.attach import LossCall, attach_orpo_loss
+from orpo.model.probe import check_fused_logps
 
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}

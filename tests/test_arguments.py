@@ -1,4 +1,4 @@
-"""orpo.arguments, orpo.other_names, orpo.ranges: lines of other trainers' scripts, and values that are refused."""
+"""Lines of other trainers' scripts, and values that are refused."""
 
 import dataclasses
 import json
@@ -6,9 +6,9 @@ from typing import get_type_hints
 
 import pytest
 
-from orpo.arguments import DataArguments, ModelArguments, parse
-from orpo.config import ORPOConfig
-from orpo.other_names import ELSEWHERE, advice
+from orpo.cli.arguments import DataArguments, ModelArguments, parse
+from orpo.cli.other_names import ELSEWHERE, advice
+from orpo.trainer.config import ORPOConfig
 
 LINE = ["--model_name_or_path", "gpt2", "--dataset_name", "d", "--use_cpu"]
 

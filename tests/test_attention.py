@@ -1,11 +1,11 @@
-"""orpo.attention: who sees whom in a row that shares a prompt."""
+"""Who sees whom in a row that shares a prompt."""
 
 import pytest
 import torch
 from tiny import make_model
 from torch.nn.attention.flex_attention import create_mask
 
-from orpo.attention import CHOSEN, PROMPT, REJECTED, SharedPrefixMask, layer_windows
+from orpo.layouts.prefix_mask import CHOSEN, PROMPT, REJECTED, SharedPrefixMask, layer_windows
 
 # Row 0: a pair of 3 + 2 + 3 tokens. Row 1: two pairs of 1 + 1 + 1, and two tokens of padding.
 BRANCHES = [[0, 0, 0, 1, 1, 2, 2, 2], [3, 4, 5, 6, 7, 8, 9, 9]]

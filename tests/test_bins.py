@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from orpo_kernels.bins import make_bins
+from orpo_kernels.cpu.bins import make_bins
 from orpo_kernels.rows import Rows
 from problems import make_problem
 

@@ -11,15 +11,15 @@ import datasets
 import pytest
 from tiny import CHATML, ROWS, make_model, make_tokenizer
 
-from orpo.data import Limits, prepare_dataset
-from orpo.file_check import MOST_LEVELS
+from orpo.data.file_check import MOST_LEVELS
+from orpo.data.prepare import Limits, prepare_dataset
+from orpo.data.preview import first_pair
+from orpo.data.sources import load_pairs
 from orpo.generate import read_prompts
 from orpo.generation import load
 from orpo.judges import read_questions
 from orpo.merge import merge_adapter
-from orpo.preview import first_pair
-from orpo.setup import load_model, load_tokenizer
-from orpo.sources import load_pairs
+from orpo.model.load import load_model, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -1,4 +1,4 @@
-"""orpo.card: what the model card says is what was run, and what is pushed to the hub is what was asked for."""
+"""What the model card says is what was run, and what is pushed to the hub is what was asked for."""
 
 import json
 import warnings

@@ -1,4 +1,4 @@
-"""orpo.checkpoints: runs that are killed, and what is left of them; full disks; settings that changed."""
+"""Runs that are killed, and what is left of them; full disks; settings that changed."""
 
 import errno
 import json
@@ -15,8 +15,8 @@ from trainers import logged, make_args, make_trainer
 from transformers import AutoModelForCausalLM
 
 from orpo import ORPOTrainer
-from orpo.disk import check_writable, checkpoint_bytes
-from orpo.find_checkpoint import complete_checkpoints
+from orpo.runs.disk import check_writable, checkpoint_bytes
+from orpo.runs.find_checkpoint import complete_checkpoints
 
 SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 WAYS = {

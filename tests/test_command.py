@@ -1,4 +1,4 @@
-"""orpo.command, orpo.disk: a command that is interrupted, that nobody reads, or that would write over its sources."""
+"""A command that is interrupted, that nobody reads, or that would write over its sources."""
 
 import io
 import json
@@ -12,8 +12,8 @@ import pytest
 from tiny import ROWS, make_model, make_tokenizer
 
 from orpo import ORPOTrainer, train
-from orpo.checkpoints import complete_checkpoints
-from orpo.command import run_command
+from orpo.cli.errors import run_command
+from orpo.runs.checkpoints import complete_checkpoints
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

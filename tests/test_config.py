@@ -1,4 +1,4 @@
-"""orpo.config: TRL's defaults, presets, older names, and settings that are refused."""
+"""TRL's defaults, presets, older names, and settings that are refused."""
 
 import dataclasses
 import warnings
@@ -7,8 +7,8 @@ import pytest
 from tiny import make_model
 from transformers import HfArgumentParser
 
-from orpo.config import ORPOConfig
-from orpo.model import attach_orpo_loss
+from orpo.model.attach import attach_orpo_loss
+from orpo.trainer.config import ORPOConfig
 
 
 def make(tmp_path, **settings):

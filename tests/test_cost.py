@@ -10,14 +10,14 @@ import pytest
 import torch
 import triton.runtime.interpreter as interpreter
 from allocations import measure
-from orpo_kernels import configs
+from orpo_kernels.gpu import tiles
 from problems import make_problem
 
 from orpo import orpo_loss
 
 pytestmark = pytest.mark.kernels(modes=("interpret",))
 
-TILE = configs.MatmulConfig(128, 128, 64, num_warps=8, num_stages=3)
+TILE = tiles.MatmulConfig(128, 128, 64, num_warps=8, num_stages=3)
 P, T, V, D = 2, 65, 512, 128
 N, ITEM, STRIP = 2 * P * (T - 1), 2, 256
 
@@ -88,7 +88,7 @@ COSTS = {
 @pytest.mark.parametrize("name", COSTS)
 def test_a_step_costs_what_the_formulas_say(name, counts, monkeypatch):
     budget, units, kernels = COSTS[name]
-    monkeypatch.setattr(configs, "matmul_candidates", lambda *_, **__: (TILE,))
+    monkeypatch.setattr(tiles, "matmul_candidates", lambda *_, **__: (TILE,))
     problem = make_problem(P, T, V=V, D=D, dtype=torch.bfloat16).requiring_grad()
     # Every position counts.
     labels = problem.hidden.new_zeros(2 * P, T, dtype=torch.long).random_(V)

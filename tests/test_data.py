@@ -1,4 +1,4 @@
-"""orpo.data: token boundaries, BOS and EOS, truncation, and the account of dropped rows."""
+"""Token boundaries, BOS and EOS, truncation, and the account of dropped rows."""
 
 import gzip
 import json
@@ -9,10 +9,10 @@ import pytest
 from record_trl_trace import SETTINGS, TRACE, trace_pairs, trace_tokenizer
 from tiny import CHATML, NO_END, SEVEN, make_tokenizer
 
-from orpo.data import Limits, PairTokenizer, as_dataset, code_version, prepare_dataset
-from orpo.layout import PaddedLayout
-from orpo.preview import check_token_ids, describe_example, first_pair
-from orpo.sources import load_pairs
+from orpo.data.prepare import Limits, PairTokenizer, as_dataset, code_version, prepare_dataset
+from orpo.data.preview import check_token_ids, describe_example, first_pair
+from orpo.data.sources import load_pairs
+from orpo.layouts.layout import PaddedLayout
 
 UNLIMITED = Limits(max_length=None)
 
@@ -348,7 +348,7 @@ def test_tokens_that_an_older_version_made_are_not_taken_for_ours(own_cache, tmp
     calls = []
     monkeypatch.setattr(PairTokenizer, "_fit", lambda self, sides: calls.append(1) or sides)
     for version, expected in (("old", 1), ("old", 1), ("new", 2)):
-        monkeypatch.setattr("orpo.data.code_version", lambda version=version: version)
+        monkeypatch.setattr("orpo.data.prepare.code_version", lambda version=version: version)
         prepare(load_pairs(str(tmp_path / "pairs.jsonl")))
         assert len(calls) == expected, version
     monkeypatch.undo()

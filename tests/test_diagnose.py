@@ -1,4 +1,4 @@
-"""orpo.diagnose: the pull of each term, measured without changing the run."""
+"""The pull of each term, measured without changing the run."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from test_trainer import logged, make_trainer
 from tiny import make_model, reference_loss
 
 from orpo import ORPOTrainer
-from orpo.diagnose import pair_statistics
+from orpo.trainer.diagnose import pair_statistics
 
 
 def reference_norm(loss, model):

@@ -1,11 +1,11 @@
-"""orpo.evaluation: sets without pairs, several sets, and metrics that no evaluation has."""
+"""Sets without pairs, several sets, and metrics that no evaluation has."""
 
 import datasets
 import pytest
 from tiny import ROWS, SEVEN
 from trainers import make_trainer
 
-from orpo.metrics import EVALUATED
+from orpo.trainer.means import EVALUATED
 
 DROPPED = [{"prompt": "a", "chosen": "", "rejected": "b"}] * 3
 

@@ -1,4 +1,4 @@
-"""orpo.files: what any text is written as, and that a file is whole or as it was."""
+"""What any text is written as, and that a file is whole or as it was."""
 
 import json
 import os

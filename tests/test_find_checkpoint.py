@@ -1,4 +1,4 @@
-"""orpo.find_checkpoint and orpo.manifest: damaged checkpoints, records of other versions, clocks that are set back."""
+"""Damaged checkpoints, records of other versions, clocks that are set back."""
 
 import json
 import re
@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from trainers import make_trainer
 
-import orpo.run_record
-from orpo.checkpoints import complete_checkpoints
-from orpo.find_checkpoint import find_checkpoint
-from orpo.manifest import describe_files
+import orpo.runs.record
+from orpo.runs.checkpoints import complete_checkpoints
+from orpo.runs.find_checkpoint import find_checkpoint
+from orpo.runs.manifest import describe_files
 
 SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 
@@ -187,7 +187,7 @@ def test_a_record_that_is_nested_without_end_is_a_damaged_one(out):
 
 def test_a_clock_that_is_set_back_loses_nothing(tmp_path, monkeypatch):
     times = iter([9e3, 9.1e3, 9.2e3, *(2e3 + i for i in range(9))])
-    monkeypatch.setattr(orpo.run_record, "time", SimpleNamespace(time=lambda: next(times)))
+    monkeypatch.setattr(orpo.runs.record, "time", SimpleNamespace(time=lambda: next(times)))
     settings = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
     make_trainer(tmp_path, **settings, max_steps=6).train()
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-6"]
@@ -198,7 +198,7 @@ def test_a_clock_that_is_set_back_loses_nothing(tmp_path, monkeypatch):
 
 def test_many_bytes_are_read_by_threads_to_the_same_checksums(first_run, monkeypatch):
     one = describe_files(first_run / "checkpoint-4", "orpo_run.json")
-    monkeypatch.setattr("orpo.manifest.SMALL", 0)
+    monkeypatch.setattr("orpo.runs.manifest.SMALL", 0)
     assert describe_files(first_run / "checkpoint-4", "orpo_run.json") == one
     record = json.loads((first_run / "checkpoint-4/orpo_run.json").read_text())
     assert record["files"] == one and one.keys() >= {"model.safetensors", "optimizer.pt", "trainer_state.json"}

@@ -1,4 +1,4 @@
-"""orpo.formats: every form of preference data, reduced to prompt and answer text."""
+"""Every form of preference data, reduced to prompt and answer text."""
 
 import json
 from datetime import date, time
@@ -6,7 +6,7 @@ from datetime import date, time
 import pytest
 from tiny import CHATML, make_tokenizer
 
-from orpo.formats import PairText, UnusableRow, pair_text
+from orpo.data.formats import PairText, UnusableRow, pair_text
 
 USER = {"role": "user", "content": "hello"}
 GOOD = {"role": "assistant", "content": "hi"}

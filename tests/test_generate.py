@@ -1,4 +1,4 @@
-"""orpo.generation: what is continued, how batches are filled up, when an answer ends; orpo.generate, the command."""
+"""What is continued, how batches are filled up, when an answer ends; orpo.generate, the command."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""orpo.guard in a run: nothing that is not finite is saved, or replaces what was."""
+"""orpo.runs.non_finite in a run: nothing that is not finite is saved, or replaces what was."""
 
 import json
 from types import SimpleNamespace
@@ -10,8 +10,8 @@ from torch.distributed.fsdp import StateDictType
 from trainers import make_trainer
 from transformers import TrainerCallback
 
-from orpo.checkpoints import complete_checkpoints
-from orpo.guard import NonFiniteError, NonFiniteGuard
+from orpo.runs.checkpoints import complete_checkpoints
+from orpo.runs.non_finite import NonFiniteError, NonFiniteGuard
 
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
 
@@ -75,7 +75,7 @@ def test_no_rank_waits_in_the_last_save_for_one_that_has_found_a_nan(tmp_path, m
     """Under FSDP each has its own part of a weight."""
     trainer = make_trainer(tmp_path)
     plugin = SimpleNamespace(state_dict_type=StateDictType.FULL_STATE_DICT)
-    monkeypatch.setattr("orpo.checkpoints.fsdp_plugin", lambda accelerator: plugin)
+    monkeypatch.setattr("orpo.runs.checkpoints.fsdp_plugin", lambda accelerator: plugin)
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
     seen = []
     monkeypatch.setattr(trainer.accelerator, "reduce", lambda flag: seen.append(float(flag)) or flag + 1)

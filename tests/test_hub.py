@@ -1,4 +1,4 @@
-"""orpo.hub: a wrong name is told at once, and what could still be had is not refused."""
+"""A wrong name is told at once, and what could still be had is not refused."""
 
 from types import SimpleNamespace
 
@@ -9,8 +9,8 @@ from tiny import SEVEN, make_model, make_tokenizer
 from trainers import make_args
 
 from orpo import ORPOTrainer, hub
-from orpo.setup import load_model, load_tokenizer
-from orpo.sources import load_pairs
+from orpo.data.sources import load_pairs
+from orpo.model.load import load_model, load_tokenizer
 
 
 class ConnectError(Exception):

@@ -8,7 +8,7 @@ from trainers import logged, make_args
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from orpo import ORPOTrainer
-from orpo.data import Limits, prepare_dataset
+from orpo.data.prepare import Limits, prepare_dataset
 from orpo.generation import generate, load
 from orpo.merge import merge_adapter
 

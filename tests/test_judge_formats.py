@@ -1,4 +1,4 @@
-"""orpo.judges: files as AlpacaEval and FastChat's MT-Bench read them, two turns, a temperature for each category."""
+"""Files as AlpacaEval and FastChat's MT-Bench read them, two turns, a temperature for each category."""
 
 import json
 

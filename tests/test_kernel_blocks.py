@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from orpo_kernels import logprobs, plan, triton_backend
+from orpo_kernels import logprobs, plan
+from orpo_kernels.gpu import stages as gpu_stages
 from orpo_kernels.head import strip_width
 from orpo_kernels.settings import LossSettings
 from problems import make_problem, relative_error
@@ -21,13 +22,13 @@ def launches(monkeypatch):
     """Rows of each call of stage 1, and of each of stage 3 that computes logits again."""
     seen = {"token_stats": [], "logit_grad": []}
     for name, calls in seen.items():
-        original = getattr(triton_backend, name)
+        original = getattr(gpu_stages, name)
 
         def spy(x_ND, *arguments, original=original, calls=calls):
             calls.append(x_ND.shape[0])
             return original(x_ND, *arguments)
 
-        monkeypatch.setattr(triton_backend, name, spy)
+        monkeypatch.setattr(gpu_stages, name, spy)
     return seen
 
 

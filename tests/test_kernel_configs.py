@@ -6,15 +6,15 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from orpo_kernels import configs
-from orpo_kernels.device_math import grouped_block
+from orpo_kernels.gpu import tiles
+from orpo_kernels.gpu.device_math import grouped_block
 from problems import make_problem, relative_error
 
 from orpo import orpo_loss
 
 pytestmark = pytest.mark.kernels
 
-SM_90 = configs.Limits(is_amd=False, major=9, max_shared=232448, max_registers=65536)
+SM_90 = tiles.Limits(is_amd=False, major=9, max_shared=232448, max_registers=65536)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -27,7 +27,7 @@ def test_what_a_chip_can_choose_fits_it(dtype, precision, aligned, keeps):
     for chip in CHIPS.values():
         if chip.is_amd and precision == "tf32":
             continue
-        found = configs.matmul_configs(DTYPES[dtype], precision, aligned, chip.limits, keeps)
+        found = tiles.matmul_configs(DTYPES[dtype], precision, aligned, chip.limits, keeps)
         assert 1 <= len(found) <= 4 and len({str(config) for config in found}) == len(found)
         assert all(config.fits(chip.limits, DTYPES[dtype].itemsize, keeps) for config in found), chip.name
 
@@ -36,7 +36,7 @@ def test_pruning_by_shared_memory_registers_and_spills():
     from dataclasses import replace
 
     def blocks(chip, keeps=False, softcap=False):
-        found = configs.matmul_configs(torch.bfloat16, "ieee", True, chip, keeps, softcap)
+        found = tiles.matmul_configs(torch.bfloat16, "ieee", True, chip, keeps, softcap)
         return [
             (config.block_n, config.block_v, config.num_stages, *["descriptors"][: config.descriptors])
             for config in found
@@ -59,7 +59,7 @@ def test_pruning_by_shared_memory_registers_and_spills():
     # Where nothing fits, the smallest is left to say so.
     assert blocks(replace(SM_90, major=8, max_shared=16384)) == [(64, 128, 4)]
     # No descriptors before Hopper, whatever the list.
-    assert not configs._DEEP_TMA.fits(replace(SM_90, major=8), 2)
+    assert not tiles._DEEP_TMA.fits(replace(SM_90, major=8), 2)
 
 
 @pytest.mark.kernels(modes=("interpret", "cuda"))
@@ -70,8 +70,8 @@ def test_operands_through_tensor_descriptors(dtype, monkeypatch, kernel_device):
     blocks = dict(block_n=16, block_v=32, block_d=16, num_warps=4, num_stages=2)
 
     def run(descriptors: bool):
-        tile = configs.MatmulConfig(**blocks, descriptors=descriptors)
-        monkeypatch.setattr(configs, "matmul_candidates", lambda *_, **__: (tile,))
+        tile = tiles.MatmulConfig(**blocks, descriptors=descriptors)
+        monkeypatch.setattr(tiles, "matmul_candidates", lambda *_, **__: (tile,))
         # Ragged in every direction, and a hidden size that ends inside a tile.
         problem = make_problem(P=2, T=13, V=101, D=40, bias=True, dtype=dtype, device=kernel_device).requiring_grad()
         out = orpo_loss(problem.hidden, problem.weight, problem.labels, lm_head_bias=problem.bias, logits_budget=0,
@@ -85,15 +85,15 @@ def test_operands_through_tensor_descriptors(dtype, monkeypatch, kernel_device):
 
 
 # What fits the 64 KB of the chip that the compiled kernels are executed as.
-SHIPPED = {"unaligned": (configs._UNALIGNED[0], torch.bfloat16), "AMD": (configs._AMD[2], torch.bfloat16),
-           "fp32": (configs._FLOAT32[0], torch.float32)}  # fmt: skip
+SHIPPED = {"unaligned": (tiles._UNALIGNED[0], torch.bfloat16), "AMD": (tiles._AMD[2], torch.bfloat16),
+           "fp32": (tiles._FLOAT32[0], torch.float32)}  # fmt: skip
 
 
 @pytest.mark.kernels(modes=("simt", "cuda"))
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_tiles_give_the_gradients(name, monkeypatch, kernel_device):
     tile, dtype = SHIPPED[name]
-    monkeypatch.setattr(configs, "matmul_candidates", lambda *_, **__: (tile,))
+    monkeypatch.setattr(tiles, "matmul_candidates", lambda *_, **__: (tile,))
     # More than one block of rows, several splits and strips, a hidden size that ends inside a tile.
     problem = make_problem(P=2, T=19, V=301, D=80, bias=True, dtype=dtype, device=kernel_device).requiring_grad()
     out = orpo_loss(problem.hidden, problem.weight, problem.labels, logits_budget=0, strip_bytes=20000,
@@ -108,18 +108,18 @@ def test_shipped_tiles_give_the_gradients(name, monkeypatch, kernel_device):
 
 def test_an_operand_inside_a_flat_buffer_is_not_aligned():
     flat = torch.zeros(1 + 64 * 32, dtype=torch.bfloat16)
-    assert configs.rows_aligned(flat[:-1].view(64, 32), flat[:-1].view(64, 32))
-    assert not configs.rows_aligned(flat[:-1].view(64, 32), flat[1:].view(64, 32))
+    assert tiles.rows_aligned(flat[:-1].view(64, 32), flat[:-1].view(64, 32))
+    assert not tiles.rows_aligned(flat[:-1].view(64, 32), flat[1:].view(64, 32))
 
 
 def test_tf32_only_where_torch_allows_it(monkeypatch):
-    assert configs.input_precision() == "ieee"
+    assert tiles.input_precision() == "ieee"
     previous = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        assert configs.input_precision() == "tf32"
+        assert tiles.input_precision() == "tf32"
         monkeypatch.setattr(torch.version, "hip", "7.0")
-        assert configs.input_precision() == "ieee"
+        assert tiles.input_precision() == "ieee"
     finally:
         torch.backends.cuda.matmul.allow_tf32 = previous
 
@@ -131,7 +131,7 @@ def test_tf32_allowed_by_torchs_newer_setting():
     try:
         with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
             print(torch.backends.cuda.matmul.allow_tf32)
-        assert configs.input_precision() == "tf32"
+        assert tiles.input_precision() == "tf32"
     finally:
         torch.backends.cuda.matmul.fp32_precision = previous
 
@@ -142,7 +142,7 @@ def test_splits_of_the_vocabulary_fill_the_chip(block_n, cores):
     for rows in (1, 64, 100, 500, 1000, 4096, 8192, 50_000):
         for vocabulary, block_v in ((128256, 256), (50257, 128), (1000, 128), (40, 64)):
             blocks_n, tiles = -(-rows // block_n), -(-vocabulary // block_v)
-            splits, columns = configs.vocabulary_splits(blocks_n, vocabulary, block_v, cores)
+            splits, columns = tiles.vocabulary_splits(blocks_n, vocabulary, block_v, cores)
             assert columns % block_v == 0 and (splits - 1) * columns < vocabulary <= splits * columns
             programs = blocks_n * splits
             waves = -(-programs // cores)
@@ -158,7 +158,7 @@ def test_splits_of_the_vocabulary_fill_the_chip(block_n, cores):
 
 def test_small_batches_reach_every_multiprocessor():
     # One block of rows: without more than 64 splits half of an H100 would stand idle.
-    splits, columns = configs.vocabulary_splits(1, 128256, 256, 132)
+    splits, columns = tiles.vocabulary_splits(1, 128256, 256, 132)
     assert splits == 126 and columns == 4 * 256
 
 

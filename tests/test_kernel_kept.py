@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from orpo_kernels import fused, triton_backend
+from orpo_kernels import fused
+from orpo_kernels.gpu import stages as gpu_stages
 from orpo_kernels.head import Head, Needs
 from orpo_kernels.kept import TILE, Kept
 from orpo_kernels.plan import Way, kept_columns, make_plan, row_tiles_within
@@ -107,7 +108,7 @@ def test_a_target_that_rounds_beyond_its_softcap_keeps_its_sign(kernel_device):
     head = Head(torch.zeros(TILE, 2, device=kernel_device), softcap=30.0)
     logp_N, lse_2N = (torch.tensor(v, device=kernel_device) for v in ([-1.0], [[30.0], [1.00001]]))
     targets_N = torch.tensor([5], device=kernel_device)
-    g_NW, _ = triton_backend.kept_grad(kept, targets_N, logp_N, lse_2N, head, 0, TILE)
+    g_NW, _ = gpu_stages.kept_grad(kept, targets_N, logp_N, lse_2N, head, 0, TILE)
     assert g_NW[0, 5] == 0 and not g_NW.any()
 
 
@@ -198,7 +199,7 @@ def test_backward_twice_gives_the_same_gradients(kernel_device):
 
 @pytest.mark.kernels
 def test_a_strip_may_begin_and_end_anywhere(kernel_device):
-    from orpo_kernels.kept_grad import kept_grad
+    from orpo_kernels.gpu.kept_grad import kept_grad
 
     n, columns = 37, 200
     g = torch.Generator().manual_seed(0)

@@ -52,12 +52,12 @@ def test_no_access_leaves_its_tensor_and_no_two_programs_meet(budget, dtype, D):
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_one_program_sweeps_many_tiles(budget, monkeypatch):
     """As on a real vocabulary: its maximum rises from tile to tile, and kept exponentials are of different maxima."""
-    from orpo_kernels import configs
+    from orpo_kernels.gpu import tiles
 
     def one_split(blocks_n: int, vocabulary: int, block_v: int, multiprocessors: int) -> tuple[int, int]:
         return 1, -(-vocabulary // block_v) * block_v
 
-    monkeypatch.setattr(configs, "vocabulary_splits", one_split)
+    monkeypatch.setattr(tiles, "vocabulary_splits", one_split)
     problem = make_problem(V=V)
     loss, *_ = _loss_and_gradients(problem, budget)
     truth, dh, dw, _ = problem.truth()
@@ -82,7 +82,7 @@ def test_a_frozen_head_is_watched_too(budget):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_one_strip_of_gradients_is_alive(dtype, budget, frozen, monkeypatch):
     """What one strip was made into is gone before the next one is made, whether from logits or from exponentials."""
-    from orpo_kernels import triton_backend
+    from orpo_kernels.gpu import stages as gpu_stages
 
     made, alive = [], []
 
@@ -96,7 +96,7 @@ def test_one_strip_of_gradients_is_alive(dtype, budget, frozen, monkeypatch):
         return call
 
     for name in ("logit_grad", "kept_grad"):
-        monkeypatch.setattr(triton_backend, name, watched(getattr(triton_backend, name)))
+        monkeypatch.setattr(gpu_stages, name, watched(getattr(gpu_stages, name)))
     problem = make_problem(V=V, dtype=dtype).requiring_grad(weight=not frozen)
     keywords = dict(logits_budget=budget, strip_bytes=16384, backend="triton")
     orpo_loss(problem.hidden, problem.weight, problem.labels, **keywords, **problem.keywords).loss.backward()
@@ -138,8 +138,8 @@ def _lse(lse_N: torch.Tensor) -> torch.Tensor:
 
 def test_weight_rows_beyond_int32():
     from kernelcheck.races import checked
-    from orpo_kernels.logit_grad import logit_grad
-    from orpo_kernels.logit_stats import logit_stats
+    from orpo_kernels.gpu.logit_grad import logit_grad
+    from orpo_kernels.gpu.logit_stats import logit_stats
 
     v, d, stride = 140, 32, 2**24
     weight = lazily_mapped((v - 1) * stride + d, torch.float16).as_strided((v, d), (stride, 1))
@@ -160,8 +160,8 @@ def test_weight_rows_beyond_int32():
 def test_rows_of_hidden_states_beyond_int32():
     from kernelcheck.races import checked
     from kernelcheck.schedules import only
-    from orpo_kernels.logit_grad import logit_grad
-    from orpo_kernels.logit_stats import logit_stats
+    from orpo_kernels.gpu.logit_grad import logit_grad
+    from orpo_kernels.gpu.logit_stats import logit_stats
 
     d, v = 1024, 40
     x = lazily_mapped(ROWS * d, torch.float16).view(ROWS, d)
@@ -181,7 +181,7 @@ def test_rows_of_hidden_states_beyond_int32():
 def test_a_gradient_of_more_than_2_to_the_31_elements():
     from kernelcheck.races import checked
     from kernelcheck.schedules import only
-    from orpo_kernels.logit_grad import logit_grad
+    from orpo_kernels.gpu.logit_grad import logit_grad
 
     x, weight = torch.zeros(ROWS, 16).half(), torch.zeros(WIDE, 16).half()
     targets, ones = torch.full((ROWS,), WIDE - 1), torch.ones(ROWS)
@@ -195,9 +195,9 @@ def test_a_gradient_of_more_than_2_to_the_31_elements():
 def test_kept_exponentials_beyond_int32():
     from kernelcheck.races import checked
     from kernelcheck.schedules import only
+    from orpo_kernels.gpu.kept_grad import kept_grad
+    from orpo_kernels.gpu.logit_stats import logit_stats
     from orpo_kernels.kept import Kept
-    from orpo_kernels.kept_grad import kept_grad
-    from orpo_kernels.logit_stats import logit_stats
 
     kept = Kept(WIDE, lazily_mapped(ROWS * 1088, torch.float16), lazily_mapped(ROWS * 17, torch.float32))
     assert kept.stride == 1088 and ROWS * kept.stride > 2**31

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.kernels
 
 
 def test_tiles_of_the_vocabulary_without_a_finite_logit(kernel_device):
-    from orpo_kernels.logit_stats import logit_stats
-    from orpo_kernels.odds_ratio import combine
+    from orpo_kernels.gpu.logit_stats import logit_stats
+    from orpo_kernels.gpu.odds_ratio import combine
 
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(5, 16, generator=generator), torch.randn(400, 16, generator=generator)
@@ -43,7 +43,7 @@ def test_a_hidden_size_that_ends_inside_a_later_tile(kernel_device):
 
 @pytest.mark.parametrize("mean_logp", [-0.3, -1e-2, -1e-4, -1e-6])
 def test_log_odds_of_nearly_certain_answers_keep_their_digits(mean_logp, kernel_device):
-    from orpo_kernels.odds_ratio import objective
+    from orpo_kernels.gpu.odds_ratio import objective
 
     logp = torch.tensor([mean_logp, -2.0], device=kernel_device)
     index, flags = torch.arange(2, device=kernel_device), torch.ones(2, dtype=torch.bool, device=kernel_device)
@@ -56,7 +56,7 @@ def test_log_odds_of_nearly_certain_answers_keep_their_digits(mean_logp, kernel_
 
 @pytest.mark.parametrize("means", [(0.0, -2.0), (-2.0, 0.0), (0.0, 0.0)], ids=["chosen", "rejected", "both"])
 def test_the_odds_of_a_certain_answer_stop_at_a_floor(means, kernel_device):
-    from orpo_kernels.odds_ratio import objective
+    from orpo_kernels.gpu.odds_ratio import objective
 
     logp = torch.tensor(means, device=kernel_device)
     index, flags = torch.arange(2, device=kernel_device), torch.ones(2, dtype=torch.bool, device=kernel_device)
@@ -73,7 +73,7 @@ def test_the_odds_of_a_certain_answer_stop_at_a_floor(means, kernel_device):
 @pytest.mark.parametrize("num_pairs", [None, 5.0], ids=["counted", "given"])
 def test_an_answer_without_a_partner_has_no_odds(num_pairs, kernel_device):
     """Pairs with both answers, with one of them, with none: the loss of the first alone, and its derivative."""
-    from orpo_kernels.odds_ratio import objective
+    from orpo_kernels.gpu.odds_ratio import objective
 
     # Of the third pair's chosen sequence the prompt alone is there.
     sequence = torch.tensor([0, 0, 0, 1, 1, 2, 4, 4, 6, 6, 6])

@@ -5,15 +5,15 @@ import logging
 
 import pytest
 import torch
-from orpo_kernels import configs, tuning
+from orpo_kernels.gpu import tiles, tuning
 from orpo_kernels.head import Head
 from problems import relative_error
 
 pytestmark = pytest.mark.kernels
 
 TILES = (
-    configs.MatmulConfig(16, 32, 16, num_warps=1, num_stages=1),
-    configs.MatmulConfig(32, 16, 16, num_warps=1, num_stages=1, group_n=2),
+    tiles.MatmulConfig(16, 32, 16, num_warps=1, num_stages=1),
+    tiles.MatmulConfig(32, 16, 16, num_warps=1, num_stages=1, group_n=2),
 )
 
 
@@ -32,7 +32,7 @@ class Clock:
 def clock(monkeypatch, tmp_path):
     """A function: from now on the machine has a clock, and what is timed takes these milliseconds."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(configs, "matmul_candidates", lambda *_, **__: TILES)
+    monkeypatch.setattr(tiles, "matmul_candidates", lambda *_, **__: TILES)
     monkeypatch.setattr(tuning, "capturing", lambda device: False)
     tuning.forget()
 
@@ -59,8 +59,8 @@ def _truth(x, targets, head):
 
 
 def _logp(x, targets, head):
-    from orpo_kernels.logit_stats import logit_stats
-    from orpo_kernels.odds_ratio import combine
+    from orpo_kernels.gpu.logit_stats import logit_stats
+    from orpo_kernels.gpu.odds_ratio import combine
 
     return combine(*logit_stats(x, targets, head))[0]
 
@@ -69,9 +69,9 @@ def _logp(x, targets, head):
 def test_the_fastest_tile_runs_from_then_on(fast, clock, monkeypatch, tmp_path, kernel_device):
     used = []
     monkeypatch.setattr(
-        configs.MatmulConfig,
+        tiles.MatmulConfig,
         "launch_options",
-        lambda self, original=configs.MatmulConfig.launch_options: used.append(self) or original(self),
+        lambda self, original=tiles.MatmulConfig.launch_options: used.append(self) or original(self),
     )
     left = clock(*([1.0, 2.0] if fast == 0 else [2.0, 1.0])).left
     problem = _inputs(kernel_device)
@@ -98,14 +98,14 @@ def test_tiles_that_are_no_longer_on_the_list_are_timed_again(clock, monkeypatch
     problem = _inputs(kernel_device)
     _logp(*problem)
     tuning.forget()
-    monkeypatch.setattr(configs, "matmul_candidates", lambda *_, **__: TILES[::-1])
+    monkeypatch.setattr(tiles, "matmul_candidates", lambda *_, **__: TILES[::-1])
     left = clock(1.0, 2.0).left
     _logp(*problem)
     assert left == []
 
 
 def test_gradients_under_a_clock(clock, monkeypatch, kernel_device):
-    from orpo_kernels import logit_grad
+    from orpo_kernels.gpu import logit_grad
 
     # Fewer rows are timed than there are.
     monkeypatch.setattr(logit_grad, "TIMED_ROWS", 8)
@@ -184,7 +184,7 @@ def test_a_folder_that_cannot_be_written(clock, caplog, tmp_path, kernel_device)
 
 def test_what_is_found_is_said_once(clock, caplog, kernel_device):
     clock(2.0, 1.0)
-    with caplog.at_level(logging.INFO, "orpo_kernels.tuning"):
+    with caplog.at_level(logging.INFO, "orpo_kernels.gpu.tuning"):
         _logp(*_inputs(kernel_device))
         _logp(*_inputs(kernel_device))
     (message,) = caplog.messages

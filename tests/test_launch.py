@@ -1,4 +1,4 @@
-"""orpo.launch: what `orpo-train --print-config` prints is what accelerate reads."""
+"""What `orpo-train --print-config` prints is what accelerate reads."""
 
 import subprocess
 import sys

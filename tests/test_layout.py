@@ -1,11 +1,11 @@
-"""orpo.layout: which hidden states and targets a batch of pairs scores."""
+"""Which hidden states and targets a batch of pairs scores."""
 
 import pytest
 import torch
 from orpo_kernels.rows import rows_from_labels
 
-from orpo.batch import NLLSpan, PairBatch
-from orpo.layout import PackedLayout, PaddedLayout, SharedLayout, make_layout
+from orpo.layouts.batch import NLLSpan, PairBatch
+from orpo.layouts.layout import PackedLayout, PaddedLayout, SharedLayout, make_layout
 
 PAIRS = [
     {

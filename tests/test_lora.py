@@ -11,9 +11,9 @@ from trainers import logged, make_args, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from orpo import ORPOTrainer, train
-from orpo import merge as merge_module
 from orpo.merge import merge_adapter
-from orpo.setup import wrap_peft
+from orpo.model import merging
+from orpo.trainer.adapt import wrap_peft
 
 IDS = torch.arange(3, 60)[None]
 
@@ -109,7 +109,7 @@ def test_merging_as_a_command(tmp_path, monkeypatch, capsys):
     train.main(lora_line(tmp_path / "base", tmp_path / "out"))
     output = str(tmp_path / "half")
     monkeypatch.setattr(sys, "argv", ["merge", str(tmp_path / "out"), output, "--dtype", "bfloat16"])
-    merge_module.main()
+    merging.main()
     assert capsys.readouterr().out.strip().endswith(output)
     assert AutoModelForCausalLM.from_pretrained(output, dtype="auto").dtype == torch.bfloat16
 

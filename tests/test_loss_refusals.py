@@ -1,4 +1,4 @@
-"""orpo.loss: what a caller can get wrong is refused in words, with the argument and both numbers."""
+"""What a caller can get wrong is refused in words, with the argument and both numbers."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""orpo.markdown and orpo.card: names and texts of others are shown, and are no markup of the card."""
+"""Names and texts of others are shown, and are no markup of the card."""
 
 import peft
 import pytest
@@ -6,7 +6,7 @@ from markdown_it import MarkdownIt
 from tiny import SEVEN, make_model
 from trainers import make_trainer
 
-from orpo.markdown import code, table, text
+from orpo.report.markdown import code, table, text
 
 HOSTILE = (
     "<script>alert(1)</script>",

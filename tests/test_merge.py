@@ -1,4 +1,4 @@
-"""orpo.merge: the merged model, as saved and loaded again, computes what the adapter computes, or is not there."""
+"""The merged model, as saved and loaded again, computes what the adapter computes, or is not there."""
 
 import peft
 import pytest
@@ -6,9 +6,9 @@ import torch
 from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from orpo import merge as merge_module
 from orpo import train
 from orpo.merge import merge_adapter
+from orpo.model import merging
 
 IDS = torch.arange(3, 60)[None]
 BOTH = ["q_proj", "embed_tokens", "lm_head"]
@@ -75,7 +75,7 @@ def test_rounding_is_no_fault(dtype, tmp_path):
 def test_a_wrong_merge_is_refused_and_leaves_nothing(kind, dtype, tmp_path, monkeypatch):
     """Merged into the weight that both share, as peft does it alone."""
     save_adapter(tmp_path, make_model("llama", tie_word_embeddings=True), **KINDS[kind])
-    monkeypatch.setattr(merge_module, "_merge", lambda model: model.merge_and_unload())
+    monkeypatch.setattr(merging, "_merge", lambda model: model.merge_and_unload())
     with pytest.raises(ValueError, match=r"logits differ .* by [\d.]+ .*explains [\d.e-]+: nothing is saved"):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged", dtype=dtype)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}

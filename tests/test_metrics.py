@@ -1,10 +1,10 @@
-"""orpo.metrics and orpo.guard: weighted means without reading the device, and the stop at the first NaN."""
+"""Weighted means without reading the device, and the stop at the first NaN."""
 
 import pytest
 import torch
 
-from orpo.guard import NonFiniteError, NonFiniteGuard
-from orpo.metrics import WeightedMeans
+from orpo.runs.non_finite import NonFiniteError, NonFiniteGuard
+from orpo.trainer.means import WeightedMeans
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""orpo.model and orpo.heads: the loss inside the model, and the models that it refuses."""
+"""The loss inside the model, and the models that it refuses."""
 
 import copy
 
@@ -10,11 +10,11 @@ from tiny import SEVEN, SMALL, make_model, make_tokenizer, reference_loss
 from torch import nn
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-from orpo.data import Limits, prepare_dataset
-from orpo.heads import head_operands
-from orpo.layout import PaddedLayout
-from orpo.model import LogitTransform, LossCall, attach_orpo_loss
-from orpo.probe import check_fused_logps
+from orpo.data.prepare import Limits, prepare_dataset
+from orpo.layouts.layout import PaddedLayout
+from orpo.model.attach import LogitTransform, LossCall, attach_orpo_loss
+from orpo.model.head import head_operands
+from orpo.model.probe import check_fused_logps
 
 
 @pytest.fixture(scope="module")

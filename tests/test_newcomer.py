@@ -11,7 +11,7 @@ from tiny import CHATML, ROWS, SMALL, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, ViTConfig
 
 from orpo import ORPOTrainer, train
-from orpo.command import run_command
+from orpo.cli.errors import run_command
 
 NAME = "is_gradient_checkpointing"
 RUN = ["--model_name_or_path", "model", "--dataset_name", "pairs.jsonl"]
@@ -193,7 +193,7 @@ def test_a_refused_run_leaves_what_was_there(folder, tmp_path):
 
 
 def test_bare_bf16_is_true_and_a_cpu_has_to_be_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("orpo.config.is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr("orpo.trainer.config.is_torch_bf16_gpu_available", lambda: False)
     line = ["--output_dir", str(tmp_path), "--bf16"]
     assert train.parse([*line, "--use_cpu"])[2].bf16 is True
     assert train.parse([*line, "false", "--use_cpu", "--nll_scores_eos"])[2].nll_scores_eos is True

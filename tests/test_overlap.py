@@ -1,11 +1,11 @@
-"""orpo.overlap: held-out pairs that are trained on are counted."""
+"""Held-out pairs that are trained on are counted."""
 
 import datasets
 from tiny import ROWS, make_tokenizer
 from trainers import make_trainer
 
-from orpo.data import Limits, prepare_dataset
-from orpo.overlap import report_overlap
+from orpo.data.overlap import report_overlap
+from orpo.data.prepare import Limits, prepare_dataset
 
 
 def prepared(rows):

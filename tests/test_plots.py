@@ -1,4 +1,4 @@
-"""orpo/plots.py: which values are drawn, how runs are told apart, and the same numbers as CSV."""
+"""orpo/report/curves.py: which values are drawn, how runs are told apart, and the same numbers as CSV."""
 
 import csv
 import math
@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from orpo.plots import COLOURS, curve, plot_curves, write_curves_csv
+from orpo.report.curves import COLOURS, curve, plot_curves, write_curves_csv
 
 METRICS = ("logps/chosen", "logps/rejected", "log_odds_chosen", "log_odds_ratio", "nll_loss")
 
@@ -122,13 +122,13 @@ def test_csv_holds_every_logged_number(tmp_path):
 
 
 def test_importing_does_not_import_matplotlib():
-    code = "import sys, orpo.plots; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, orpo.report.curves; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_drawing_needs_no_display_and_leaves_pyplot_alone(tmp_path):
     code = (
-        "import sys; from orpo.plots import plot_curves; "
+        "import sys; from orpo.report.curves import plot_curves; "
         f"plot_curves({{'a': [{{'step': 1, 'nll_loss': 1.0}}]}}, {str(tmp_path / 'curves.png')!r}); "
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )

@@ -1,4 +1,4 @@
-"""orpo.probe: a layout is used only with models that compute the same in it, and every layout trains alike."""
+"""A layout is used only with models that compute the same in it, and every layout trains alike."""
 
 import copy
 from types import SimpleNamespace
@@ -14,11 +14,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from orpo import ORPOConfig, ORPOTrainer
-from orpo.attention import eager_where_flash_cannot_run
-from orpo.data import Limits, prepare_dataset
-from orpo.model import LogitTransform, LossCall, attach_orpo_loss
-from orpo.probe import _matmul_eps, check_fused_logps, choose_layout
-from orpo.setup import disable_dropout
+from orpo.data.prepare import Limits, prepare_dataset
+from orpo.layouts.prefix_mask import eager_where_flash_cannot_run
+from orpo.model.attach import LogitTransform, LossCall, attach_orpo_loss
+from orpo.model.probe import _matmul_eps, check_fused_logps, choose_layout
+from orpo.trainer.adapt import disable_dropout
 
 # Positions by the order in memory (ALiBi, learned and counted, local windows), states, a router's loss.
 NOT_SHARED = {"bart", "bloom", "gpt_neo", "mamba", "mixtral", "mpt"}
@@ -90,13 +90,15 @@ def test_gradient_checkpointing_and_training_mode():
 def test_a_leak_between_the_answers_is_noticed(monkeypatch):
     model = prepared("llama")
     assert "shared" in choose("auto", model)[1]
-    monkeypatch.setattr("orpo.attention.SharedPrefixMask.for_model", lambda self, model: None)
+    monkeypatch.setattr("orpo.layouts.prefix_mask.SharedPrefixMask.for_model", lambda self, model: None)
     assert "log-probabilities differ" in choose("auto", model)[1]
 
 
 def test_a_boolean_mask_under_eager_attention_is_noticed(monkeypatch):
     model = prepared("llama")
-    monkeypatch.setattr("orpo.attention.SharedPrefixMask.for_model", lambda self, model: self.visible()[:, None])
+    monkeypatch.setattr(
+        "orpo.layouts.prefix_mask.SharedPrefixMask.for_model", lambda self, model: self.visible()[:, None]
+    )
     assert "layout padded, not shared" in choose("auto", model)[1]
 
 
@@ -104,7 +106,7 @@ def test_a_window_that_training_will_reach_is_probed(monkeypatch):
     model = prepared("mistral")
     assert "layout shared" in choose("auto", model)[1]
     # As if nobody had put the window into the mask.
-    monkeypatch.setattr("orpo.attention.layer_windows", lambda config: (None, set()))
+    monkeypatch.setattr("orpo.layouts.prefix_mask.layer_windows", lambda config: (None, set()))
     assert "log-probabilities differ" in choose("auto", model)[1]
 
 
@@ -188,7 +190,7 @@ def flash_model(monkeypatch):
     """A model with float32 weights whose attention takes no float32, as FlashAttention, but runs on a CPU."""
     AttentionInterface.register("flash_stand_in", half_precision_only)
     AttentionMaskInterface.register("flash_stand_in", sdpa_mask)
-    monkeypatch.setattr("orpo.attention._NO_FLASH", frozenset())
+    monkeypatch.setattr("orpo.layouts.prefix_mask._NO_FLASH", frozenset())
     model = make_model()
     model.config._attn_implementation = "flash_stand_in"
     return model

@@ -1,4 +1,4 @@
-"""What the project says of itself is true: the tree in the README, the packages, the lazy imports."""
+"""What the project says of itself is true: the tree in CONTRIBUTING.md, the packages, the lazy imports."""
 
 import re
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def tracked() -> list[str]:
@@ -22,9 +22,9 @@ def tracked() -> list[str]:
     return [name for name in listing.stdout.splitlines() if (ROOT / name).exists()]
 
 
-def tree_in_readme() -> dict[str, str]:
-    """path -> description, from the block of the README that draws the tree by indentation."""
-    block = re.search(r"## The tree\n.*?```\n(.*?)```", README, re.S)[1]
+def tree() -> dict[str, str]:
+    """path -> description, from the block of CONTRIBUTING.md that draws the tree by indentation."""
+    block = re.search(r"## The tree\n.*?```\n(.*?)```", CONTRIBUTING, re.S)[1]
     entries, folders = {}, []
     for line in block.splitlines():
         indent, name, text = re.match(r"( *)(\S+)\s+(.*)", line).groups()
@@ -36,20 +36,20 @@ def tree_in_readme() -> dict[str, str]:
     return entries
 
 
-def test_every_module_has_its_line_in_the_readme():
-    entries = tree_in_readme()
+def test_every_module_has_its_line_in_the_tree():
+    entries = tree()
     files = [name for name in tracked() if not Path(name).name.startswith(("__init__", "."))]
     documented = ("kernels/", "orpo/", "benchmarks/")
     modules = {f for f in files if f.endswith(".py") and f.startswith(documented)}
     listed = {path for path in entries if path.endswith(".py")}
-    assert modules <= listed, f"not in the README's tree: {sorted(modules - listed)}"
+    assert modules <= listed, f"not in the tree: {sorted(modules - listed)}"
     for path in entries:
-        assert (ROOT / path).exists(), f"in the README's tree, but not there: {path}"
+        assert (ROOT / path).exists(), f"in the tree, but not there: {path}"
 
 
-def test_top_level_holds_what_the_readme_shows():
+def test_top_level_holds_what_the_tree_shows():
     top = {name.split("/")[0] for name in tracked() if not name.startswith(".")}
-    shown = {path.split("/")[0] for path in tree_in_readme() if not path.startswith(".")}
+    shown = {path.split("/")[0] for path in tree() if not path.startswith(".")}
     assert top == shown
 
 

@@ -1,4 +1,4 @@
-"""orpo.prompts: what a model was trained to continue is what orpo-generate has it continue."""
+"""What a model was trained to continue is what orpo-generate has it continue."""
 
 import json
 
@@ -7,11 +7,11 @@ import pytest
 from tiny import CHATML, ROWS, SEVEN, make_model, make_tokenizer
 from trainers import make_trainer
 
-from orpo.data import Limits, prepare_dataset
+from orpo.data.prepare import Limits, prepare_dataset
 from orpo.generate import main
 from orpo.generation import generate, load
 from orpo.merge import merge_adapter
-from orpo.prompts import boundary_note, prompt_tokens
+from orpo.tokens.prompts import boundary_note, prompt_tokens
 
 TURNS = [
     {side: [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}] for side in row}

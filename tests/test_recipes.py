@@ -1,4 +1,4 @@
-"""orpo.recipes: every shipped recipe parses, launches and trains; SmolLM2 from a GGUF file."""
+"""Every shipped recipe parses, launches and trains; SmolLM2 from a GGUF file."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""orpo.redact: no file that a run leaves holds an access token."""
+"""No file that a run leaves holds an access token."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""orpo.resuming: a resumed run has the rows and losses of one that was never interrupted, and a finished run ends."""
+"""A resumed run has the rows and losses of one that was never interrupted, and a finished run ends."""
 
 import json
 import shutil

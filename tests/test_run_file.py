@@ -1,8 +1,8 @@
-"""orpo.run_file: a YAML file of options, and what is wrong in one, with its line."""
+"""A YAML file of options, and what is wrong in one, with its line."""
 
 import pytest
 
-from orpo.arguments import parse
+from orpo.cli.arguments import parse
 
 
 @pytest.fixture

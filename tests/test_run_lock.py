@@ -1,4 +1,4 @@
-"""orpo.run_lock: who writes in a folder, who may, and what is not removed."""
+"""Who writes in a folder, who may, and what is not removed."""
 
 import json
 import multiprocessing
@@ -12,7 +12,7 @@ import pytest
 from accelerate import PartialState
 from trainers import make_trainer
 
-from orpo.run_lock import LOCK, _me, _started, check_lock, run_lock
+from orpo.runs.lock import LOCK, _me, _started, check_lock, run_lock
 
 SAVING = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
 
@@ -77,8 +77,8 @@ ELSEWHERE = [{"host": "node-3"}, {"namespace": "pid:[1]"}]
 
 @pytest.fixture
 def hasty(monkeypatch):
-    monkeypatch.setattr("orpo.run_lock.BEAT", 0.1)
-    monkeypatch.setattr("orpo.run_lock.SILENCE", 1.5)
+    monkeypatch.setattr("orpo.runs.lock.BEAT", 0.1)
+    monkeypatch.setattr("orpo.runs.lock.SILENCE", 1.5)
 
 
 def locked_elsewhere(folder, where):
@@ -215,7 +215,7 @@ def test_a_run_that_is_refused_removes_nothing(tmp_path):
 
 def test_a_process_that_cannot_be_seen_holds_its_own_lock_twice(tmp_path, monkeypatch):
     """Where /proc is missing: a command holds the lock around the trainer's own."""
-    monkeypatch.setattr("orpo.run_lock._started", lambda pid: None)
+    monkeypatch.setattr("orpo.runs.lock._started", lambda pid: None)
     with run_lock(tmp_path, PartialState()):
         with run_lock(tmp_path, PartialState()):
             assert (tmp_path / LOCK).is_file()

@@ -1,4 +1,4 @@
-"""orpo.samples and early stopping: answers written at each evaluation, and a run that ends when it no longer helps."""
+"""Answers written at each evaluation, and a run that ends when it no longer helps."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from tiny import CHATML, ROWS, SEVEN, make_model, make_tokenizer
 from trainers import logged, make_args, make_trainer
 
 from orpo.generation import generate
-from orpo.samples import EvalSamples
+from orpo.trainer.samples import EvalSamples
 
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1}
 

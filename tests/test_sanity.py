@@ -1,4 +1,4 @@
-"""orpo.sanity: runs in which nothing trains are refused, a loss that runs away is told once."""
+"""Runs in which nothing trains are refused, a loss that runs away is told once."""
 
 import warnings
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from tiny import ROWS, SEVEN, make_model, make_tokenizer
 from trainers import logged, make_args, make_trainer
 
 from orpo import ORPOTrainer
-from orpo.sanity import NothingTrainsError, RunawayLoss
+from orpo.trainer.sanity import NothingTrainsError, RunawayLoss
 
 ADAPTER = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 

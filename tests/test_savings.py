@@ -3,8 +3,10 @@
 import pytest
 import torch
 from allocations import ROUND, measure, skip_where_copied
-from orpo_kernels import matmul, torch_backend, torch_logits
-from orpo_kernels.bins import make_bins
+from orpo_kernels import matmul
+from orpo_kernels.cpu import logits as cpu_logits
+from orpo_kernels.cpu import stages as cpu_stages
+from orpo_kernels.cpu.bins import make_bins
 from orpo_kernels.head import Head, Needs
 from orpo_kernels.plan import make_plan
 from problems import make_problem, relative_error
@@ -79,7 +81,7 @@ def test_no_allocation_is_larger_than_a_strip(frozen, dtype, bfloat16_cpu):
     # bfloat16 elementwise work goes through float32 copies of 4 MiB, and where the CPU has AMX the library's matmul
     # keeps up to 3 MB of its own, whatever the strip.
     vocabulary, strip = 40013, 2**22
-    skip_where_copied(torch_logits.compute_dtype(dtype, dtype))
+    skip_where_copied(cpu_logits.compute_dtype(dtype, dtype))
     problem = make_problem(8, 128, 16, vocabulary, dtype=dtype, bias=True).requiring_grad(True, not frozen, not frozen)
     n = problem.rows.rows_N.numel()
     assert n * vocabulary * dtype.itemsize > 10 * strip and vocabulary * 16 * 4 < strip
@@ -108,7 +110,7 @@ def test_gradient_of_a_wide_head_exists_once():
 
 def test_two_bins_of_bfloat16_need_no_float32_copy_of_the_head(monkeypatch):
     # Where it is widened instead, the sum of two products is not rounded in between.
-    monkeypatch.setattr(torch_logits, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(cpu_logits, "multiplies_bfloat16", lambda: True)
     skip_where_copied(torch.bfloat16)
     monkeypatch.setattr(matmul, "_PART_BYTES", 2**20)
     vocabulary, hidden = 20_011, 64
@@ -122,7 +124,7 @@ def test_two_bins_of_bfloat16_need_no_float32_copy_of_the_head(monkeypatch):
 
 
 def test_the_float32_sum_of_many_bfloat16_products_exists_once(monkeypatch):
-    monkeypatch.setattr(torch_logits, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(cpu_logits, "multiplies_bfloat16", lambda: True)
     skip_where_copied(torch.bfloat16)
     monkeypatch.setattr(matmul, "_PART_BYTES", 2**20)
     vocabulary, hidden = 20_011, 64
@@ -136,29 +138,29 @@ def test_the_float32_sum_of_many_bfloat16_products_exists_once(monkeypatch):
 
 
 def test_few_rows_of_a_wide_bfloat16_head_take_little_beside_their_logits(monkeypatch):
-    monkeypatch.setattr(torch_logits, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(cpu_logits, "multiplies_bfloat16", lambda: True)
     skip_where_copied(torch.bfloat16)
     x, weight = torch.randn(512, 4096).bfloat16(), torch.randn(4096, 4096).bfloat16()
     arguments = x, torch.zeros(512, dtype=torch.long), Head(weight)
-    *_, peak = measure(lambda: torch_backend.token_stats(*arguments, 2**25))
+    *_, peak = measure(lambda: cpu_stages.token_stats(*arguments, 2**25))
     # Logits and a block of them in float32, and what a library's matmul may keep for itself (up to 3 MB with AMX).
     # Blocks of that size for the targets' logits are three at once: rows, their targets' weights and the products.
-    logits, block = 512 * 4096 * 2, torch_logits._BLOCK_BYTES
+    logits, block = 512 * 4096 * 2, cpu_logits._BLOCK_BYTES
     assert peak < logits + block + 4e6 < logits + 3 * block
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("stats", [torch_backend.token_stats, torch_backend.frozen_head_stats_and_grad])
+@pytest.mark.parametrize("stats", [cpu_stages.token_stats, cpu_stages.frozen_head_stats_and_grad])
 def test_one_strip_is_alive_at_a_time(stats, softcap, dtype, monkeypatch):
     """With what elementwise passes hold: a block in float32 of a bfloat16 strip, and a block of the softcap's slope."""
-    monkeypatch.setattr(torch_logits, "multiplies_bfloat16", lambda: True)
-    skip_where_copied(torch_logits.compute_dtype(dtype, dtype))
+    monkeypatch.setattr(cpu_logits, "multiplies_bfloat16", lambda: True)
+    skip_where_copied(cpu_logits.compute_dtype(dtype, dtype))
     n, vocabulary, width = 800, 10_000, 2560
     x, weight = torch.randn(n, 64).to(dtype), torch.randn(vocabulary, 64).to(dtype)
-    strip, block = n * width * dtype.itemsize, torch_logits._BLOCK_BYTES
+    strip, block = n * width * dtype.itemsize, cpu_logits._BLOCK_BYTES
     *_, peak = measure(lambda: stats(x, torch.zeros(n, dtype=torch.long), Head(weight, softcap=softcap), strip))
-    narrow, frozen = dtype == torch.bfloat16, stats is torch_backend.frozen_head_stats_and_grad
+    narrow, frozen = dtype == torch.bfloat16, stats is cpu_stages.frozen_head_stats_and_grad
     held = strip + narrow * block + frozen * (softcap is not None) * block
     # x, u and a product to add to u; what a library's matmul may keep for itself (up to 3 MB with AMX).
     assert peak < held + 3 * n * 64 * 4 + narrow * 2e6 + 2**18
@@ -169,14 +171,14 @@ def test_one_strip_is_alive_at_a_time(stats, softcap, dtype, monkeypatch):
 def test_one_block_of_a_slope_is_alive_at_a_time(keeps):
     n, vocabulary = 800, 4096
     x, head = torch.randn(n, 64), Head(torch.randn(vocabulary, 64), softcap=5.0)
-    targets, block = torch.zeros(n, dtype=torch.long), torch_logits._BLOCK_BYTES
+    targets, block = torch.zeros(n, dtype=torch.long), cpu_logits._BLOCK_BYTES
     assert n * vocabulary * 4 > 2 * block
     if keeps == "tile":
-        memory = torch_backend.tile_memory([n], x, head, True)
-        *_, peak = measure(lambda: torch_backend.tile_stats_and_grad(x, targets, head, memory))
+        memory = cpu_stages.tile_memory([n], x, head, True)
+        *_, peak = measure(lambda: cpu_stages.tile_stats_and_grad(x, targets, head, memory))
     else:
-        stats = torch_backend.token_stats(x, targets, head, 2**30)
-        *_, peak = measure(lambda: torch_backend.logit_grad(x, targets, *stats, head, 0, vocabulary))
+        stats = cpu_stages.token_stats(x, targets, head, 2**30)
+        *_, peak = measure(lambda: cpu_stages.logit_grad(x, targets, *stats, head, 0, vocabulary))
         peak -= n * vocabulary * 4
     assert block <= peak < block + 2**18
 
@@ -219,12 +221,12 @@ def test_tiles_stay_within_the_budget_whatever_the_batch(pairs):
 
 @DTYPES
 def test_a_large_budget_is_not_filled_where_the_sum_of_products_needs_no_wider_copy(dtype, bfloat16_cpu):
-    skip_where_copied(torch_logits.compute_dtype(dtype, dtype))
+    skip_where_copied(cpu_logits.compute_dtype(dtype, dtype))
     problem = make_problem(P=24, T=121, D=16, V=4001, dtype=dtype).requiring_grad()
-    n, element = problem.rows.rows_N.numel(), torch_logits.compute_dtype(dtype, dtype).itemsize
-    assert n > 4 * torch_backend.CHUNK_ROWS
+    n, element = problem.rows.rows_N.numel(), cpu_logits.compute_dtype(dtype, dtype).itemsize
+    assert n > 4 * cpu_stages.CHUNK_ROWS
     _, largest, _ = measure(lambda: loss_of(problem, logits_budget=2**30).backward())
-    tile = n if dtype == torch.bfloat16 else torch_backend.CHUNK_ROWS
+    tile = n if dtype == torch.bfloat16 else cpu_stages.CHUNK_ROWS
     assert 0.8 * tile * 4001 * element < largest <= tile * 4001 * element
 
 
@@ -248,10 +250,10 @@ def test_evaluation_holds_one_chunk_of_a_tile_and_has_trainings_bits(
     # Wide enough for a chunk to be larger than what a library's matmul may keep for itself.
     wide = 8009
     # What is read of a bfloat16 chunk is a float32 block, and would be larger than the chunk.
-    monkeypatch.setattr(torch_logits, "_BLOCK_BYTES", 2**20)
+    monkeypatch.setattr(cpu_logits, "_BLOCK_BYTES", 2**20)
     problem = make_problem(P=pairs, T=positions, D=16, V=wide, dtype=dtype, softcap=30.0).requiring_grad()
     n = problem.rows.rows_N.numel()
-    assert 2 * torch_backend.CHUNK_ROWS < n < 3 * torch_backend.CHUNK_ROWS and n % 3
+    assert 2 * cpu_stages.CHUNK_ROWS < n < 3 * cpu_stages.CHUNK_ROWS and n % 3
     budget = 2**30
     trained = loss_of(problem, logits_budget=budget)
     with torch.no_grad():
@@ -263,11 +265,11 @@ def test_evaluation_holds_one_chunk_of_a_tile_and_has_trainings_bits(
     assert relative_error(evaluated, truth.loss) < tolerance[0]
     assert relative_error(problem.hidden.grad, dh) < tolerance[1]
     assert relative_error(problem.weight.grad, dw) < tolerance[1]
-    skip_where_copied(torch_logits.compute_dtype(dtype, dtype))
+    skip_where_copied(cpu_logits.compute_dtype(dtype, dtype))
     with torch.no_grad():
         _, largest, _ = measure(lambda: loss_of(problem, logits_budget=budget))
-    element = torch_logits.compute_dtype(dtype, dtype).itemsize
-    chunk = torch_logits.chunk_rows(torch_logits.compute_dtype(dtype, dtype)) * wide * element
+    element = cpu_logits.compute_dtype(dtype, dtype).itemsize
+    chunk = cpu_logits.chunk_rows(cpu_logits.compute_dtype(dtype, dtype)) * wide * element
     assert 2**20 < largest <= chunk < n * wide * element
 
 
@@ -279,10 +281,10 @@ def test_log_probabilities_near_zero_have_trainings_bits(dtype, bfloat16_cpu):
     weight, targets = torch.randn(v, d, generator=g).to(dtype), torch.randint(0, v, (n,), generator=g)
     x = weight[targets].float() * torch.rand(n, 1, generator=g) * 24 / d + 0.1 * torch.randn(n, d, generator=g)
     arguments = x.to(dtype), targets, Head(weight)
-    evaluated, trained = (torch_backend.tile_memory([n], *arguments[::2], with_grad) for with_grad in (False, True))
-    logp = torch_backend.tile_stats(*arguments, evaluated)
+    evaluated, trained = (cpu_stages.tile_memory([n], *arguments[::2], with_grad) for with_grad in (False, True))
+    logp = cpu_stages.tile_stats(*arguments, evaluated)
     assert ((logp > -0.3) & (logp < 0)).sum() > 100
-    assert torch.equal(logp, torch_backend.tile_stats_and_grad(*arguments, trained)[0])
+    assert torch.equal(logp, cpu_stages.tile_stats_and_grad(*arguments, trained)[0])
 
 
 def test_backward_of_log_probabilities_makes_no_zeros_for_what_it_saved():

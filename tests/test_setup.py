@@ -1,4 +1,4 @@
-"""orpo.setup: what is loaded, and what is refused, before training."""
+"""What is loaded, and what is refused, before training."""
 
 import contextlib
 import io
@@ -8,13 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from orpo_kernels import torch_logits
+from orpo_kernels.cpu import logits as cpu_logits
 from tiny import SEVEN, make_model, make_tokenizer
 from trainers import make_args, make_trainer
 from transformers import LlamaConfig, T5Config, T5ForConditionalGeneration
 
 from orpo import ORPOTrainer
-from orpo.setup import disable_dropout, load_model, pad_token_id, router_coefficient, warn_of_emulation
+from orpo.model.load import load_model
+from orpo.trainer.adapt import disable_dropout, pad_token_id, router_coefficient, warn_of_emulation
 
 
 def test_weights_of_others_are_read_from_safetensors_unless_asked_otherwise(tmp_path):
@@ -119,7 +120,7 @@ def test_training_warns_where_bfloat16_would_be_emulated(narrow, tmp_path, bfloa
 
 
 def test_the_trainer_passes_the_warning_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_logits, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(cpu_logits, "multiplies_bfloat16", lambda: False)
     with pytest.warns(UserWarning, match="Set dtype float32, and leave out bf16"):
         ORPOTrainer(
             make_model().bfloat16(), make_args(tmp_path), train_dataset=SEVEN, processing_class=make_tokenizer()

@@ -1,11 +1,11 @@
-"""orpo.sigterm: whenever the signal comes, the run goes on later with the losses of one that had no signal."""
+"""Whenever the signal comes, the run goes on later with the losses of one that had no signal."""
 
 import pytest
 from tiny import make_model
 from trainers import logged, make_trainer
 from transformers import TrainerCallback
 
-from orpo.find_checkpoint import complete_checkpoints, find_checkpoint
+from orpo.runs.find_checkpoint import complete_checkpoints, find_checkpoint
 
 
 def manager_of(trainer):

@@ -1,4 +1,4 @@
-"""orpo.sources: what the rows of a file mean is read off the file, and not guessed at."""
+"""What the rows of a file mean is read off the file, and not guessed at."""
 
 import csv
 import gzip
@@ -8,9 +8,9 @@ import warnings
 import pytest
 from tiny import make_tokenizer
 
-from orpo.data import Limits, prepare_dataset
+from orpo.data.prepare import Limits, prepare_dataset
+from orpo.data.sources import load_pairs
 from orpo.generate import read_prompts
-from orpo.sources import load_pairs
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -1,4 +1,4 @@
-"""orpo.special_tokens: special tokens in the rows' own text are counted, and stay text where that is asked."""
+"""Special tokens in the rows' own text are counted, and stay text where that is asked."""
 
 import datasets
 import pytest
@@ -6,7 +6,7 @@ from tiny import CHATML, NO_END, ROWS, make_model, make_tokenizer
 from tokenizers import Tokenizer, pre_tokenizers
 from trainers import make_trainer
 
-from orpo.data import Limits, prepare_dataset
+from orpo.data.prepare import Limits, prepare_dataset
 from orpo.generation import generate
 
 BECOME = "which become those tokens; --escape_special_tokens keeps them text"

@@ -1,4 +1,4 @@
-"""orpo.starting and orpo.adapters: a run that starts from an adapter, by name; resumed, saved and generated from."""
+"""A run that starts from an adapter, by name; resumed, saved and generated from."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from orpo import ORPOTrainer, train
 from orpo.generation import load
 from orpo.merge import merge_adapter
-from orpo.setup import load_tokenizer
-from orpo.starting import load_start
+from orpo.model.load import load_tokenizer
+from orpo.trainer.start import load_start
 
 IDS = torch.arange(3, 60)[None]
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -153,7 +153,7 @@ def test_a_second_node_merges_on_a_disk_of_its_own_alone(shared, adapter, tmp_pa
             merge_adapter(tmp_path / "sft", tmp_path / "out/base")
         yield
 
-    monkeypatch.setattr("orpo.starting.merge_adapter", merge)
+    monkeypatch.setattr("orpo.trainer.start.merge_adapter", merge)
     monkeypatch.setattr(args, "main_process_first", main_process_first)
     monkeypatch.setattr(type(args), "process_index", 8)
     monkeypatch.setattr(type(args), "local_process_index", 0)

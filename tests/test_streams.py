@@ -1,4 +1,4 @@
-"""orpo.streams: rows dropped from a stream are counted where they are read, dataloader workers included."""
+"""Rows dropped from a stream are counted where they are read, dataloader workers included."""
 
 import datasets
 import pytest

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from allocations import ROUND, measure, skip_where_copied
-from orpo_kernels import matmul, reference, torch_backend, torch_logits
-from orpo_kernels.bins import HeadGradient
+from orpo_kernels import matmul, reference
+from orpo_kernels.cpu import logits as cpu_logits
+from orpo_kernels.cpu import stages as cpu_stages
+from orpo_kernels.cpu.bins import HeadGradient
 from orpo_kernels.head import Head, Needs
 from problems import make_problem, relative_error
 
@@ -38,13 +40,13 @@ def loss_of(problem, budget, strip_bytes=STRIP):
     ],
 )
 def test_only_instructions_for_bfloat16_count(machine, capabilities, expected, monkeypatch):
-    monkeypatch.setattr(torch_logits.platform, "machine", lambda: machine)
+    monkeypatch.setattr(cpu_logits.platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    torch_logits.multiplies_bfloat16.cache_clear()
+    cpu_logits.multiplies_bfloat16.cache_clear()
     try:
-        assert torch_logits.multiplies_bfloat16() is expected
+        assert cpu_logits.multiplies_bfloat16() is expected
     finally:
-        torch_logits.multiplies_bfloat16.cache_clear()
+        cpu_logits.multiplies_bfloat16.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -59,29 +61,29 @@ def test_only_instructions_for_bfloat16_count(machine, capabilities, expected, m
 )
 def test_rows_of_one_matmul(capabilities, dtype, rows, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    torch_logits.chunk_rows.cache_clear()
+    cpu_logits.chunk_rows.cache_clear()
     try:
-        assert torch_logits.chunk_rows(dtype) == rows
+        assert cpu_logits.chunk_rows(dtype) == rows
     finally:
-        torch_logits.chunk_rows.cache_clear()
+        cpu_logits.chunk_rows.cache_clear()
 
 
 @pytest.mark.parametrize(
     "tiles, evaluated, trained", [([382], 191, 382), ([300, 250], 250, 300), ([100, 7], 100, 100), ([], 0, 0)]
 )
 def test_memory_for_tiles_is_that_of_their_even_chunks(tiles, evaluated, trained, monkeypatch):
-    monkeypatch.setattr(torch_backend, "chunk_rows", lambda dtype: 256)
+    monkeypatch.setattr(cpu_stages, "chunk_rows", lambda dtype: 256)
     x, head = torch.randn(max([1, *tiles]), 8), Head(torch.randn(1000, 8))
     for with_grad, rows in ((False, evaluated), (True, trained)):
-        assert torch_backend.tile_memory(tiles, x, head, with_grad).shape == (rows, 1000)
+        assert cpu_stages.tile_memory(tiles, x, head, with_grad).shape == (rows, 1000)
     # No tile needs more, and one that did would not go unseen.
     for n in tiles:
         targets, memory = torch.zeros(n, dtype=torch.long), x.new_empty(evaluated, 1000)
-        found = torch_backend.tile_stats(x[:n], targets, head, memory)
-        torch.testing.assert_close(found, torch_backend.token_stats(x[:n], targets, head, 2**30)[0])
+        found = cpu_stages.tile_stats(x[:n], targets, head, memory)
+        torch.testing.assert_close(found, cpu_stages.token_stats(x[:n], targets, head, 2**30)[0])
         if n == max(tiles):
             with pytest.raises(AssertionError):
-                torch_backend.tile_stats(x[:n], targets, head, memory[: torch_backend._chunk_size(n, x.dtype) - 1])
+                cpu_stages.tile_stats(x[:n], targets, head, memory[: cpu_stages._chunk_size(n, x.dtype) - 1])
 
 
 @pytest.mark.parametrize("n", [0, 1, 512, 1300])
@@ -103,13 +105,13 @@ def test_a_widened_product_has_no_narrow_copy_of_its_size(n):
 
 def test_the_dtype_of_the_matmuls(bfloat16_cpu):
     narrow, wide = torch.bfloat16, torch.float32
-    assert torch_logits.compute_dtype(narrow, narrow) == (narrow if bfloat16_cpu else wide)
-    assert torch_logits.compute_dtype(torch.float16, torch.float16) == wide
-    assert torch_logits.compute_dtype(narrow, wide) == wide
-    assert torch_logits.compute_dtype(torch.float64, narrow) == torch.float64
+    assert cpu_logits.compute_dtype(narrow, narrow) == (narrow if bfloat16_cpu else wide)
+    assert cpu_logits.compute_dtype(torch.float16, torch.float16) == wide
+    assert cpu_logits.compute_dtype(narrow, wide) == wide
+    assert cpu_logits.compute_dtype(torch.float64, narrow) == torch.float64
     x, weight = torch.randn(5, 8).to(narrow), torch.randn(5000, 8).to(narrow)
-    strip = torch_logits.LogitStrip(x, torch.zeros(5, dtype=torch.long), Head(weight), 7, 4990)
-    assert strip.z_NK.dtype == torch_logits.compute_dtype(narrow, narrow)
+    strip = cpu_logits.LogitStrip(x, torch.zeros(5, dtype=torch.long), Head(weight), 7, 4990)
+    assert strip.z_NK.dtype == cpu_logits.compute_dtype(narrow, narrow)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -118,7 +120,7 @@ def test_the_dtype_of_the_matmuls(bfloat16_cpu):
 def test_a_strip_holds_logits_less_the_targets(scale, softcap, dtype, bfloat16_cpu):
     x, weight, bias = torch.randn(5, 8).to(dtype), torch.randn(5000, 8).to(dtype), torch.randn(5000)
     head, targets = Head(weight, bias, scale, softcap), torch.tensor([0, 7, 4000, 4989, 4999])
-    strip = torch_logits.LogitStrip(x, targets, head, 7, 4990)
+    strip = cpu_logits.LogitStrip(x, targets, head, 7, 4990)
     exact = reference.logits(x.double(), weight.double(), bias.double(), scale, softcap)
     shifted = dtype == torch.bfloat16 and bfloat16_cpu
     offset_N1 = scale * strip.shift_N1.float() if shifted and softcap is None else torch.zeros(5, 1)
@@ -128,12 +130,12 @@ def test_a_strip_holds_logits_less_the_targets(scale, softcap, dtype, bfloat16_c
         error = relative_error(found + offset_N1[block], exact[block, 7:4990])
         assert error < (4e-3 if shifted else 1e-6)
     logp, _ = reference.token_stats(exact, targets)
-    memory = torch_backend.tile_memory([5], x, head, True)
+    memory = cpu_stages.tile_memory([5], x, head, True)
     for found in (
-        torch_backend.token_stats(x, targets, head, 2**14)[0],
-        torch_backend.tile_stats(x, targets, head, memory),
-        torch_backend.tile_stats_and_grad(x, targets, head, memory)[0],
-        torch_backend.frozen_head_stats_and_grad(x, targets, head, 2**14)[0],
+        cpu_stages.token_stats(x, targets, head, 2**14)[0],
+        cpu_stages.tile_stats(x, targets, head, memory),
+        cpu_stages.tile_stats_and_grad(x, targets, head, memory)[0],
+        cpu_stages.frozen_head_stats_and_grad(x, targets, head, 2**14)[0],
     ):
         assert relative_error(found, logp) < (1e-3 if shifted else 1e-6)
 
@@ -163,7 +165,7 @@ def test_every_schedule_is_exact_either_way(frozen, budget, scale, softcap, bflo
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_no_copy_of_a_widened_head(dtype, budget, frozen, monkeypatch):
     """Few rows: a float32 copy of the head, or of its gradient, would be the largest thing alive."""
-    monkeypatch.setattr(torch_logits, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(cpu_logits, "multiplies_bfloat16", lambda: False)
     vocabulary, hidden = 20_011, 64
     problem = make_problem(1, 12, hidden, vocabulary, dtype=dtype).requiring_grad(True, not frozen)
     tile = problem.rows.rows_N.numel() * vocabulary * 4

@@ -7,7 +7,7 @@ import pytest
 from tiny import SEVEN
 from trainers import make_args, make_trainer
 
-from orpo.config import TRACKERS
+from orpo.trainer.config import TRACKERS
 
 SAMPLED = {"eval_dataset": SEVEN, "generate_during_eval": True, "eval_max_new_tokens": 4, "eval_samples": 2}
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1}

@@ -1,4 +1,4 @@
-"""orpo.train and orpo.sources: the command line from a model and a file of pairs to a trained model."""
+"""The command line from a model and a file of pairs to a trained model."""
 
 import csv
 import gzip
@@ -12,7 +12,7 @@ from tiny import ROWS, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from orpo import train
-from orpo.sources import NoSuchSplit, load_pairs, reader_for
+from orpo.data.sources import NoSuchSplit, load_pairs, reader_for
 
 
 @pytest.fixture(scope="module")

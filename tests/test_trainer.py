@@ -1,4 +1,4 @@
-"""orpo.trainer: TRL's run reproduced, exact accumulation, data and models as users bring them, and stops in words."""
+"""TRL's run reproduced, exact accumulation, data and models as users bring them, and stops in words."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from trainers import logged, make_args, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo import ORPOConfig, ORPOTrainer
-from orpo.guard import NonFiniteError
+from orpo.runs.non_finite import NonFiniteError
 
 METRICS = {
     *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),

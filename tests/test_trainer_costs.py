@@ -13,8 +13,8 @@ from tiny import ROWS, make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainers import make_trainer
 
-from orpo.data import Limits, prepare_dataset
-from orpo.sources import load_pairs
+from orpo.data.prepare import Limits, prepare_dataset
+from orpo.data.sources import load_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = str(Path(torch.__file__).parent)
@@ -60,7 +60,7 @@ def test_no_micro_batch_waits_for_the_device(layout, tmp_path, monkeypatch):
 
 
 def test_a_wait_would_be_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr("orpo.guard.NonFiniteGuard.watch", lambda self, loss, *_: loss.item())
+    monkeypatch.setattr("orpo.runs.non_finite.NonFiniteGuard.watch", lambda self, loss, *_: loss.item())
     assert len(synchronizations(tmp_path, monkeypatch)) == 4
 
 
@@ -69,7 +69,7 @@ def test_tokens_are_cached(tmp_path, monkeypatch, own_cache):
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     first = prepare_dataset(load_pairs(str(file), "train"), make_tokenizer(), Limits(max_length=64), report=str)
     calls = []
-    monkeypatch.setattr("orpo.data.PairTokenizer._side", lambda *a: calls.append(a))
+    monkeypatch.setattr("orpo.data.prepare.PairTokenizer._side", lambda *a: calls.append(a))
     second = prepare_dataset(load_pairs(str(file), "train"), make_tokenizer(), Limits(max_length=64), report=str)
     assert second.to_list() == first.to_list() and not calls
     with pytest.raises(ValueError, match="no row of the train set can train"):

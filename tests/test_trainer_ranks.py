@@ -1,4 +1,4 @@
-"""orpo.trainer on several ranks: the same losses, metrics and weights as on one."""
+"""orpo.trainer.trainer on several ranks: the same losses, metrics and weights as on one."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from run_forked import launch, returned
 from run_ranks import EIGHT, train, train_with_another_head
 from tiny import SEVEN, make_model, make_tokenizer, reference_loss
 
-from orpo.data import Limits, prepare_dataset
+from orpo.data.prepare import Limits, prepare_dataset
 
 SCRIPT = Path(__file__).with_name("run_ranks.py")
 TIED = {"model": {"tie_word_embeddings": True}}

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.pictures import fingerprint
-from orpo.plots import COLOURS
+from orpo.report.curves import COLOURS
 
 from . import diversity, winrates
 

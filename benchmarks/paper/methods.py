@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from orpo import orpo_loss_from_rows, token_logprobs
-from orpo.attention import SharedPrefixMask
-from orpo.heads import head_weight
-from orpo.layout import PaddedLayout, SharedLayout
+from orpo.layouts.layout import PaddedLayout, SharedLayout
+from orpo.layouts.prefix_mask import SharedPrefixMask
+from orpo.model.head import head_weight
 
 METHODS = ("sft", "orpo", "dpo", "probability_ratio")
 

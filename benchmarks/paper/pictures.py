@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from orpo.plots import COLOURS
+from orpo.report.curves import COLOURS
 
 TITLES = {"sft": "plain fine-tuning", "dpo": "DPO, beta", "orpo": "ORPO, lambda", "probability_ratio": "probability ratio, lambda"}  # noqa: E501 # fmt: skip
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from orpo.data import Limits, prepare_dataset
+from orpo.data.prepare import Limits, prepare_dataset
 from orpo.demo import experiment
 from orpo.demo.data import make_pairs
 from orpo.demo.experiment import DemoSettings

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
 
-from orpo.formats import UnusableRow, pair_text
-from orpo.setup import load_tokenizer
-from orpo.sources import load_pairs
+from orpo.data.formats import UnusableRow, pair_text
+from orpo.data.sources import load_pairs
+from orpo.model.load import load_tokenizer
 
 from . import loop
 

@@ -84,7 +84,7 @@ def from_files(plan: Plan, model: str, data: str) -> Start:
 
 
 def _start(model: nn.Module, tokenizer: Any, train: list[dict], heldout: list[dict], plan: Plan) -> Start:
-    from orpo.data import Limits, prepare_dataset
+    from orpo.data.prepare import Limits, prepare_dataset
 
     def prepared(rows: list[dict], name: str, most: int | None) -> list[dict]:
         kept = prepare_dataset(rows, tokenizer, Limits(max_length=plan.max_length), name=name).to_list()

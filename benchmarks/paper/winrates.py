@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 
+from orpo.data.formats import PairText, UnusableRow, pair_text
+from orpo.data.sources import load_pairs
 from orpo.demo.data import FRAMES, make_pairs
 from orpo.demo.experiment import DemoSettings, load, one_thread
 from orpo.demo.model import tokenizer_of
-from orpo.formats import PairText, UnusableRow, pair_text
 from orpo.generation import Answer, answer_tokens
 from orpo.generation import load as load_policy
-from orpo.setup import load_tokenizer
-from orpo.sources import load_pairs
+from orpo.model.load import load_tokenizer
 
 from . import reward
 from .policies import NAMES, DPOSettings, train_policies

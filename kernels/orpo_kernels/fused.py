@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import bins, strips
-from .head import Gradients, Head, Needs
-from .kept import Kept, buffers, clear_padding
-from .matmul import accumulation_dtype, matmul, operator_body, saved_dtype, widened_matmul
-from .plan import Plan, Way, make_plan
-from .reference import Objective
-from .rows import Rows, check_rows
-from .settings import Numbers
+from orpo_kernels import strips
+from orpo_kernels.cpu import bins
+from orpo_kernels.head import Gradients, Head, Needs
+from orpo_kernels.kept import Kept, buffers, clear_padding
+from orpo_kernels.matmul import accumulation_dtype, matmul, operator_body, saved_dtype, widened_matmul
+from orpo_kernels.plan import Plan, Way, make_plan
+from orpo_kernels.reference import Objective
+from orpo_kernels.rows import Rows, check_rows
+from orpo_kernels.settings import Numbers
 
 
 class Output(NamedTuple):

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import strips
-from .head import Needs
-from .kept import Kept, buffers, clear_padding
-from .matmul import accumulation_dtype, operator_body
-from .plan import Plan, make_plan
-from .rows import check_targets
-from .settings import Numbers
+from orpo_kernels import strips
+from orpo_kernels.head import Needs
+from orpo_kernels.kept import Kept, buffers, clear_padding
+from orpo_kernels.matmul import accumulation_dtype, operator_body
+from orpo_kernels.plan import Plan, make_plan
+from orpo_kernels.rows import check_targets
+from orpo_kernels.settings import Numbers
 
 
 @torch.library.custom_op("orpo::linear_logprobs", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))

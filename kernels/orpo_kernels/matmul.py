@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .head import strips
+from orpo_kernels.head import strips
 
 # Of a head in another dtype than its own, at a time: a whole copy would be the largest thing alive.
 _PART_BYTES = 16 * 2**20

@@ -27,9 +27,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import torch_logits
-from .head import Needs
-from .kept import TILE
+from orpo_kernels.cpu import logits as cpu_logits
+from orpo_kernels.head import Needs
+from orpo_kernels.kept import TILE
 
 BACKENDS = ("torch", "triton")
 _MODULES = {"torch": "torch_backend", "triton": "triton_backend"}
@@ -141,7 +141,7 @@ def make_plan(
         if logits_budget is None:
             # TILES save the head's gradient a second computation of the logits. A frozen head has none.
             logits_budget = CPU_LOGITS_BUDGET if device == "cpu" and not frozen else 0
-        tile_rows = logits_budget // (v * torch_logits.compute_dtype(x.dtype, weight_VD.dtype).itemsize)
+        tile_rows = logits_budget // (v * cpu_logits.compute_dtype(x.dtype, weight_VD.dtype).itemsize)
         if has_pairs and tile_rows > 0:
             return plan(Way.TILES, tile_rows=tile_rows)
         return plan(Way.RUNNING if frozen else Way.STRIPS)

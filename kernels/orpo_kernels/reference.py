@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rows import Rows
+from orpo_kernels.rows import Rows
 
 # Smallest 1 - exp(a) that the odds may be divided by: far below any mean log-probability that matters, so that it acts
 # only where 1 - exp(a) is zero, and large enough for 1 / Q_EPS times a hidden state to stay finite in float32.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .head import Head
+from orpo_kernels.head import Head
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .head import Gradients, Head, strip_width, strips
-from .kept import Kept
-from .matmul import accumulation_dtype, add_matmul
-from .plan import Plan, Way
+from orpo_kernels.head import Gradients, Head, strip_width, strips
+from orpo_kernels.kept import Kept
+from orpo_kernels.matmul import accumulation_dtype, add_matmul
+from orpo_kernels.plan import Plan, Way
 
 
 def token_stats(

@@ -69,7 +69,7 @@ def _run(output_dir: Path, seed: int, device: torch.device, settings: DemoSettin
     from orpo.demo import experiment, report
     from orpo.demo.data import make_pairs, write_jsonl
     from orpo.demo.model import build_model, tokenizer_of
-    from orpo.plots import plot_curves, write_curves_csv
+    from orpo.report.curves import plot_curves, write_curves_csv
 
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / MARK).touch()

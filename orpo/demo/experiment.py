@@ -43,9 +43,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from orpo.config import ORPOConfig
 from orpo.demo.data import MANNERS
-from orpo.trainer import ORPOTrainer
+from orpo.trainer.config import ORPOConfig
+from orpo.trainer.trainer import ORPOTrainer
 
 # Rewards are beta times a log-probability. All three states are measured with this one, so that their margins compare.
 METRICS_BETA = 1.0

@@ -6,7 +6,7 @@ set architecture guides. Sizes in bytes; registers have 32 bits.
 
 from dataclasses import dataclass
 
-from orpo_kernels.configs import Limits
+from orpo_kernels.gpu.tiles import Limits
 from triton.backends.compiler import GPUTarget
 
 

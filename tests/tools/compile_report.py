@@ -102,7 +102,8 @@ def shipped_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], Any]]]:
 
     TF32 is a case of its own, where torch's setting can allow it; the kernels without a matmul do not know of it.
     """
-    from orpo_kernels import configs, kept, kept_grad, logit_grad, logit_stats, odds_ratio
+    from orpo_kernels import kept
+    from orpo_kernels.gpu import kept_grad, logit_grad, logit_stats, odds_ratio, tiles
     from orpo_kernels.head import Head
     from orpo_kernels.rows import Rows
 
@@ -129,7 +130,7 @@ def shipped_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], Any]]]:
         for launch in with_matmul:
             yield case, launch
             if dtype == torch.float32 and not chip.is_amd:
-                tf32 = mock.patch.object(configs, "input_precision", lambda: "tf32")
+                tf32 = mock.patch.object(tiles, "input_precision", lambda: "tf32")
                 yield case.replace("fp32", "tf32"), tf32(launch)
         yield case, lambda a=(held, *grad_arguments[:-1], 0, 4096): kept_grad.kept_grad(*a)
     n, pairs = REAL_SHAPE[0], 8
@@ -142,15 +143,15 @@ def shipped_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def chip_report(name: str, cases: str = "") -> list[Row]:
     """All shipped launches on one chip whose case contains `cases`."""
-    from orpo_kernels import configs
+    from orpo_kernels.gpu import tiles
 
     chip = CHIPS[name]
 
     def matmul_candidates(
         x_ND: torch.Tensor, weight_VD: torch.Tensor, keeps: bool = False, softcap: bool = False
     ) -> Any:
-        aligned = configs.rows_aligned(x_ND, weight_VD)
-        return configs.matmul_configs(x_ND.dtype, configs.input_precision(), aligned, chip.limits, keeps, softcap)
+        aligned = tiles.rows_aligned(x_ND, weight_VD)
+        return tiles.matmul_configs(x_ND.dtype, tiles.input_precision(), aligned, chip.limits, keeps, softcap)
 
     def launch_all(kernel: str, candidates: tuple, x_ND: torch.Tensor, head: Any, launch: Callable) -> Any:
         for config in candidates[1:]:
@@ -158,8 +159,8 @@ def chip_report(name: str, cases: str = "") -> list[Row]:
         return candidates[0]
 
     with (
-        mock.patch.object(configs, "matmul_candidates", matmul_candidates),
-        mock.patch.object(configs, "fastest", launch_all),
+        mock.patch.object(tiles, "matmul_candidates", matmul_candidates),
+        mock.patch.object(tiles, "fastest", launch_all),
     ):
         return [row for case, launch in shipped_launches(chip) if cases in case for row in report(case, launch, chip)]
 

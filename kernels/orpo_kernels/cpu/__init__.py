@@ -1,0 +1,1 @@
+"""The stages in torch, for a CPU."""

@@ -1,0 +1,1 @@
+"""The command line: options, run files, older names, errors in one line."""

@@ -1,0 +1,1 @@
+"""Preference data: from a file or a data set to tokenized pairs."""

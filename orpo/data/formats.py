@@ -1,0 +1,145 @@
+"""The forms in which preference data comes, each reduced to one prompt and answer text per side.
+
+* Strings: ``prompt``, ``chosen``, ``rejected``, taken as they are.
+* Conversations: ``chosen`` and ``rejected`` are lists of ``{"role", "content"}``, rendered with the tokenizer's chat
+  template. The prompt is the ``prompt`` list, or a ``prompt`` string where the answers hold the assistant's turn alone,
+  or else the messages that both begin with (as in UltraFeedback-binarized, whose ``prompt`` repeats the first of them).
+* Dialogues (HH-RLHF): ``chosen`` and ``rejected`` strings without a ``prompt``, split after the last
+  ``"\\n\\nAssistant:"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from orpo.data.conversations import conversation_text, is_conversation
+from orpo.data.images import refuse_images
+from orpo.data.misread import refuse_dates, refuse_messages_as_text
+from orpo.data.unusable import ASSISTANT, EMPTY_ANSWER, NO_PROMPT, PROMPTS_DIFFER, UNMARKED, UnusableRow
+
+AS_THEY_ARE = (
+    "the prompts are strings, trained as they are although the tokenizer has a chat template: an instruct model wants "
+    "conversations; orpo-generate answers prompts without the template too, unless told otherwise (--chat_template)"
+)
+
+
+def skips_template(row: Mapping[str, Any], tokenizer: Any) -> bool:
+    """Whether the pair in `row` is joined from strings although `tokenizer` has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None)) and all(
+        isinstance(row.get(name), str) for name in ("prompt", "chosen", "rejected")
+    )
+
+
+class PairText(NamedTuple):
+    """Text of one pair. The prompts differ where a chat template renders the same messages in two ways."""
+
+    chosen_prompt: str
+    chosen: str
+    rejected_prompt: str
+    rejected: str
+    templated: bool
+
+
+def check_columns(names: Collection[str]) -> None:
+    """Refuses columns that hold no pairs.
+
+    Raises:
+        ValueError: with what they hold, and what makes pairs of it.
+    """
+    if {"chosen", "rejected"} <= set(names):
+        return
+    what = f"a data set needs the columns 'chosen' and 'rejected'; this one has {sorted(names)}"
+    if {"completion", "label"} <= set(names):
+        raise ValueError(
+            f"{what}: completions marked good or bad one by one, as KTO trains on. ORPO compares two answers to one "
+            "prompt: make a row of each prompt that has both, with the good one as 'chosen', the bad one as 'rejected'"
+        )
+    if {"completion", "messages", "conversations", "text"} & set(names):
+        raise ValueError(
+            f"{what}: one text a row, as fine-tuning (SFT) trains on. ORPO compares two answers to one prompt: "
+            "take the one there is as 'chosen', and add a worse one as 'rejected', a model's own for instance "
+            "(orpo-generate)"
+        )
+    raise ValueError(f"{what}: rename its columns; 'prompt' is needed too where the answers are no whole dialogues")
+
+
+def unread_columns(row: Mapping[str, Any]) -> str | None:
+    """What has to be said of columns that belong to the prompt by their names, and are no part of it; or None."""
+    candidates = ("system", "system_prompt", "instruction", "input", "history", "tools")
+    names = [name for name in candidates if isinstance(value := row.get(name), str | list | Mapping) and value]
+    if not names:
+        return None
+    return (
+        f"the columns {', '.join(names)} are not read: a prompt is what 'prompt' holds, or the messages that both "
+        "answers begin with; a system message belongs among the messages, tools into the column 'chat_template_kwargs'"
+    )
+
+
+def pair_text(row: Mapping[str, Any], tokenizer: Any) -> PairText:
+    """The texts of one row of a data set, whatever its form.
+
+    A row's ``chat_template_kwargs`` go to the chat template, as in TRL.
+
+    Raises:
+        UnusableRow: the row is of one of the forms above and cannot train; :mod:`orpo.data.unusable` names the reasons.
+        ValueError: the row has none of the forms above, an image, or something else than its file holds
+            (:mod:`orpo.data.misread`).
+    """
+    refuse_images(row)
+    check_columns(row.keys())
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    refuse_dates([prompt, chosen, rejected, row.get("chat_template_kwargs")])
+    refuse_messages_as_text(prompt, chosen, rejected)
+    if chosen is None or rejected is None:
+        raise UnusableRow(EMPTY_ANSWER)
+    if is_conversation(chosen) and is_conversation(rejected):
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                "the data set holds conversations, and the tokenizer has no chat template to render them with: "
+                "set tokenizer.chat_template (--chat_template), or give prompt, chosen and rejected as strings"
+            )
+        keywords = _keywords(row.get("chat_template_kwargs") or {})
+        return PairText(*conversation_text(prompt, chosen, rejected, tokenizer, keywords), templated=True)
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        kinds = f"{type(chosen).__name__} and {type(rejected).__name__}"
+        raise ValueError(f"'chosen' and 'rejected' have to be two strings or two lists of messages, not {kinds}")
+    if prompt is None:
+        return _dialogue(chosen, rejected, "prompt" in row)
+    if not isinstance(prompt, str):
+        raise ValueError(f"'prompt' has to be a string where the answers are strings, not {type(prompt).__name__}")
+    _refuse_empty(chosen, rejected)
+    return PairText(prompt, chosen, prompt, rejected, templated=False)
+
+
+def _keywords(given: Any) -> dict[str, Any]:
+    """What a row says to the chat template."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"'chat_template_kwargs' has to be a dictionary, not {type(given).__name__}")
+    # A column of dictionaries holds None for the names that a row does not have.
+    keywords = {name: value for name, value in given.items() if value is not None}
+    own = {"conversation", "tokenize", "add_generation_prompt", "continue_final_message"} & keywords.keys()
+    if own:
+        raise ValueError(f"'chat_template_kwargs' sets {', '.join(sorted(own))}, which is set here: leave it out")
+    return keywords
+
+
+def _refuse_empty(*answers: str) -> None:
+    if not all(answer.strip() for answer in answers):
+        raise UnusableRow(EMPTY_ANSWER)
+
+
+def _dialogue(chosen: str, rejected: str, has_column: bool) -> PairText:
+    splits = []
+    for text in (chosen, rejected):
+        head, marker, answer = text.rpartition(ASSISTANT)
+        if not marker:
+            if has_column:
+                raise UnusableRow(NO_PROMPT)
+            raise UnusableRow(UNMARKED, f"there is no column 'prompt', and nothing to split {text[:80]!r} after")
+        splits.append((head + marker, answer))
+    (chosen_prompt, chosen_answer), (rejected_prompt, rejected_answer) = splits
+    if chosen_prompt != rejected_prompt:
+        raise UnusableRow(PROMPTS_DIFFER)
+    _refuse_empty(chosen_answer, rejected_answer)
+    return PairText(chosen_prompt, chosen_answer, rejected_prompt, rejected_answer, templated=False)

@@ -1,0 +1,308 @@
+"""From text pairs to token pairs: boundaries, BOS and EOS, truncation, and what was dropped and why.
+
+A prepared data set has six columns: ``chosen_input_ids`` and ``rejected_input_ids`` (prompt and answer in one list),
+``chosen_prompt_length`` and ``rejected_prompt_length`` (tokens before the answer), ``length`` (of both sequences
+together), and ``pair_id`` (the row of the data set as it was given).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from orpo import __version__
+from orpo.data.formats import AS_THEY_ARE, PairText, check_columns, pair_text, skips_template, unread_columns
+from orpo.data.prepare import conversations, formats, misread, unusable
+from orpo.data.repeats import ROWS, repeats_prompt
+from orpo.data.streams import ATTRIBUTE, DropCounter, summarize
+from orpo.data.unusable import EMPTY_ANSWER, EQUAL_ANSWERS, EQUAL_ONCE_CUT, REASONS, REFUSED, UnusableRow
+from orpo.tokens import limits, special_tokens
+from orpo.tokens.limits import Limits
+from orpo.tokens.pretokenized import checked
+from orpo.tokens.special_tokens import ALTERED, WrittenOut, describe_written, spare_marks, token_ids, without_marks
+
+# Where a prepared data set keeps the report on it.
+SUMMARY = "orpo_summary"
+
+# Of each row, until those that cannot train are dropped: why, what else of it, and a special token in its text.
+ACCOUNT = ["dropped", "detail", "written_out"]
+
+COLUMNS = ("chosen_input_ids", "rejected_input_ids", "chosen_prompt_length", "rejected_prompt_length")
+# The columns that hold a row's text.
+TEXTS = ("prompt", "chosen", "rejected")
+
+
+@functools.cache
+def code_version() -> str:
+    """A digest of the version and of the code that turns rows into tokens.
+
+    ``datasets`` looks up tokens that it has made before by the attributes of what made them: without this among them, a
+    run would train on those that an older version of this package made.
+    """
+    files = (__file__, *(part.__file__ for part in (conversations, formats, limits, misread, special_tokens, unusable)))
+    return hashlib.sha256(__version__.encode() + b"".join(Path(f).read_bytes() for f in files)).hexdigest()
+
+
+class PairTokenizer:
+    """Text pairs to token pairs, with the boundaries of TRL's trainer.
+
+    The answer begins after the common token prefix of ``tokenize(prompt)`` and ``tokenize(prompt + answer)``, for each
+    answer by itself: a merge over the boundary belongs to the answer. Plain strings get BOS in front and EOS at the end
+    where they are missing. A chat template writes its own; EOS is added only if the rendered turn does not end with a
+    special token, for then nothing would teach the model to stop.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        limits: lengths in tokens.
+        escape: whether special tokens written out in the rows' text stay text. Those of the template stay tokens, and
+            so do, of strings, a BOS that begins the prompt and an EOS that ends an answer.
+
+    Raises:
+        ValueError: with `escape`, the tokenizer cannot keep them text.
+    """
+
+    def __init__(self, tokenizer: Any, limits: Limits, escape: bool = False) -> None:
+        self.tokenizer = tokenizer
+        self.limits = limits
+        self.escape = escape
+        self.code = code_version()
+        self.written = WrittenOut(tokenizer)
+        if escape:
+            self.written.check_escaping(tokenizer)
+
+    def __call__(self, rows: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        """A batch of rows as columns -> the prepared columns, ``dropped`` (the reason, or ""), ``detail`` of it, and
+        ``written_out``, the first special token in the row's text, or ""."""
+        size = len(indices)
+        texts: list[PairText | None] = []
+        dropped, details, found = [""] * size, [""] * size, [""] * size
+        escaped: dict[int, Iterator[list[int]]] = {}
+        for i in range(size):
+            row = {name: column[i] for name, column in rows.items()}
+            try:
+                text = pair_text(row, self.tokenizer)
+                found[i] = self._first_written(row, text)
+                if found[i] and self.escape:
+                    text, escaped[i] = self._escaped(row, text)
+                texts.append(text)
+            except UnusableRow as unusable:
+                texts.append(None)
+                dropped[i], details[i] = unusable.reason, unusable.detail
+            except ValueError as error:
+                error.add_note(f"in row {indices[i]}, counted from 0")
+                raise
+        flat = [t for i, text in enumerate(texts) if text and i not in escaped for t in self._parts(text)]
+        ids = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
+        out: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        for i, text in enumerate(texts):
+            pair = None
+            if text is not None:
+                own = escaped.get(i, ids)
+                sides = [self._side(next(own), next(own), text.templated, t) for t in (text.chosen, text.rejected)]
+                try:
+                    pair = self._fit(sides)
+                except UnusableRow as unusable:
+                    dropped[i], details[i] = unusable.reason, unusable.detail
+            (chosen_prompt, chosen), (rejected_prompt, rejected) = pair or (([], []), ([], []))
+            out["chosen_input_ids"].append(chosen_prompt + chosen)
+            out["rejected_input_ids"].append(rejected_prompt + rejected)
+            out["chosen_prompt_length"].append(len(chosen_prompt))
+            out["rejected_prompt_length"].append(len(rejected_prompt))
+        # transformers groups batches by this column, where `train_sampling_strategy` asks for it.
+        length = [len(c) + len(r) for c, r in zip(out["chosen_input_ids"], out["rejected_input_ids"], strict=True)]
+        account = dict(zip(ACCOUNT, (dropped, details, found), strict=True))
+        return {**out, "pair_id": list(indices), "length": length, **account}
+
+    def _first_written(self, row: Mapping[str, Any], text: PairText) -> str:
+        """The first special token that `row` itself holds, and not its template; or ""."""
+        if text.templated:
+            return self.written.first([row.get(name) for name in TEXTS])
+        sides = ((text.chosen_prompt, text.chosen), (text.rejected_prompt, text.rejected))
+        return next(filter(None, (self.written.first_in_strings(*side) for side in sides)), "")
+
+    def _escaped(self, row: Mapping[str, Any], text: PairText) -> tuple[PairText, Iterator[list[int]]]:
+        """(texts as they end, tokens of their parts) of a row whose special tokens stay text."""
+        marks = spare_marks([row.get(name) for name in TEXTS])
+        if text.templated:
+            marked = pair_text(row | {name: self.written.mark(row.get(name), marks) for name in TEXTS}, self.tokenizer)
+            parts = self._parts(marked)
+            bare, plain = ([without_marks(part, marks) for part in parts], self._parts(text))
+            # A prompt may end elsewhere: where the answer's special token begins like what opens the answer's turn.
+            if bare[1::2] != list(plain[1::2]) or not all(map(str.startswith, bare[1::2], bare[::2])):
+                raise UnusableRow(REFUSED, ALTERED)
+            return marked, iter(token_ids(parts, self.tokenizer, marks))
+        pieces = (
+            *((text.chosen_prompt, ""), (text.chosen_prompt, text.chosen)),
+            *((text.rejected_prompt, ""), (text.rejected_prompt, text.rejected)),
+        )
+        parts = [self.written.mark_strings(*piece, marks) for piece in pieces]
+        return text, iter(token_ids(parts, self.tokenizer, marks))
+
+    @staticmethod
+    def _parts(text: PairText) -> tuple[str, str, str, str]:
+        return (
+            text.chosen_prompt,
+            text.chosen_prompt + text.chosen,
+            text.rejected_prompt,
+            text.rejected_prompt + text.rejected,
+        )
+
+    def _side(self, prompt: list[int], whole: list[int], templated: bool, text: str) -> tuple[list[int], list[int]]:
+        """(prompt tokens, answer tokens) of one side, whose answer is `text`, with BOS and EOS."""
+        split = 0
+        while split < min(len(prompt), len(whole)) and prompt[split] == whole[split]:
+            split += 1
+        prompt, answer = whole[:split], whole[split:]
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if templated:
+            # Not by special tokens among the last few: of a short answer, the tag of its role would be one.
+            ended = text.rstrip().endswith(self.written.special_tokens)
+        else:
+            ended = bool(answer) and answer[-1] == eos
+            if bos is not None and whole[:1] != [bos]:
+                prompt = [bos, *prompt]
+            elif bos is not None and not prompt:
+                prompt, answer = [bos], answer[1:]
+        if eos is not None and not ended:
+            answer = [*answer, eos]
+        return prompt, answer
+
+    def _fit(self, sides: list[tuple[list[int], list[int]]]) -> list[tuple[list[int], list[int]]]:
+        """Both sides within the limits, each with at least one answer token that another token precedes."""
+        limits = self.limits
+        if sides[0] == sides[1]:
+            raise UnusableRow(EQUAL_ANSWERS)
+        sides = [(prompt, answer[: limits.max_completion_length]) for prompt, answer in sides]
+        if limits.max_length is not None and max(len(p) + len(a) for p, a in sides) > limits.max_length:
+            sides = [(limits.cut_prompt(p, self.tokenizer.bos_token_id), a) for p, a in sides]
+            if max(len(p) for p, _ in sides) >= limits.max_length:
+                raise UnusableRow(limits.too_long)
+            sides = [(p, a[: limits.max_length - len(p)]) for p, a in sides]
+        if min(len(p) + len(a) for p, a in sides) < 2:
+            raise UnusableRow(EMPTY_ANSWER)
+        if sides[0] == sides[1]:
+            raise UnusableRow(EQUAL_ONCE_CUT)
+        return sides
+
+
+def as_dataset(data: Any) -> Any:
+    """`data` as a ``datasets.Dataset`` (or as the ``IterableDataset`` it is).
+
+    Args:
+        data: a Dataset, an IterableDataset, a dict of equally long lists, or a list of dicts.
+    """
+    import datasets
+    import pyarrow as pa
+
+    if isinstance(data, datasets.Dataset) and data.format["type"] not in (None, "custom"):
+        # Rows of numpy and pandas are no strings and lists, by which forms are told; a transform of the user's stays.
+        data = data.with_format(None)
+    if isinstance(data, (datasets.Dataset, datasets.IterableDataset)):
+        return data
+    try:
+        if isinstance(data, Mapping):
+            return datasets.Dataset.from_dict(dict(data))
+        if isinstance(data, (list, tuple)):
+            return datasets.Dataset.from_list(list(data))
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"the rows make no table, each column of which holds one type only: {error}") from error
+    raise ValueError(
+        "a data set has to be a datasets.Dataset or IterableDataset, a dict of lists or a list of dicts, "
+        f"not {type(data).__name__}"
+    )
+
+
+def prepare_dataset(
+    data: Any,
+    tokenizer: Any,
+    limits: Limits,
+    *,
+    name: str = "train",
+    num_proc: int | None = None,
+    escape_special_tokens: bool = False,
+    report: Callable[[str], None] = print,
+) -> Any:
+    """Tokenizes `data` and drops the rows that cannot train, saying how many and why.
+
+    Args:
+        data: anything that :func:`as_dataset` takes, in any form of :mod:`orpo.data.formats`, or prepared already.
+        tokenizer: a Hugging Face tokenizer.
+        limits: lengths in tokens.
+        name: what the report calls this data set.
+        num_proc: processes that tokenize. The result is cached by ``datasets`` where the data set lies on disk.
+        escape_special_tokens: whether special tokens written out in the rows' text stay text (:class:`PairTokenizer`).
+        report: called with the report, which counts rows from 0. A stream is counted as it is read:
+            :class:`orpo.data.streams.StreamReport` says when.
+
+    Raises:
+        ValueError: `data` has no form that we know, or no row is left. Of a stream :func:`orpo.data.preview.first_pair`
+            says so.
+    """
+    import datasets
+
+    data = as_dataset(data)
+    # A stream that was mapped does not know its columns.
+    if set(COLUMNS) <= set(data.column_names or next(iter(data), {})):
+        return checked(data, name)
+    tokenize = PairTokenizer(tokenizer, limits, escape_special_tokens)
+    if isinstance(data, datasets.IterableDataset):
+        columns = data.column_names or list(next(iter(data), {}))
+        check_columns(columns)
+        tokenized = data.map(tokenize, batched=True, with_indices=True, remove_columns=columns)
+        report(f"{name}: a stream; rows that cannot train are left out as they come, and counted after each epoch")
+        _report_first_rows(data, tokenizer, name, report)
+        reasons = (*REASONS, *([] if limits.max_length is None else [limits.too_long]))
+        counter = DropCounter(name, reasons, escape_special_tokens)
+        prepared = tokenized.filter(counter).remove_columns(ACCOUNT)
+        setattr(prepared, ATTRIBUTE, counter)
+        return prepared
+    if not len(data):
+        raise ValueError(f"the {name} set holds no rows")
+    check_columns(data.column_names)
+    tokenized = data.map(
+        tokenize,
+        batched=True,
+        with_indices=True,
+        remove_columns=data.column_names,
+        num_proc=num_proc,
+        desc=f"Tokenizing the {name} set",
+    )
+    reasons: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    written: list[tuple[int, str]] = []
+    for row, (reason, detail, token) in enumerate(zip(*(tokenized[column] for column in ACCOUNT), strict=True)):
+        if token and not reason:
+            written.append((row, token))
+        if reason:
+            reasons[reason] += 1
+            first.setdefault(reason, f"row {row}, {detail}" if detail else f"row {row}")
+    summary = summarize(name, len(data), reasons, first)
+    if reasons.total() == len(data):
+        raise ValueError(f"no row of the {name} set can train: {summary}")
+    report(summary)
+    if written:
+        row, token = written[0]
+        report(f"{name}: {describe_written(len(written), escape_special_tokens, f'row {row}, {token!r}')}")
+    _report_first_rows(data, tokenizer, name, report)
+    kept = tokenized.filter(_is_kept, num_proc=num_proc, desc=f"Filtering the {name} set") if reasons else tokenized
+    prepared = kept.remove_columns(ACCOUNT)
+    setattr(prepared, SUMMARY, summary)
+    return prepared
+
+
+def _report_first_rows(data: Any, tokenizer: Any, name: str, report: Callable[[str], None]) -> None:
+    """What the first rows show of a data set that trains, but perhaps not as it was meant."""
+    rows = list(islice(data, ROWS))
+    first = rows[0] if rows else {}
+    said = (AS_THEY_ARE if skips_template(first, tokenizer) else None, repeats_prompt(rows), unread_columns(first))
+    for sentence in filter(None, said):
+        report(f"{name}: {sentence}")
+
+
+def _is_kept(example: Mapping[str, Any]) -> bool:
+    return not example["dropped"]

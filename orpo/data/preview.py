@@ -1,0 +1,70 @@
+"""A prepared data set as it is looked at before training: its first pair, and whether the model knows its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from orpo.data.streams import counters, summarize
+
+
+def first_pair(data: Any) -> dict[str, Any]:
+    """The first pair of a prepared data set.
+
+    Raises:
+        ValueError: it is a stream of which no row can train.
+    """
+    pair = next(iter(data), None)
+    if pair is None:
+        drops = [summarize(counter.name, *counter.take()) for counter in counters(data)]
+        raise ValueError(f"no row of the stream can train: {'; '.join(drops)}")
+    return pair
+
+
+def check_stream(data: Any) -> None:
+    """Refuses prepared `data` that are a stream of which no row is usable. None and other data sets are not looked at.
+
+    Raises:
+        ValueError: with what was dropped.
+    """
+    if data is None or hasattr(data, "__len__"):
+        return
+    first_pair(data)
+    for counter in counters(data):
+        # It will be read again.
+        counter.take()
+
+
+def check_token_ids(data: Any, vocabulary: int) -> None:
+    """Refuses a prepared data set with tokens that the model has no embedding for. A stream is not looked at.
+
+    Raises:
+        ValueError: with the largest id and the number of embeddings.
+    """
+    import pyarrow.compute as pc
+
+    if not hasattr(data, "data"):
+        return
+    for side in ("chosen", "rejected"):
+        largest = pc.max(pc.list_flatten(data.data.column(f"{side}_input_ids"))).as_py()
+        if largest is not None and largest >= vocabulary:
+            raise ValueError(
+                f"the data set holds token id {largest}, and the model has {vocabulary} embeddings: it needs its own "
+                "tokenizer, or model.resize_token_embeddings(len(tokenizer))"
+            )
+
+
+def describe_example(example: Mapping[str, Any], layout: Callable[..., dict[str, Any]], tokenizer: Any) -> str:
+    """One pair, decoded, as each term of the loss scores it: read off the rows that `layout` makes of it."""
+    rows = layout([example])["orpo"].rows
+    chosen = rows.sequence_N == 0
+    spans = {
+        "NLL": rows.in_nll_N,
+        "odds ratio, chosen": rows.in_response_N & chosen,
+        "odds ratio, rejected": rows.in_response_N & ~chosen,
+    }
+    lines = (
+        f"  {label:<20} {int(kept.sum()):>5} tokens  {tokenizer.decode(rows.targets_N[kept].tolist())!r}"
+        for label, kept in spans.items()
+    )
+    return "what each term scores, in the first pair:\n" + "\n".join(lines)

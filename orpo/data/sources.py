@@ -1,0 +1,212 @@
+"""Where preference pairs come from: a local file, a local folder, or a data set of the hub."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from orpo.data.file_check import LINES_OF_A_STREAM, OPENERS, check_file
+from orpo.hub import check_hub_name
+from orpo.packages import require
+
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+COMPRESSIONS = (*OPENERS, ".zst")
+
+
+class NoSuchSplit(ValueError):
+    """A data set without the split that was asked for."""
+
+
+def reader_for(path: str | Path) -> str | None:
+    """The ``datasets`` reader for a file of this name ("pairs.jsonl.gz" -> "json"), or None."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return READERS.get(suffixes[-1]) if suffixes else None
+
+
+def load_pairs(name: str, split: str = "train", *, config: str | None = None, streaming: bool = False) -> Any:
+    """One split of a data set.
+
+    Args:
+        name: a file (JSON lines, JSON, Parquet, CSV or Arrow, also compressed), a folder, or a name on the hub.
+        split: the name of a split, or a part of it as ``datasets`` writes it: ``"train[:90%]"``, ``"train[200:]"``. A
+            file has the one split "train".
+        config: the configuration of a hub data set.
+        streaming: read it as it is trained on, rather than beforehand.
+
+    Raises:
+        ImportError: a file is compressed with zstd, and zstandard is not installed.
+        ValueError: there is no such file, it is empty, broken or of no kind that we read, or the hub cannot be reached.
+        NoSuchSplit: there is no such split.
+    """
+    import datasets
+    import pyarrow as pa
+
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.stat().st_size == 0:
+            raise ValueError(f"{name} is empty; it needs rows with prompt, chosen and rejected")
+        reader = reader_for(path)
+        if reader is None:
+            raise ValueError(f"{name} is of no known kind; it has to end in {', '.join(READERS)}, compressed or not")
+        # The name of a file that is there is no pattern, though [0-2] in it could be one.
+        arguments: dict[str, Any] = {"path": reader, "data_files": glob.escape(str(path))}
+    elif (name.startswith((".", "/", "~")) or reader_for(name) is not None) and not path.exists():
+        raise ValueError(f"there is no file or folder {name}")
+    else:
+        check_hub_name(name, "dataset")
+        if path.is_dir() and glob.has_magic(str(path.absolute())):
+            raise ValueError(
+                f"{name} is a folder whose path holds one of * ? [, and would be read as a pattern: rename it, or name "
+                "a file in it"
+            )
+        arguments = {"path": str(path) if path.is_dir() else name, "name": config}
+    _check_files(path, streaming)
+    kind = arguments["path"] if path.is_file() else "a data set"
+    if path.exists() and not streaming:
+        # Read before, a file is known by its path and time alone: one that was copied over it with its time kept, or
+        # replaced within the clock's resolution, would train the rows of the one before.
+        arguments["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE, _digest(path)))
+    try:
+        with _silent_reader():
+            if path.is_dir() or arguments["path"] == "csv":
+                builder = datasets.load_dataset_builder(**arguments)
+                _tell_unread(path, builder)
+                arguments |= _as_text(builder)
+            data = datasets.load_dataset(**arguments, split=split, streaming=streaming)
+            if streaming and path.exists():
+                # A stream meets what is wrong with its file when it is read.
+                next(iter(data))
+            return data
+    except (StopIteration, datasets.exceptions.DatasetGenerationError) as error:
+        # What went wrong in the file is the cause, behind a sentence that says nothing.
+        reason = _broken_line(path) or error.__cause__ or "no row was found"
+        raise ValueError(f"{name} could not be read as {kind}: {reason}") from error
+    except (ValueError, pa.ArrowException) as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(
+                f"{name} has no row in {split!r}: it is empty, or has too few rows for that part"
+            ) from error
+        if "split" in str(error).lower():
+            raise NoSuchSplit(f"{name} has no split {split!r}: {error}") from error
+        reason = _broken_line(path) or (error if path.exists() else None)
+        if reason is None:
+            raise
+        raise ValueError(f"{name} could not be read as {kind}: {reason}") from error
+
+
+def _check_files(path: Path, streaming: bool) -> None:
+    """:func:`orpo.data.file_check.check_file` of the text files that `path` is, or that lie below it."""
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        reader = reader_for(file)
+        if reader is None or not file.is_file():
+            continue
+        if file.suffix.lower() == ".zst":
+            require("zstandard", f"{file}, compressed with zstd,")
+        elif reader in ("json", "csv"):
+            check_file(file, is_json=reader == "json", most_lines=LINES_OF_A_STREAM if streaming else None)
+
+
+def _tell_unread(folder: Path, builder: Any) -> None:
+    """Warns of files in `folder` that are in no split: ``datasets`` takes those of one kind, and where one is named
+    train, test or validation no other name. A README.md may say which are meant."""
+    if not folder.is_dir() or (folder / "README.md").is_file():
+        return
+    read = {Path(file).resolve() for split in (builder.config.data_files or {}).values() for file in split}
+    names = ("dataset_info.json", "dataset_infos.json", "state.json")
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and reader_for(p) and p.name not in names]
+    hidden = [p for p in files if any(part.startswith((".", "__")) for part in p.relative_to(folder).parts)]
+    if left := [p for p in files if p.resolve() not in read and p not in hidden]:
+        warnings.warn(
+            f"{folder}: {len(left)} of {len(files) - len(hidden)} files are not read (first: "
+            f"{left[0].relative_to(folder)}): of a folder, files of one kind are, and with one that is named train, "
+            "test or validation only such names",
+            stacklevel=4,
+        )
+
+
+def _as_text(builder: Any) -> dict[str, Any]:
+    """What a reader of CSV has to be told so that no column is guessed at; nothing for other readers.
+
+    Left to itself it takes "NA", "None" and "null" for missing values, and the answer "007" for a number.
+    """
+    import pandas
+    from datasets.exceptions import DatasetGenerationError
+    from datasets.packaged_modules.csv.csv import CsvConfig
+
+    if not isinstance(builder.config, CsvConfig):
+        return {}
+    files = (file for split in builder.config.data_files.values() for file in split)
+    names: set[str] = set()
+    try:
+        for file in files:
+            first = pandas.read_csv(file, nrows=1, dtype=str)
+            if not isinstance(first.index, pandas.RangeIndex):
+                # The reader takes what is too much for row names, and every other field for the column on its right.
+                raise ValueError(
+                    f"the first row of {Path(file).name} has more fields than its line of names; a text with a comma "
+                    "has to stand in double quotes, and no comma ends a row"
+                )
+            header = pandas.read_csv(file, nrows=1, dtype=str, header=None, na_filter=False).iloc[0]
+            if twice := [name for name, count in Counter(header).items() if name and count > 1]:
+                # The reader renames the second one, and nobody knows which of the two is meant.
+                raise ValueError(f"{Path(file).name} has more than one column named {twice[0]!r}: rename or remove one")
+            names.update(first.columns)
+    except ValueError as error:
+        raise DatasetGenerationError from error
+    return {"converters": dict.fromkeys(sorted(names), str), "na_filter": False}
+
+
+def _digest(path: Path) -> str:
+    """Of the content of a file, or of the names and content of the files in a folder that hold rows."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and reader_for(p)):
+        with part.open("rb") as file:
+            content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+        digest.update(str(part.relative_to(path)).encode() + b"\0" + content)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _silent_reader() -> Iterator[None]:
+    """Without the line that the JSON reader logs before it raises the same."""
+    logger = logging.getLogger("datasets.packaged_modules.json.json")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _broken_line(path: Path) -> str | None:
+    """What is wrong in a file of JSON lines, its lines counted from 1; None where nothing is, or it is no such file."""
+    opened = {".jsonl": open, ".json": open, **OPENERS}.get(path.suffix.lower())
+    if opened is None or not path.is_file() or reader_for(path) != "json":
+        return None
+    with opened(path, "rt", encoding="utf-8-sig", errors="replace") as file:
+        return _first_broken(file)
+
+
+def _first_broken(lines: Iterable[str]) -> str | None:
+    for number, line in enumerate(lines, 1):
+        if number == 1 and (line.startswith("[") or line.strip() == "{"):
+            # One value over many lines.
+            return None
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.rstrip("\r\n"))
+        except json.JSONDecodeError as error:
+            return f"line {number} is no JSON: {error.msg} in column {error.colno}"
+        if not isinstance(row, dict):
+            return f"line {number} is {line.strip()[:40]}, no JSON object"
+    return None

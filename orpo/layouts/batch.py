@@ -1,0 +1,160 @@
+"""What the loss needs of a batch, whatever its arrangement: the rows that count, and two numbers of them.
+
+Letters: P pairs, S = 2P sequences (chosen first, then rejected), T tokens of a sequence, N kept rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from orpo_kernels.rows import Rows
+from torch import Tensor
+
+NLL_SPANS = ("prompt_and_chosen", "chosen")
+
+
+@dataclass(frozen=True)
+class NLLSpan:
+    """Which tokens of the chosen sequence the NLL scores.
+
+    Attributes:
+        prompt: score the prompt as well as the answer (TRL and the paper's code).
+        skip_token_id: a token that the NLL leaves out wherever it stands, or None. The paper's code masks every
+            end-of-sequence token.
+    """
+
+    prompt: bool = True
+    skip_token_id: int | None = None
+
+
+WHOLE_CHOSEN = NLLSpan()
+
+
+class Counts(NamedTuple):
+    """What means are over: NLL tokens, pairs, rows of chosen and of rejected sequences; or shares of these."""
+
+    nll_tokens: float
+    pairs: float
+    chosen_rows: float
+    rejected_rows: float
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """What the loss needs of a batch besides hidden states.
+
+    Attributes:
+        rows: the five row arrays.
+        num_nll_tokens: rows that the NLL scores.
+        num_pairs: pairs with response tokens on both sides.
+        pair_ids: int64 (P,), the position of each pair in the prepared data set; -1 where it has none.
+        num_chosen_rows: rows of chosen sequences; the others are those of rejected ones.
+
+    The counts are Python numbers, taken where the arrays are made: reading them off a device would stall it.
+    """
+
+    rows: Rows
+    num_nll_tokens: int
+    num_pairs: int
+    pair_ids: Tensor
+    num_chosen_rows: int
+
+    @property
+    def counts(self) -> Counts:
+        """All counts, for the means."""
+        rejected = len(self.rows.rows_N) - self.num_chosen_rows
+        return Counts(self.num_nll_tokens, self.num_pairs, self.num_chosen_rows, rejected)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
+        """The same batch with its row arrays on `device`; the ids stay where they are."""
+        return replace(self, rows=self.rows.to(device, non_blocking))
+
+    def first(self, pairs: int) -> PairBatch:
+        """The same batch with rows of its first `pairs` pairs only. Reads counts off the device."""
+        r = self.rows
+        kept = r.sequence_N % r.pairs < pairs
+        rows = r.map(lambda array: array[kept])
+        answered = torch.zeros(2 * r.pairs, dtype=torch.bool, device=kept.device)
+        answered[rows.sequence_N[rows.in_response_N]] = True
+        num_pairs = int(answered.reshape(2, r.pairs).all(dim=0).sum())
+        chosen = int((rows.sequence_N < r.pairs).sum())
+        return PairBatch(rows, int(rows.in_nll_N.sum()), num_pairs, self.pair_ids, chosen)
+
+    def pin_memory(self) -> PairBatch:
+        """The same batch in page-locked memory. torch's DataLoader calls this by name."""
+        return replace(self, rows=self.rows.map(Tensor.pin_memory))
+
+
+class RowBuilder:
+    """Collects the rows of a batch, one sequence after the other."""
+
+    def __init__(self, pairs: int, nll: NLLSpan) -> None:
+        self.pairs = pairs
+        self.nll = nll
+        self.columns: list[tuple[np.ndarray, ...]] = []
+        self.response_tokens = np.zeros(2 * pairs, dtype=np.int64)
+
+    def add(self, sequence: int, source_T: np.ndarray, ids_T: np.ndarray, prompt_length: int) -> None:
+        """Adds sequence number `sequence` (rejected: ``pairs + p``); call in ascending order.
+
+        Args:
+            source_T: int64 (T,), where the hidden state of each token lies in ``hidden.reshape(-1, D)``.
+            ids_T: int64 (T,), the tokens. Token t is predicted from the hidden state of token t - 1.
+            prompt_length: tokens before the answer.
+        """
+        targets = ids_T[1:]
+        response = np.arange(1, len(ids_T)) >= prompt_length
+        scored = np.zeros_like(response)
+        if sequence < self.pairs:
+            scored = response | self.nll.prompt
+            if self.nll.skip_token_id is not None:
+                scored = scored & (targets != self.nll.skip_token_id)
+        kept = response | scored
+        sequence_N = np.full(int(kept.sum()), sequence, dtype=np.int64)
+        self.columns.append((source_T[:-1][kept], targets[kept], sequence_N, response[kept], scored[kept]))
+        self.response_tokens[sequence] = response.sum()
+
+    def build(self, pair_ids: Iterable[int]) -> PairBatch:
+        """The rows collected so far as one batch."""
+        rows, targets, sequence, response, scored = (np.concatenate(c) for c in zip(*self.columns, strict=True))
+        both_sides = (self.response_tokens.reshape(2, self.pairs) > 0).all(axis=0)
+        return PairBatch(
+            rows=Rows(
+                *(torch.from_numpy(a.astype(np.int64)) for a in (rows, targets, sequence)),
+                *(torch.from_numpy(a.astype(bool)) for a in (response, scored)),
+                pairs=self.pairs,
+            ),
+            num_nll_tokens=int(scored.sum()),
+            num_pairs=int(both_sides.sum()),
+            pair_ids=torch.tensor(list(pair_ids), dtype=torch.int64),
+            num_chosen_rows=int((sequence < self.pairs).sum()),
+        )
+
+
+def pair_batch(inputs: Mapping[str, Any]) -> PairBatch:
+    """The :class:`PairBatch` in a collated batch.
+
+    Raises:
+        ValueError: the collator gives none.
+    """
+    batch = inputs.get("orpo")
+    if not isinstance(batch, PairBatch):
+        raise ValueError(
+            f"a batch has to hold 'orpo', a PairBatch; this data_collator gives {sorted(inputs)}. "
+            "See orpo.layouts.layout for what a collator returns"
+        )
+    return batch
+
+
+def without_repeats(batch: PairBatch, accelerator: Accelerator) -> PairBatch:
+    """`batch` without the pairs that accelerate repeats so that all ranks have equally many in the last batch."""
+    loader = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not loader.end_of_dataloader or loader.remainder <= 0:
+        return batch
+    own = loader.remainder - accelerator.process_index * batch.rows.pairs
+    return batch.first(min(max(own, 0), batch.rows.pairs))

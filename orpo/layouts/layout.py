@@ -1,0 +1,201 @@
+"""How tokenized pairs become one batch: the model's inputs, and the rows of hidden states that the loss reads.
+
+Letters: P pairs, S = 2P sequences (chosen first, then rejected), T positions, N kept rows.
+
+A layout is a callable ``list of examples -> batch``; an example is one row of `orpo.data.prepare.prepare_dataset`.
+Whatever the arrangement of tokens in memory, the loss sees the five arrays of :class:`orpo_kernels.rows.Rows` and the
+trainer two counts, so that neither knows which layout made a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from orpo.layouts.batch import WHOLE_CHOSEN, NLLSpan, RowBuilder
+from orpo.layouts.prefix_mask import CHOSEN, PROMPT, REJECTED, SharedPrefixMask
+
+
+def _sequences(examples: list[Mapping[str, Any]]) -> Iterable[tuple[np.ndarray, int]]:
+    """(tokens, prompt length) of every sequence, chosen ones first."""
+    for side in ("chosen", "rejected"):
+        for example in examples:
+            yield np.asarray(example[f"{side}_input_ids"], dtype=np.int64), int(example[f"{side}_prompt_length"])
+
+
+@dataclass(frozen=True)
+class PaddedLayout:
+    """One row per sequence, padded on the right, the chosen half first: ``input_ids`` and ``attention_mask`` (2P, T).
+
+    Attributes:
+        pad_token_id: what fills the rest of a row. It is masked from attention and has no row in the loss.
+        nll: which tokens of the chosen sequence the NLL scores.
+        pad_to_multiple_of: T is rounded up to a multiple of this.
+    """
+
+    pad_token_id: int
+    nll: NLLSpan = WHOLE_CHOSEN
+    pad_to_multiple_of: int = 1
+
+    def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, Any]:
+        """`examples` -> ``{"input_ids", "attention_mask", "orpo": PairBatch}``."""
+        sequences = list(_sequences(examples))
+        longest = max(len(ids) for ids, _ in sequences)
+        width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        input_ids = np.full((len(sequences), width), self.pad_token_id, dtype=np.int64)
+        attention_mask = np.zeros_like(input_ids)
+        builder = RowBuilder(len(examples), self.nll)
+        for s, (ids, prompt_length) in enumerate(sequences):
+            input_ids[s, : len(ids)] = ids
+            attention_mask[s, : len(ids)] = 1
+            builder.add(s, s * width + np.arange(len(ids)), ids, prompt_length)
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(attention_mask),
+            "orpo": builder.build(example.get("pair_id", -1) for example in examples),
+        }
+
+
+def _pack(lengths: list[int], width: int) -> list[list[int]]:
+    """Items into as few rows of `width` as first-fit finds, the longest first."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        row = next((r for r, left in enumerate(room) if left >= lengths[i]), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            room.append(width)
+        rows[row].append(i)
+        room[row] -= lengths[i]
+    return rows
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Sequences one behind the other, positions restarting, without an attention mask: ``input_ids`` (B, T).
+
+    transformers finds the sequences by their positions. FlashAttention's variable-length kernels want one row
+    (`single_row`) and never look across a boundary; elsewhere T is the longest sequence and shorter ones fill the rows.
+
+    Attributes:
+        pad_token_id, nll: as in :class:`PaddedLayout`.
+        single_row: all sequences in one row, with no padding at all.
+    """
+
+    pad_token_id: int
+    nll: NLLSpan = WHOLE_CHOSEN
+    single_row: bool = False
+
+    def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, Any]:
+        """`examples` -> ``{"input_ids", "position_ids", "orpo": PairBatch}``."""
+        sequences = list(_sequences(examples))
+        lengths = [len(ids) for ids, _ in sequences]
+        packed = _pack(lengths, sum(lengths) if self.single_row else max(lengths))
+        width = max(sum(lengths[s] for s in row) for row in packed)
+        input_ids = np.full((len(packed), width), self.pad_token_id, dtype=np.int64)
+        position_ids = np.zeros_like(input_ids)
+        starts = np.zeros(len(sequences), dtype=np.int64)
+        for r, row in enumerate(packed):
+            t = 0
+            for s in row:
+                input_ids[r, t : t + lengths[s]] = sequences[s][0]
+                position_ids[r, t : t + lengths[s]] = np.arange(lengths[s])
+                starts[s] = r * width + t
+                t += lengths[s]
+            # Counted from 0 again, padding is a sequence of its own, which nothing reads.
+            position_ids[r, t:] = np.arange(width - t)
+        builder = RowBuilder(len(examples), self.nll)
+        for s, (ids, prompt_length) in enumerate(sequences):
+            builder.add(s, starts[s] + np.arange(len(ids)), ids, prompt_length)
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "position_ids": torch.from_numpy(position_ids),
+            "orpo": builder.build(example.get("pair_id", -1) for example in examples),
+        }
+
+
+@dataclass(frozen=True)
+class SharedLayout:
+    """A pair as [prompt | chosen | rejected], the prompt once; several pairs to a row where that saves padding.
+
+    What both sequences begin with is shared, up to the shorter prompt: answers never share tokens, although theirs may
+    be equal, and prompts that differ (a merge over the boundary, a cut) share what is equal of them. The last shared
+    token predicts the first of both answers, so its hidden state is read twice.
+
+    Attributes:
+        pad_token_id, nll: as in :class:`PaddedLayout`.
+    """
+
+    pad_token_id: int
+    nll: NLLSpan = WHOLE_CHOSEN
+
+    def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, Any]:
+        """`examples` -> ``{"input_ids", "position_ids", "attention_mask": SharedPrefixMask, "orpo": PairBatch}``."""
+        sequences = list(_sequences(examples))
+        pairs = list(zip(sequences[: len(examples)], sequences[len(examples) :], strict=True))
+        shared = [_common_prompt(*pair) for pair in pairs]
+        lengths = [len(c) + len(r) - n for ((c, _), (r, _)), n in zip(pairs, shared, strict=True)]
+        width = max(lengths)
+        packed = _pack(lengths, width)
+        input_ids = np.full((len(packed), width), self.pad_token_id, dtype=np.int64)
+        position_ids = np.zeros_like(input_ids)
+        branch = np.full(input_ids.shape, 3 * len(examples), dtype=np.int32)
+        starts = np.zeros(len(examples), dtype=np.int64)
+        for r, row in enumerate(packed):
+            t = 0
+            for p in row:
+                (chosen, _), (rejected, _) = pairs[p]
+                n, middle, end = shared[p], t + len(chosen), t + lengths[p]
+                input_ids[r, t:middle], input_ids[r, middle:end] = chosen, rejected[n:]
+                position_ids[r, t:middle] = np.arange(len(chosen))
+                position_ids[r, middle:end] = np.arange(n, len(rejected))
+                branch[r, t : t + n] = 3 * p + PROMPT
+                branch[r, t + n : middle] = 3 * p + CHOSEN
+                branch[r, middle:end] = 3 * p + REJECTED
+                starts[p] = r * width + t
+                t = end
+            position_ids[r, t:] = np.arange(width - t)
+        builder = RowBuilder(len(examples), self.nll)
+        for s, (ids, prompt_length) in enumerate(sequences):
+            p = s % len(examples)
+            source = starts[p] + np.arange(len(ids))
+            if s >= len(examples):
+                source[shared[p] :] += len(pairs[p][0][0]) - shared[p]
+            builder.add(s, source, ids, prompt_length)
+        position_BT, longest = torch.from_numpy(position_ids), max(len(ids) for ids, _ in sequences)
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "position_ids": position_BT,
+            "attention_mask": SharedPrefixMask(torch.from_numpy(branch), position_BT, longest, sum(lengths)),
+            "orpo": builder.build(example.get("pair_id", -1) for example in examples),
+        }
+
+
+def _common_prompt(chosen: tuple[np.ndarray, int], rejected: tuple[np.ndarray, int]) -> int:
+    """How many tokens of the prompt both sequences of a pair begin with."""
+    n = min(chosen[1], rejected[1])
+    differs = np.flatnonzero(chosen[0][:n] != rejected[0][:n])
+    return int(differs[0]) if len(differs) else n
+
+
+LAYOUTS: dict[str, Callable[..., Callable[[list[Mapping[str, Any]]], dict[str, Any]]]] = {
+    "padded": PaddedLayout,
+    "packed": PackedLayout,
+    "shared": SharedLayout,
+}
+
+
+def make_layout(name: str, **options: Any) -> Callable[[list[Mapping[str, Any]]], dict[str, Any]]:
+    """The layout called `name`, one of ``LAYOUTS``.
+
+    Raises:
+        ValueError: there is no layout of that name.
+    """
+    if name not in LAYOUTS:
+        raise ValueError(f"layout is {name!r}; it has to be one of {', '.join(sorted(LAYOUTS))}")
+    return LAYOUTS[name](**options)

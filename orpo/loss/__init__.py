@@ -1,0 +1,217 @@
+"""ORPO in one import: the loss (arXiv 2403.07691, Eq. 6) from hidden states and the head's weight, never full logits.
+
+Letters: P pairs, T positions, D hidden size, V vocabulary, N rows; equations are numbered as in kernels/README.md.
+"""
+
+from __future__ import annotations
+
+from orpo_kernels.plan import choose_backend
+from orpo_kernels.rows import Rows, rows_from_labels
+from orpo_kernels.settings import LossSettings
+from torch import Tensor
+
+from orpo.loss.call import (
+    Names,
+    ORPOOutput,
+    autocast,
+    check_head,
+    check_integers,
+    check_labels,
+    check_row_arrays,
+    is_frozen,
+    run_orpo,
+    wanted_gradients,
+)
+from orpo.loss.drop_in import FusedLinearORPOLoss, odds_ratio_loss
+
+__all__ = [
+    "FusedLinearORPOLoss",
+    "ORPOOutput",
+    "odds_ratio_loss",
+    "orpo_loss",
+    "orpo_loss_from_rows",
+    "token_logprobs",
+]
+
+
+def orpo_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    nll_labels: Tensor | None = None,
+    lm_head_bias: Tensor | None = None,
+    beta: float = 0.1,
+    nll_weight: float = 1.0,
+    ignore_index: int = -100,
+    shift: bool = True,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    num_nll_tokens: float | None = None,
+    num_pairs: float | None = None,
+    logits_budget: int | None = None,
+    strip_bytes: int | None = None,
+    backend: str | None = None,
+) -> ORPOOutput:
+    """The ORPO loss of a padded batch of pairs, with its gradients, without the (2P, T, V) logits.
+
+    Equivalent to, in three lines of torch (Eqs. 1-5)::
+
+        logp = log_softmax(logit_scale * (hidden @ lm_head_weight.T + lm_head_bias), -1)      # of the labels
+        a = mean of logp over each answer;  r = logit(exp(a_chosen)) - logit(exp(a_rejected))
+        loss = nll_weight * -mean(logp[chosen]) + beta * softplus(-r).mean()
+
+    Args:
+        hidden: (2P, T, D), the decoder's last hidden states, the P chosen sequences first, then the P rejected ones.
+        lm_head_weight: (V, D). Its dtype may differ from that of `hidden`; autocast applies as it would to a Linear.
+        labels: (2P, T) int32 or int64, the response tokens, `ignore_index` on prompt and padding; aligned with the
+            input ids (position t predicts label t + 1) unless `shift=False`.
+        nll_labels: (P, T), or (2P, T) with the rejected half ignored: the tokens that the NLL scores. Default:
+            `labels`, the chosen response. TRL's NLL scores the prompt too: pass the input ids with padding ignored.
+        lm_head_bias: (V,) or None.
+        beta: weight of the odds-ratio term (the paper's lambda), >= 0.
+        nll_weight: weight of the NLL term.
+        ignore_index: the label of positions that do not count.
+        shift: whether labels are aligned with the input ids, as in transformers.
+        logit_scale: factor on the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
+        logit_softcap: c of c * tanh(logits / c) (Gemma 2), or None.
+        num_nll_tokens: denominator of the NLL's mean in place of this call's own number of tokens: the count over all
+            micro-batches and ranks makes accumulated gradients equal those of the large batch.
+        num_pairs: the same for the mean over pairs.
+        logits_budget: most bytes kept between the logits and their gradient: tiles of logits on CPU, exponentials in
+            the operands' dtype with Triton. 0: none, all logits are recomputed strip by strip in backward (8 N V D
+            FLOPs instead of 6; with Triton in between where the budget holds a part). A head that needs no gradient has
+            every logit computed once (4 N V D), with Triton where the budget holds all or 1024 rows. Default: 1 GiB
+            with Triton, 512 MiB on CPU, there none for a head that needs no gradient. On CPU a float32 head keeps about
+            1024 rows, or one pair, of what the budget holds, since more take no less time. The loss differs between
+            budgets by rounding.
+        strip_bytes: size of one vocabulary strip of recomputed logits. Default: 128 MiB on accelerators, 32 MiB on CPU,
+            where a wider one is no faster.
+        backend: "triton", "torch", or None: torch on CPU tensors, in float64 and where triton is not installed, Triton
+            elsewhere.
+
+    Returns:
+        ORPOOutput; `loss` is differentiable by hidden, lm_head_weight and lm_head_bias, once.
+
+    Raises:
+        ValueError: a shape, dtype, device, label or setting that does not fit; the message names the argument.
+    """
+    check_labels(hidden, labels, nll_labels)
+    settings = LossSettings(
+        beta=beta,
+        nll_weight=nll_weight,
+        num_nll_tokens=num_nll_tokens,
+        num_pairs=num_pairs,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        logits_budget=logits_budget,
+        strip_bytes=strip_bytes,
+        backend=backend,
+    )
+    rows = rows_from_labels(labels, nll_labels, ignore_index, shift)
+    return run_orpo(hidden, lm_head_weight, lm_head_bias, rows, settings, "labels")
+
+
+def orpo_loss_from_rows(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    rows: Rows,
+    *,
+    lm_head_bias: Tensor | None = None,
+    beta: float = 0.1,
+    nll_weight: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    num_nll_tokens: float | None = None,
+    num_pairs: float | None = None,
+    logits_budget: int | None = None,
+    strip_bytes: int | None = None,
+    backend: str | None = None,
+) -> ORPOOutput:
+    """`orpo_loss` for any batch layout (padded, packed, prefix-shared), described by the five arrays of `Rows`.
+
+    Args:
+        hidden: (..., D); row n reads ``hidden.reshape(-1, D)[rows.rows_N[n]]``.
+        lm_head_weight: (V, D).
+        rows: the rows that count, all of them with at least one mask set, sorted by sequence. A collator knows them,
+            so that nothing has to be read back from the device.
+
+    The other arguments, the result and the errors are those of `orpo_loss`.
+    """
+    check_row_arrays(rows, hidden)
+    settings = LossSettings(
+        beta=beta,
+        nll_weight=nll_weight,
+        num_nll_tokens=num_nll_tokens,
+        num_pairs=num_pairs,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        logits_budget=logits_budget,
+        strip_bytes=strip_bytes,
+        backend=backend,
+    )
+    return run_orpo(hidden, lm_head_weight, lm_head_bias, rows, settings, "rows")
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    logits_budget: int | None = None,
+    strip_bytes: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Log-probability of each target token, differentiable, without the (N, V) logits (Eqs. 1-2).
+
+    Equivalent to ``log_softmax(hidden @ weight.T + bias, -1).gather(-1, targets[:, None])[:, 0]``; SFT, DPO, SimPO and
+    CPO are a few lines of torch on top. Select the rows that count before the call: every row costs.
+
+    Args:
+        hidden: (N, D).
+        weight: (V, D).
+        targets: (N,) int32 or int64 in [0, V).
+        logits_budget: most bytes of exponentials kept with Triton, as in `orpo_loss`. Default: 0, since each call whose
+            backward is still to come would keep its own, and 1 GiB where weight and bias need no gradient, which
+            leaves none of it behind. On a CPU none are kept.
+        bias, logit_scale, logit_softcap, strip_bytes, backend: as in `orpo_loss`.
+
+    Returns:
+        (N,) float32 (float64 for float64 inputs), in nats.
+
+    Raises:
+        ValueError: a shape, dtype, device or target that does not fit; the message names the argument.
+    """
+    from orpo_kernels.logprobs import linear_logprobs
+
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden has to have shape (rows, hidden size), got {tuple(hidden.shape)}")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets of shape {tuple(targets.shape)} does not fit hidden of shape {tuple(hidden.shape)}")
+    settings = LossSettings(
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        logits_budget=logits_budget,
+        strip_bytes=strip_bytes,
+        backend=backend,
+    )
+    check_integers("targets", targets, hidden)
+    check_head(hidden, weight, bias, Names(weight="weight", bias="bias"))
+    head_frozen = is_frozen(weight, bias)
+    hidden, weight, bias = autocast(hidden, weight, bias)
+    logp, *_ = linear_logprobs(
+        hidden,
+        weight,
+        bias,
+        targets.long(),
+        settings.numbers(),
+        logits_budget=settings.logits_budget,
+        strip_bytes=settings.strip_bytes,
+        backend=choose_backend(settings.backend, hidden.device.type, hidden.dtype, weight.dtype),
+        needs=wanted_gradients(hidden, weight, bias),
+        head_frozen=head_frozen,
+    )
+    return logp

@@ -1,0 +1,1 @@
+"""The model: loaded, its head found, the loss attached and checked, adapters merged."""

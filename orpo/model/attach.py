@@ -1,0 +1,282 @@
+"""The loss as a part of the model: a causal language model whose forward also takes ``orpo=``.
+
+``model(input_ids, ..., orpo=LossCall(rows, ...))`` runs the model's own forward up to its head, and hands the hidden
+states to ``head(hidden, orpo=...)``, which computes the loss in place of the logits. Because the loss is a call of the
+head inside a call of the model, what is hooked to these calls (FSDP's and ZeRO's gathering, DDP's reduction, autocast)
+works as for logits. What replaces a module's forward does not, so that a model spread over devices (``device_map``) is
+refused. Only instances are patched; without ``orpo=`` both forwards are what they were, so generation and
+saving are untouched.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from types import MethodType
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from orpo_kernels.rows import Rows
+from orpo_kernels.settings import LossSettings
+from torch import Tensor, nn
+from transformers.integrations.fsdp import is_fsdp_enabled
+from transformers.utils import ModelOutput
+
+from orpo.layouts.prefix_mask import SharedPrefixMask, eager_where_flash_cannot_run, flash_precision
+from orpo.loss.call import check_row_arrays, run_orpo
+from orpo.model.head import head_operands, head_weight, trained_copy
+from orpo.ranks import from_rank_0
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """The argument of ``model(..., orpo=)``: the rows to score, and how.
+
+    Attributes:
+        rows: row n reads ``hidden.reshape(-1, D)[rows.rows_N[n]]``.
+        settings: of the loss; the head knows its own scale and softcap.
+        logit_metrics: whether ``metrics`` holds TRL's logits/*.
+    """
+
+    rows: Rows
+    settings: LossSettings = field(default_factory=LossSettings)
+    logit_metrics: bool = False
+
+
+@dataclass
+class ORPOModelOutput(ModelOutput):
+    """What ``model(..., orpo=)`` returns; all but `loss` and `aux_loss` are detached.
+
+    Attributes:
+        loss: scalar, Eq. 5 without the router's loss.
+        nll_loss, odds_ratio_loss: scalars, its two terms without their weights.
+        chosen_logps, rejected_logps, log_odds: (P,), mean log-probability of each answer, and the log odds ratio.
+        pair_mask: bool (P,), the pair has response tokens on both sides.
+        metrics: TRL's metrics of this batch, scalars by name.
+        aux_loss: scalar, the router's load-balancing loss where the model computes one, without its coefficient.
+    """
+
+    loss: Tensor | None = None
+    nll_loss: Tensor | None = None
+    odds_ratio_loss: Tensor | None = None
+    chosen_logps: Tensor | None = None
+    rejected_logps: Tensor | None = None
+    log_odds: Tensor | None = None
+    pair_mask: Tensor | None = None
+    metrics: dict[str, Tensor] | None = None
+    aux_loss: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """The logits are ``softcap * tanh(scale * head(hidden) / softcap)``, or ``scale * head(hidden)`` without a cap."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class _StandIn:
+    """In the place of a head: notes what it is called with and returns a constant. It has the head's attributes."""
+
+    def __init__(self, head: nn.Module, output: Tensor) -> None:
+        self.head, self.output = head, output
+        self.seen: list[Tensor] = []
+
+    def __call__(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        self.seen.append(hidden)
+        return self.output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.head, name)
+
+
+@dataclass
+class FusedHead:
+    """Where the head of a patched model is.
+
+    Attributes:
+        name: its dotted name.
+        owner, attribute: ``getattr(owner, attribute)`` is what the model's forward calls.
+        model_forward: the model's own forward, bound.
+        transform: what the model does to the head's output.
+    """
+
+    name: str
+    owner: nn.Module
+    attribute: str
+    model_forward: Callable[..., Any]
+    transform: LogitTransform = LogitTransform()
+
+    def run_to_head(self, stand_in: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """The model's forward with its head replaced by `stand_in`: (what the head was given, the forward's output)."""
+        stand_in_head = _StandIn(getattr(self.owner, self.attribute), stand_in)
+        # The instance's __dict__ is searched before its registered modules, which stay as they are.
+        self.owner.__dict__[self.attribute] = stand_in_head
+        try:
+            outputs = self.model_forward(*args, **{**kwargs, "return_dict": True})
+        finally:
+            del self.owner.__dict__[self.attribute]
+        if len(stand_in_head.seen) != 1:
+            raise ValueError(
+                f"the model calls its output embeddings ({self.name}) {len(stand_in_head.seen)} times in one forward; "
+                "the fused loss needs exactly one call"
+            )
+        return stand_in_head.seen[0], outputs
+
+
+def attach_orpo_loss(model: nn.Module) -> FusedHead:
+    """Lets ``model(..., orpo=LossCall)`` compute the loss. Doing it again, also around a new adapter, is harmless.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model around one.
+
+    Raises:
+        ValueError: the model is an encoder-decoder, spread over devices, cut up by ZeRO-3, or has a head that the fused
+            loss cannot reproduce.
+    """
+    # Before the head is looked at: its empty weight would be taken for a quantized one.
+    if any(hasattr(parameter, "ds_id") and parameter.numel() == 0 for parameter in model.parameters()):
+        raise ValueError(
+            "ZeRO-3 has cut the weights up while loading, and the loss cannot be attached to them: use ZeRO-2 "
+            "(orpo-train --print-config zero2) or FSDP2 (orpo-train --print-config fsdp2)"
+        )
+    base = base_model(model)
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(base).__name__} is an encoder-decoder; this loss is for decoder-only (causal) language models"
+        )
+    if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
+        raise ValueError("prompt-learning adapters put tokens of their own before the batch's; use LoRA or the like")
+    devices = {str(device) for device in (getattr(base, "hf_device_map", None) or {}).values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"device_map has spread the model over {', '.join(sorted(devices))}; the fused loss needs its head where "
+            "the hidden states are: load it on one device (device_map={'': 0}), or shard it with FSDP"
+        )
+    head = base.get_output_embeddings()
+    names = [name for name, module in base.named_modules() if module is head]
+    if head is None or not names:
+        raise ValueError(f"{type(base).__name__} has no output embeddings (get_output_embeddings() gives none)")
+    head_weight(trained_copy(head))
+    if "_orpo_head" not in base.__dict__:
+        owner, _, attribute = names[0].rpartition(".")
+        fused = FusedHead(names[0], base.get_submodule(owner), attribute, base.forward)
+        _patch_model(base, fused)
+        try:
+            fused.transform = _transform_of_all_ranks(base, fused)
+        except BaseException:
+            _unpatch_model(base, fused)
+            raise
+    _patch_head(trained_copy(head), base._orpo_head.transform)
+    return base._orpo_head
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model, or `model` itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+# The patched forwards reach their state through self, never through a closure: a deep copy of the model would otherwise
+# run the model that it was copied from.
+def _patch_model(model: nn.Module, fused: FusedHead) -> None:
+    signature = inspect.signature(type(model).forward)
+
+    def forward(self: nn.Module, *args: Any, orpo: LossCall | Tensor | None = None, **kwargs: Any) -> Any:
+        fused = self._orpo_head
+        if isinstance(kwargs.get("attention_mask"), SharedPrefixMask):
+            kwargs["attention_mask"] = kwargs["attention_mask"].for_model(self)
+        if orpo is None:
+            return fused.model_forward(*args, **kwargs)
+        if isinstance(orpo, Tensor):
+            return fused.run_to_head(orpo, args, kwargs)[1]
+        if "use_cache" in signature.parameters:
+            # A cache of keys and values serves nobody here, and hides from transformers that sequences are packed.
+            kwargs.setdefault("use_cache", False)
+        hidden, outputs = fused.run_to_head(torch.zeros(1, 1, 1, device=self.device), args, kwargs)
+        result = getattr(fused.owner, fused.attribute)(hidden, orpo=orpo)
+        return ORPOModelOutput(**result, aux_loss=outputs.get("aux_loss"))
+
+    # Generation asks the signature which arguments the model takes. functools.wraps would set __wrapped__ as well, and
+    # accelerate's unwrapping would follow it past this patch.
+    forward.__signature__ = signature
+    model._orpo_head = fused
+    model.forward = MethodType(forward, model)
+
+
+def _unpatch_model(model: nn.Module, fused: FusedHead) -> None:
+    """A model that is refused goes back to its owner as it came."""
+    del model.forward, model._orpo_head
+    if model.forward != fused.model_forward:
+        model.forward = fused.model_forward
+
+
+def _patch_head(head: nn.Module, transform: LogitTransform) -> None:
+    if "_orpo_transform" in head.__dict__:
+        return
+
+    def forward(self: nn.Module, hidden: Tensor, *args: Any, orpo: LossCall | None = None, **kwargs: Any) -> Any:
+        if orpo is None:
+            return self._orpo_plain_forward(hidden, *args, **kwargs)
+        hidden, weight, bias = head_operands(self, hidden)
+        transform = self._orpo_transform
+        settings = replace(orpo.cli.settings_page, logit_scale=transform.scale, logit_softcap=transform.softcap)
+        check_row_arrays(orpo.rows, hidden)
+        out = run_orpo(hidden, weight, bias, orpo.rows, settings, "rows")
+        names = ("loss", "nll_loss", "odds_ratio_loss", "chosen_logps", "rejected_logps", "log_odds", "pair_mask")
+        return {name: getattr(out, name) for name in names} | {"metrics": out.metrics(logits=orpo.logit_metrics)}
+
+    head._orpo_transform = transform
+    head._orpo_plain_forward = head.forward
+    head.forward = MethodType(forward, head)
+
+
+def tiny_inputs(model: nn.Module, sequences: int, length: int) -> dict[str, Tensor]:
+    """A few token ids, the same on every rank and in every run."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (sequences, length), generator=generator).to(model.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _transform_of_all_ranks(model: nn.Module, fused: FusedHead) -> LogitTransform:
+    if is_fsdp_enabled():
+        # Loading that spares memory gives weights to rank 0 alone; elsewhere the model cannot run yet.
+        return from_rank_0(PartialState(), lambda: _read_transform(model, fused))
+    return _read_transform(model, fused)
+
+
+@torch.no_grad()
+def _read_transform(model: nn.Module, fused: FusedHead) -> LogitTransform:
+    """What the model's forward does to the output of its head.
+
+    Read off the forward itself, by letting the head return known numbers, rather than off the dozen names that the
+    configurations have for it. The slope at 0 is the scale; a finite limit is the softcap.
+    """
+    grid = torch.tensor([2.0**-20, 1.0, 3.0, 17.0, 2.0**40], device=model.device).reshape(1, -1, 1)
+    was_training = model.training
+    model.eval()
+    try:
+        # A call of the model, not of its forward: sharded weights are gathered by hooks around the call.
+        # What the body computes, by which attention and in which precision, is replaced by the grid.
+        with eager_where_flash_cannot_run(model), flash_precision(model, torch.bfloat16):
+            outputs = model(**tiny_inputs(model, 1, grid.shape[1]), orpo=grid)
+    finally:
+        model.train(was_training)
+    logits = outputs["logits"].float().flatten()
+    if logits.shape != grid.flatten().shape:
+        raise ValueError(
+            f"{type(model).__name__} changes the shape of its logits after {fused.name}; the fused loss cannot follow"
+        )
+    small, *middle, large = logits.tolist()
+    scale = small / grid.flatten()[0].item()
+    softcap = None if abs(large) > 2.0**30 * abs(scale) else large
+    scaled = scale * grid.flatten()[1:4]
+    expected = scaled if softcap is None else softcap * torch.tanh(scaled / softcap)
+    if not torch.allclose(expected.cpu(), torch.tensor(middle), rtol=2e-2, atol=1e-3):
+        raise ValueError(
+            f"{type(model).__name__} turns {fused.name} outputs of 1, 3, 17 into {middle}, which is neither a factor "
+            "nor a tanh softcap; the fused loss cannot follow"
+        )
+    return LogitTransform(scale, softcap)

@@ -1,0 +1,1 @@
+"""What a run leaves to read: the model card and the curves."""

@@ -1,0 +1,264 @@
+"""Checkpoints that are whole or absent, and how many stay."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import StateDictType
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+
+from orpo.ranks import from_rank_0, fsdp_plugin
+from orpo.runs.disk import DiskSpace, readable
+from orpo.runs.find_checkpoint import (
+    checkpoint_folders,
+    complete_checkpoints,
+    find_checkpoint,
+    find_fault,
+    last_number,
+    way_back,
+)
+from orpo.runs.lock import check_lock, run_lock
+from orpo.runs.non_finite import NonFiniteError, NonFiniteGuard, check_evaluation, check_weights
+from orpo.runs.record import RECORD, compare_runs, describe_run, write_record
+from orpo.runs.sigterm import SaveOnSigterm
+
+# Begins with an underscore, since Trainer leaves such names out of what it uploads to the hub.
+INCOMPLETE = "_incomplete"
+
+
+class CheckpointingTrainer(Trainer):
+    """``Trainer`` whose checkpoints are complete from the moment they have their name.
+
+    They are written to ``output_dir/_incomplete`` and moved when every process has written its part, and only then are
+    older ones removed for ``save_total_limit``: a run that is killed at any time leaves the checkpoint before. This
+    guards against the end of processes, not of the machine: nothing is forced out of the system's file cache.
+    """
+
+    _saving = False
+    # Whether SIGTERM ended the last `train`, with enable_jit_checkpoint: what is trained is not finished.
+    interrupted = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(DiskSpace())
+        if (callback := self.pop_callback(JITCheckpointCallback)) is not None:
+            self.add_callback(SaveOnSigterm(self, callback))
+        self._guard = NonFiniteGuard(self.args.process_index)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """``Trainer.train``, resumed from what :func:`find_checkpoint` finds.
+
+        Raises:
+            ValueError: there is no such checkpoint, it is of a run with settings that this one does not have, or
+                another process trains in ``output_dir``.
+            NonFiniteError: a loss, a gradient or a weight became NaN or infinite; a note names the last checkpoint.
+        """
+        if kwargs.get("trial") is not None:
+            # A search makes the trial's model in there, and says itself what a trial goes on from.
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            self._guard.flush()
+            return output
+        if self.model is None and self.model_init is not None:
+            # A search leaves none behind, and Trainer would make one only after this.
+            self.model = self.call_model_init()
+        self._run_settings, self.interrupted = describe_run(self), False
+        # Without saves, nothing is written that could be mixed.
+        alone = self.args.save_strategy != "no"
+        with run_lock(self.args.output_dir, self.accelerator) if alone else nullcontext():
+            # Of one rank: folders seen over a network may differ, and one that starts anew alone would hang the rest.
+            checkpoint = from_rank_0(self.accelerator, lambda: self._choose_checkpoint(resume_from_checkpoint))
+            try:
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+                self._guard.flush()
+            except NonFiniteError as error:
+                if note := way_back(Path(self.args.output_dir)):
+                    error.add_note(note)
+                raise
+        return output
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """``Trainer``'s; with ``auto_find_batch_size`` it is begun anew after one that ran out of memory."""
+        self._guard = NonFiniteGuard(self.args.process_index)
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _choose_checkpoint(self, wanted: str | bool | None) -> str | None:
+        folder = Path(self.args.output_dir)
+        report = print if self.args.should_log else lambda _: None
+        checkpoint = find_checkpoint(wanted, folder, report)
+        note = compare_runs(checkpoint, self._run_settings) if checkpoint else ""
+        # Nothing is removed before this run is known to go on.
+        if removed := _remove_interrupted(folder / INCOMPLETE):
+            report(f"{folder}: the save of {', '.join(removed)} was interrupted; what there was of it is removed")
+        for path in sorted(checkpoint_folders(folder)):
+            if fault := find_fault(path):
+                report(f"{folder}: {path.name} {fault} and is ignored")
+        if checkpoint is None:
+            if complete := complete_checkpoints(folder):
+                report(f"starts anew; {folder} holds checkpoints of an earlier run, the newest {complete[-1].name}")
+            return None
+        report(f"resumes from {checkpoint}{note}")
+        return str(checkpoint)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super()._evaluate(*args, **kwargs)
+        check_evaluation(metrics, self.state.global_step)
+        return metrics
+
+    def _check_before_checkpoint(self) -> None:
+        self._guard.flush()
+        check_weights(self.model, self.state.global_step)
+
+    def _on_all_ranks(self, check: Callable[[], None]) -> None:
+        """Raises NonFiniteError on all ranks where `check` does on one: the others would wait for it in the save."""
+        error = None
+        try:
+            check()
+        except NonFiniteError as found:
+            error = found
+        if self.accelerator.num_processes > 1:
+            others = self.accelerator.reduce(torch.tensor(float(error is not None), device=self.args.device))
+            if error is None and others:
+                error = NonFiniteError(f"another rank than {self.args.process_index} says what is not finite")
+        if error is not None:
+            raise error
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, INCOMPLETE) if self._saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        part, final = folder / INCOMPLETE / name, folder / name
+        self._on_all_ranks(self._check_before_checkpoint)
+        self._saving = True
+        try:
+            if self.args.should_save:
+                check_lock(self.args.output_dir)
+                _mark(part)
+            super()._save_checkpoint(model, trial)
+            # Trainer may spell the folder otherwise: ./out.
+            if (best := self.state.best_model_checkpoint) is not None and Path(best) == part:
+                self.state.best_model_checkpoint = str(final)
+                if self.args.should_save:
+                    self.state.save_to_json(str(part / TRAINER_STATE_NAME))
+            # The record has the checksums of what all processes have written.
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                write_record(part, self._run_settings, number=1 + last_number(folder))
+                _move(part, final)
+        except BaseException as error:
+            shutil.rmtree(part, ignore_errors=True)
+            error.add_note(_failure(name, folder))
+            raise
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.local_process_index == 0 and part.is_dir():
+            # A node with a disk of its own, where the first process of the run moves nothing.
+            _move(part, final)
+        if self.args.should_save:
+            self._remove_old(folder)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(final))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._saving:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """``Trainer``'s, which under ``save_total_limit`` 1 removes all checkpoints but the best, the last among them:
+        another start would take the run for one that is not at its end."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _remove_old(self, folder: Path) -> None:
+        limit = self.args.save_total_limit
+        if limit is None or limit <= 0:
+            return
+        complete = complete_checkpoints(folder)
+        # One folder has many names: relative, absolute, by a link.
+        kept = {complete[-1].resolve(), Path(self.state.best_model_checkpoint or complete[-1]).resolve()}
+        removable = [path for path in complete if path.resolve() not in kept]
+        for path in removable[: max(len(complete) - max(limit, len(kept)), 0)]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """``Trainer.save_model``, which writes no model under FSDP with a sharded state dict; this one does.
+
+        A checkpoint keeps the shards alone.
+
+        Raises:
+            NonFiniteError: a weight that was trained is NaN or infinite.
+        """
+        plugin = fsdp_plugin(self.accelerator)
+        if not _internal_call:
+
+            def check() -> None:
+                check_weights(self.model, self.state.global_step)
+
+            # Without FSDP all ranks have the same weights, and one may save alone.
+            check() if plugin is None else self._on_all_ranks(check)
+        if plugin is None or _internal_call or plugin.state_dict_type == StateDictType.FULL_STATE_DICT:
+            super().save_model(output_dir, _internal_call)
+            return
+        before, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            plugin.state_dict_type = before
+
+
+def _mark(part: Path) -> None:
+    """Makes the folder `part` with an empty record, by which a later run knows it for one that may be removed."""
+    # What another save of this step has left there would be a part of this one.
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    (part / RECORD).write_text("{}")
+
+
+def _remove_interrupted(folder: Path) -> list[str]:
+    """Removes what an interrupted save left in `folder`, and returns the names; files of others stay."""
+    found = sorted(record.parent for record in folder.glob(f"*checkpoint-*/{RECORD}"))
+    for part in found:
+        shutil.rmtree(part)
+    _remove_if_empty(folder)
+    return [part.name for part in found]
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _move(part: Path, final: Path) -> None:
+    replaced = part.with_name(f"replaced-{part.name}")
+    if final.exists():
+        # Of a run that was started anew: a folder that is not empty cannot be renamed over.
+        os.replace(final, replaced)
+    try:
+        os.replace(part, final)
+    except FileNotFoundError:
+        # Another node was first, on a disk that the nodes share.
+        if not final.exists():
+            raise
+    shutil.rmtree(replaced, ignore_errors=True)
+    _remove_if_empty(part.parent)
+
+
+def _failure(name: str, folder: Path) -> str:
+    complete = complete_checkpoints(folder)
+    left = f"{complete[-1]} is whole, and the run resumes from it" if complete else "there is none before it"
+    free = f"{readable(shutil.disk_usage(folder).free)} free" if folder.is_dir() else "the folder is gone"
+    return f"{name} could not be saved in {folder} ({free}); {left}"

@@ -1,0 +1,167 @@
+"""A run that resumes trains on the rows that the interrupted one would have had, and a finished one not at all."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+from transformers import EarlyStoppingCallback, Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import has_length
+
+from orpo.ranks import from_rank_0
+from orpo.runs.find_checkpoint import find_fault
+from orpo.runs.record import describe_run
+
+
+class LengthGroups(LengthGroupedSampler):
+    """transformers' sampler of ``group_by_length``, in an order that the seed and the epoch alone decide.
+
+    By itself it draws from the global random state, which a resumed run does not have at the start of the epoch, and
+    in which ranks differ.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows of an optimizer step, whose longest come first.
+        seed: of the order, together with the epoch.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the dataloader."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Any:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+class ResumingTrainer(Trainer):
+    """``Trainer`` that goes on after a checkpoint with the rows of a run that was never interrupted."""
+
+    _train_sampler: Sampler | None = None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler = LengthGroups(sampler.lengths, sampler.batch_size, seed)
+        self._train_sampler = sampler
+        return sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """``Trainer``'s, which tells its sampler the epoch on several ranks after a checkpoint too."""
+        dataloader = super().get_train_dataloader()
+        if hasattr(self._train_sampler, "set_epoch"):
+            dataloader.set_sampler(self._train_sampler)
+        return dataloader
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """``Trainer``'s: the epoch to go on in, and how many of its batches were trained on."""
+        position = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if trial is not None:
+            # A search sets the trial's model and settings between train() and here.
+            self._run_settings = describe_run(self)
+        if resume_from_checkpoint is None:
+            return position
+        # Trainer takes logging_steps, eval_steps and save_steps from the checkpoint: new ones would do nothing.
+        self.state.compute_steps(self.args, max_steps)
+        state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME)))
+        self._find_best(state, Path(resume_from_checkpoint))
+        finished = self._why_finished(state, max_steps)
+        if finished is not None:
+            if self.args.should_log:
+                print(f"the run is finished, {finished}: nothing is trained")
+            return num_train_epochs, 0
+        self._refuse_unknown_order()
+        return position if has_length(self.train_dataset) else self._position_in_stream(state)
+
+    def _find_best(self, state: TrainerState, resumed: Path) -> None:
+        """Takes the best checkpoint from beside the one resumed from: its folder may have been moved or named anew."""
+        if state.best_model_checkpoint is None:
+            return
+        best = resumed.parent / Path(state.best_model_checkpoint).name
+        if not best.is_dir():
+            if self.state.best_model_checkpoint is None:
+                if self.args.should_log:
+                    print(f"{best}, the best checkpoint so far, is gone: the best is looked for from here on")
+                # What is better than those that are there would not count.
+                self.state.best_metric = self.state.best_global_step = None
+            return
+        if self.state.best_model_checkpoint is None and self.args.should_log:
+            # Trainer has just said that it is ignored.
+            print(f"the best checkpoint so far is {best}")
+        self.state.best_model_checkpoint = str(best)
+
+    def _why_finished(self, state: TrainerState, max_steps: int) -> str | None:
+        """Where the run that left `state` had come to its end; None if it had not. Takes up its patience."""
+        if state.global_step >= max_steps:
+            return f"step {state.global_step} of {max_steps}"
+        for callback in self.callback_handler.callbacks:
+            if not isinstance(callback, EarlyStoppingCallback):
+                continue
+            saved = state.stateful_callbacks.get(type(callback).__name__, {})
+            saved = saved[0] if isinstance(saved, list) else saved
+            # From 0 the run would go on for longer than without the interruption.
+            waited = saved.get("attributes", {}).get("early_stopping_patience_counter", 0)
+            callback.early_stopping_patience_counter = waited
+            if waited >= callback.early_stopping_patience:
+                return f"stopped early at step {state.global_step} with early_stopping_patience {waited}"
+        return None
+
+    def _refuse_unknown_order(self) -> None:
+        args = self.args
+        random = args.train_sampling_strategy == "random" and has_length(self.train_dataset)
+        if random and not args.accelerator_config.use_seedable_sampler and not args.ignore_data_skip:
+            raise ValueError(
+                "accelerator_config: use_seedable_sampler is False, and the order of the rows is drawn from a state "
+                "that a resumed run does not have: leave it True, or set ignore_data_skip to go on with other rows"
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """``Trainer``'s, but nothing of a training that took no step, whose loss would be 0."""
+        if "train_loss" in logs and self.state.global_step == self._initial_global_step:
+            del logs["train_loss"]
+        else:
+            super().log(logs, start_time)
+
+    def _load_best_model(self) -> None:
+        """``Trainer``'s; an adapter with a name of its own lies in a folder of that name, where it does not look."""
+        best = Path(self.state.best_model_checkpoint)
+        # Of one rank: another node may have a disk of its own.
+        if fault := from_rank_0(self.accelerator, lambda: find_fault(best, contents=True)):
+            raise ValueError(
+                f"{best}, the best checkpoint, {fault} and is not loaded: load_best_model_at_end false keeps the last "
+                "step's weights"
+            )
+        named = [name for name in getattr(self.model, "peft_config", {}) if name != "default"]
+        if not named or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+            return
+        for name in self.model.active_adapters:
+            part = Path(self.state.best_model_checkpoint, "" if name == "default" else name)
+            self.model.load_adapter(str(part), name)
+
+    def _position_in_stream(self, state: TrainerState) -> tuple[int, int]:
+        # Trainer, which does not know how long a stream is, counts all steps of the run as one epoch: it would pass
+        # over a stream that was read twice in its first pass, and begin the second from the first row. What it has
+        # noted as the epoch is the number of passes, and of the last one the batches as a share of the run's.
+        passes = math.ceil(state.epoch) - 1
+        batches = round((state.epoch - passes) * state.max_steps * self.args.gradient_accumulation_steps)
+        return passes, 0 if self.args.ignore_data_skip else batches

@@ -1,0 +1,1 @@
+"""What becomes of text: prompts, special tokens, limits of length."""

@@ -1,0 +1,85 @@
+"""Prompts in training and in generation: rendered in the same way, and ending in front of the same token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from orpo.tokens.special_tokens import token_ids
+
+# Among the tokenizer's own settings, so that it lies with every saved model: checkpoints, merged ones, on the hub.
+KEY = "orpo_prompts"
+ESCAPE_KEY = "orpo_escape_special_tokens"
+PLAIN, CHAT = "plain", "chat"
+
+
+def remember_form(tokenizer: Any, data: Any, escape: bool = False) -> None:
+    """Leaves in `tokenizer`, and in what it saves, whether the prompts of `data` are strings or chat turns.
+
+    Args:
+        data: pairs in any form of :mod:`orpo.data.formats`; told by the first. Prepared ones leave nothing.
+        escape: whether special tokens in their text stay text, which is left too.
+    """
+    answer = first_row(data).get("chosen")
+    if answer is not None and hasattr(tokenizer, "init_kwargs"):
+        tokenizer.init_kwargs[KEY] = PLAIN if isinstance(answer, str) else CHAT
+        tokenizer.init_kwargs.pop(ESCAPE_KEY, None)
+        if escape:
+            tokenizer.init_kwargs[ESCAPE_KEY] = True
+
+
+def trained_plain(tokenizer: Any) -> bool:
+    """Whether `tokenizer` lies with a model that was trained on strings, without a chat template."""
+    return getattr(tokenizer, "init_kwargs", {}).get(KEY) == PLAIN
+
+
+def trained_escaped(tokenizer: Any) -> bool:
+    """Whether `tokenizer` lies with a model whose training kept special tokens in the text as text."""
+    return bool(getattr(tokenizer, "init_kwargs", {}).get(ESCAPE_KEY))
+
+
+def first_row(data: Any) -> Mapping[str, Any]:
+    """The first row of a data set, a dict of lists or a list of dicts; empty where there is none."""
+    if isinstance(data, Mapping):
+        return {name: column[0] for name, column in data.items() if len(column)}
+    return next(iter(data if data is not None else ()), {})
+
+
+def prompt_tokens(text: str, tokenizer: Any, marks: str = "") -> list[int]:
+    """Tokens of a prompt as far as an answer leaves them, without special tokens put around them.
+
+    Training gives a prompt the tokens that it shares with prompt and answer together. A space at its end mostly goes to
+    the answer's first word: after that space alone a model would have to continue what it never saw. What `marks`
+    enclose (:mod:`orpo.tokens.special_tokens`) becomes no special token.
+    """
+    ids = _ids(text, tokenizer, marks)
+    if not text[-1:].isspace():
+        return ids
+    whole = _ids(text + "a", tokenizer, marks)
+    shared = next((i for i, (one, other) in enumerate(zip(ids, whole, strict=False)) if one != other), len(ids))
+    return ids[:shared]
+
+
+def left_to_the_answer(text: str, tokenizer: Any, marks: str = "") -> str:
+    """The end of a prompt that :func:`prompt_tokens` leaves out, as text."""
+    return tokenizer.decode(_ids(text, tokenizer, marks)[len(prompt_tokens(text, tokenizer, marks)) :])
+
+
+def boundary_note(data: Any, tokenizer: Any) -> str | None:
+    """What has to be said of string prompts that do not end where they seem to, told by the first; or None."""
+    row = first_row(data)
+    prompt = row.get("prompt")
+    # Messages are rendered by the chat template, which decides where a prompt ends.
+    strings = isinstance(prompt, str) and isinstance(row.get("chosen"), str)
+    if not strings or not left_to_the_answer(prompt, tokenizer):
+        return None
+    return (
+        f"the first prompt ends in {prompt[len(prompt.rstrip()) :]!r}, whose last token goes to the answer's first "
+        "word, as in TRL; orpo-generate does the same"
+    )
+
+
+def _ids(text: str, tokenizer: Any, marks: str = "") -> list[int]:
+    # Half a surrogate pair, as JSON can escape one, is no character: a tokenizer raises on it.
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return token_ids([text], tokenizer, marks)[0]

@@ -1,0 +1,1 @@
+"""The trainer: its settings, one step, evaluation, and what it refuses."""

@@ -1,0 +1,316 @@
+"""ORPOTrainer: transformers' Trainer with the fused loss, exact normalisation and TRL's metrics.
+
+Four things differ from a plain Trainer: what an optimizer step divides by (`_get_num_items_in_batch`), the loss
+(`compute_loss`), what is logged (`log`), and evaluation (orpo.trainer.evaluation).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from orpo.data.overlap import report_overlap
+from orpo.data.prepare import prepare_dataset
+from orpo.data.preview import check_stream, check_token_ids, describe_example, first_pair
+from orpo.data.streams import StreamReport, counters
+from orpo.hub import hub_options
+from orpo.layouts.batch import Counts, pair_batch
+from orpo.layouts.layout import make_layout
+from orpo.model.attach import LossCall, base_model
+from orpo.model.load import load_tokenizer
+from orpo.model.probe import check_fused_logps, choose_layout
+from orpo.ranks import agreed, prepare_ranks
+from orpo.runs.checkpoints import CheckpointingTrainer
+from orpo.runs.disk import check_writable
+from orpo.runs.resuming import ResumingTrainer
+from orpo.tokens.prompts import boundary_note, remember_form
+from orpo.trainer.adapt import adapt, pad_token_id, router_coefficient
+from orpo.trainer.config import ORPOConfig
+from orpo.trainer.diagnose import gradient_norms, pair_statistics, refuse_cut_gradients
+from orpo.trainer.evaluation import EvaluatingTrainer, check_best_metric, each_set
+from orpo.trainer.means import WeightedMeans
+from orpo.trainer.reports import ReportingTrainer
+from orpo.trainer.sanity import RunawayLoss, refuse_frozen, refuse_no_gradient, refuse_no_step
+from orpo.trainer.start import check_start, load_start
+
+
+class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, CheckpointingTrainer):
+    """Trains a causal language model on preference pairs with ORPO, in the call shape of TRL's trainer.
+
+    Args:
+        model: a transformers causal language model, a PEFT model around one, or the name or folder of either.
+            An adapter by name is trained further; with `peft_config` it is merged first, in ``output_dir/base``.
+        args: the settings.
+        data_collator: what makes batches of prepared examples. Default: the layout of ``args.layout``.
+        train_dataset, eval_dataset: pairs in any form of :mod:`orpo.data.formats`, as a ``datasets.Dataset`` or
+            ``IterableDataset``, a dict of lists, or a list of dicts; `eval_dataset` may also be a dict of data sets.
+        processing_class: the tokenizer. Default: the one that belongs to the model's name.
+        tokenizer: the older name of `processing_class`.
+        peft_config: a PEFT configuration to wrap the model in.
+        compute_metrics: called with predictions (pairs, 2), the mean log-probabilities of chosen and rejected answers;
+            with "loss" in ``args.include_for_metrics`` also with ``losses`` (pairs,), of each pair its batch's.
+        model_init, callbacks, optimizers, preprocess_logits_for_metrics: as in ``transformers.Trainer``.
+
+    Raises:
+        ValueError: the model, its head, the data or the settings cannot be trained with; the message says why.
+        orpo.runs.non_finite.NonFiniteError: from ``train()``, when a loss or gradient is NaN or infinite.
+    """
+
+    # The loss is divided by the counts of the whole optimizer step; Trainer must not divide it again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str | None = None,
+        args: ORPOConfig | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        peft_config: Any = None,
+        compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+        *,
+        tokenizer: Any = None,
+    ) -> None:
+        args = ORPOConfig() if args is None else args
+        if not isinstance(args, ORPOConfig):
+            given = f"{type(args).__module__.partition('.')[0]}.{type(args).__name__}"
+            raise ValueError(
+                f"args has to be an orpo.ORPOConfig, not {given}: from orpo import ORPOConfig, which takes the same "
+                "arguments"
+            )
+        if tokenizer is not None and processing_class is not None:
+            raise ValueError("tokenizer is the older name of processing_class: give one of them, not both")
+        if train_dataset is None and eval_dataset is None:
+            raise ValueError("neither train_dataset nor eval_dataset is given; there is nothing to train on")
+        if train_dataset is not None and args.should_save:
+            check_writable(args.output_dir)
+        if args.n_gpu > 1:
+            # torch's DataParallel would cut the row arrays in pieces.
+            args._n_gpu = 1
+        name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+        options = args.model_init_kwargs or {}
+        if isinstance(model, str):
+            name = check_start(model, args)
+        elif options:
+            raise ValueError("model_init_kwargs is given, but the model is loaded already")
+        # The data before the weights, which may take minutes to load: a wrong column is known in a second.
+        processing_class = tokenizer if processing_class is None else processing_class
+        if processing_class is None:
+            processing_class = load_tokenizer(name, trust_remote_code=args.trust_remote_code, **hub_options(options))
+        text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        remember_form(text_tokenizer, train_dataset, escape=args.escape_special_tokens)
+        if args.should_log and (note := boundary_note(train_dataset, text_tokenizer)):
+            print(note)
+        self._prepare = self._preparation(args, text_tokenizer)
+        train_dataset = self._prepare(train_dataset, "train")
+        eval_dataset = each_set(eval_dataset, "eval", self._prepare)
+        each_set(eval_dataset, "eval", lambda part, _: check_stream(part))
+        check_best_metric(args, eval_dataset, has_own=compute_metrics is not None)
+        if args.should_log and train_dataset is not None:
+            report_overlap(train_dataset, eval_dataset)
+        self._streams = StreamReport(counters(train_dataset), counters(eval_dataset))
+        if isinstance(model, str):
+            model = load_start(model, args, peft_config)
+        if model is not None:
+            model = adapt(model, args, peft_config)
+        pad_id, nll = pad_token_id(args, text_tokenizer, model), args.nll(text_tokenizer.eos_token_id)
+        layout_options = {"pad_token_id": pad_id, "nll": nll}
+        chooses_layout = data_collator is None
+        if chooses_layout:
+            data_collator = make_layout("padded", **layout_options)
+            if args.should_log and train_dataset is not None:
+                print(describe_example(first_pair(train_dataset), data_collator, text_tokenizer))
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            # Trainer counts the arguments in the signature, which has to be model_init's own.
+            model_init=model_init
+            and functools.wraps(model_init)(lambda *trial: adapt(model_init(*trial), args, peft_config)),
+            compute_metrics=compute_metrics,
+            callbacks=[*(callbacks or []), self._streams],
+            optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        self._forget()
+        if args.diagnose:
+            # accelerate launch leaves args.fsdp and args.deepspeed empty.
+            refuse_cut_gradients(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        vocabulary = base_model(self.model).get_input_embeddings().weight.shape[0]
+        for data in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
+            check_token_ids(data, vocabulary)
+        prepare_ranks(self.accelerator, self.model)
+        layout = agreed(self.accelerator, lambda: self._probe(layout_options if chooses_layout else None))
+        self.data_collator = layout or self.data_collator
+
+    def _probe(self, layout_options: dict[str, Any] | None) -> Any:
+        """The layout to train in, or None where there is nothing to choose."""
+        args = self.args
+        check_fused_logps(self.model, args.loss_settings())
+        if layout_options is None:
+            return None
+        layout, why = choose_layout(args.layout, self.model, max_length=args.max_length, **layout_options)
+        if args.should_log:
+            print(why)
+        return layout
+
+    @staticmethod
+    def _preparation(args: ORPOConfig, tokenizer: Any) -> Callable[[Any, str], Any]:
+        def prepare(data: Any, name: str) -> Any:
+            if data is None:
+                return None
+            report = print if args.should_log else lambda _: None
+            with args.main_process_first(desc=f"tokenizing the {name} set"):
+                return prepare_dataset(
+                    data,
+                    tokenizer,
+                    args.limits,
+                    name=name,
+                    num_proc=args.dataset_num_proc,
+                    escape_special_tokens=args.escape_special_tokens,
+                    report=report,
+                )
+
+        return prepare
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """``Trainer.train``. To resume: True for the newest complete checkpoint, "auto" if there is one, or a folder.
+
+        Raises:
+            ValueError: there is no such checkpoint, or it is of a run with settings that this one does not have.
+            orpo.trainer.sanity.NothingTrainsError: no parameter is trained, or every gradient of the first step is 0.
+        """
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._runaway.flush()
+        refuse_no_step(self.state, self._starved)
+        return output
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """``Trainer``'s, which knows nothing of a loop before it: a smaller batch follows one that was too large."""
+        self._forget()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _forget(self) -> None:
+        self._train_means, self._runaway = WeightedMeans(), RunawayLoss(self.args)
+        self._saw_gradient = self._has_counted = self._starved = False
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """``Trainer``'s, of a model that has something to train."""
+        given = None if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+        refuse_frozen(self.model if model is None else model, given)
+        return super().create_optimizer(model)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """``Trainer``'s; what is left of a stream that does not fill an optimizer step is dropped."""
+        samples, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # Trainer takes no step for them, and would add their gradients to the next epoch's first.
+        if len(samples) == num_batches:
+            return samples, counts
+        self._starved = True
+        return [], None
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Counts | None:
+        """What the optimizer step counts, over its micro-batches and over all ranks."""
+        if self.args.normalization != "global" or not batch_samples:
+            return None
+        counts = torch.tensor([pair_batch(sample).counts for sample in batch_samples]).sum(0)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts.to(device))
+        return Counts(*counts.tolist())
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Counts | None = None,
+    ) -> Any:
+        """The loss of one micro-batch as its share of the optimizer step's loss."""
+        batch, ranks = pair_batch(inputs), self.accelerator.num_processes
+        if num_items_in_batch is None:
+            parts = self.current_gradient_accumulation_steps * ranks
+            num_items_in_batch = Counts(*(count * parts for count in batch.counts))
+        outputs = self._run(model, inputs, num_items_in_batch, logit_metrics=True)
+        shares = Counts(*(own / max(all_, 1) for own, all_ in zip(batch.counts, num_items_in_batch, strict=True)))
+        self._has_counted = self._has_counted or num_items_in_batch.nll_tokens > 0 or num_items_in_batch.pairs > 0
+        self._train_means.add_part("nll_loss", outputs.metrics.pop("nll_loss"), shares.nll_tokens)
+        self._train_means.add_batch(outputs.metrics, shares)
+        if self.args.diagnose:
+            self._diagnose(model, inputs, outputs, shares.pairs)
+        loss = outputs.loss
+        if outputs.aux_loss is not None:
+            parts = self.current_gradient_accumulation_steps * ranks
+            loss = loss + router_coefficient(self.model) * outputs.aux_loss / parts
+        self._guard.watch(loss, outputs.chosen_logps, outputs.rejected_logps, batch.pair_ids)
+        # DDP, FSDP and ZeRO average over ranks, where the parts of one mean have to be added.
+        loss = loss * ranks
+        if self.args.should_log:
+            self._runaway.add(loss)
+        return (loss, outputs) if return_outputs else loss
+
+    def _run(
+        self, model: nn.Module, inputs: dict[str, Any], counts: Counts, logit_metrics: bool, **settings: Any
+    ) -> Any:
+        """The model's forward with the loss of `inputs`, its means taken over the NLL tokens and pairs of `counts`."""
+        rows = inputs["orpo"].to(self.args.device).rows
+        # A batch may lack what a mean is over; its sum is 0 then, whatever it is divided by.
+        settings = {"num_nll_tokens": max(counts.nll_tokens, 1), "num_pairs": max(counts.pairs, 1), **settings}
+        call = LossCall(rows, replace(self.args.loss_settings(), **settings), logit_metrics)
+        return model(**{name: value for name, value in inputs.items() if name != "orpo"}, orpo=call)
+
+    def _diagnose(self, model: nn.Module, inputs: dict[str, Any], outputs: Any, share: float) -> None:
+        self._train_means.add(pair_statistics(outputs.log_odds, outputs.pair_mask), share)
+        if not (self._logs_this_step() and self.accelerator.sync_gradients):
+            return
+        # Not through DDP, whose forward expects a backward that reduces.
+        plain, batch = self.accelerator.unwrap_model(model), inputs["orpo"]
+
+        def loss_of(nll: float, odds_ratio: float) -> Tensor:
+            weights = {"nll_weight": nll * self.args.nll_weight, "beta": odds_ratio * self.args.beta}
+            return self._run(plain, inputs, batch.counts, False, **weights).loss
+
+        self._train_means.add(gradient_norms(plain, loss_of), 1.0)
+
+    def _logs_this_step(self) -> bool:
+        """Whether the step in progress will be logged."""
+        step, args = self.state.global_step + 1, self.args
+        if args.logging_strategy == "epoch":
+            return step == self.state.max_steps or self.accelerator.gradient_state.end_of_dataloader
+        return (args.logging_first_step and step == 1) or (
+            args.logging_strategy == "steps" and step % max(self.state.logging_steps, 1) == 0
+        )
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Any:
+        """``Trainer``'s, and the last point before the update: the step is checked here."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # A loss scaler, accelerate's or DeepSpeed's own, overflows on purpose, and then skips the update.
+        scaled = self.accelerator.mixed_precision == "fp16"
+        self._guard.end_step(self.state.global_step + 1, None if scaled else grad_norm)
+        self._runaway.end_step(self.state.global_step + 1)
+        # A step in which nothing counts has no gradient either.
+        if self._has_counted and not self._saw_gradient:
+            refuse_no_gradient(grad_norm, self.args)
+            self._saw_gradient = True
+        return grad_norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """``Trainer``'s, with TRL's metrics of the steps since the last log."""
+        if "loss" in logs:
+            self._guard.flush()
+            logs.update(self._train_means.reduce(self._sum_over_ranks, self.args.device))
+        super().log(logs, start_time)
