@@ -33,7 +33,8 @@ def settings_table() -> str:
     text = [
         "# Settings",
         "Written by `python -m orpo.cli.settings_page > orpo/SETTINGS.md`. Every setting is a field of "
-        "`orpo.ORPOConfig` or an option of `orpo-train`. The rest, from `output_dir` to `report_to`, is in transformers' documentation of "
+        "`orpo.ORPOConfig` or an option of `orpo-train`. The rest, from `output_dir` to `report_to`, is in "
+        "transformers' documentation of "
         "[TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments)"
         " and holds here as it stands there, but for `resume_from_checkpoint`: where it is not given, `orpo-train` "
         "resumes (the README's Checkpoints).",

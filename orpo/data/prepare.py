@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from orpo import __version__
+from orpo.data import conversations, formats, misread, unusable
 from orpo.data.formats import AS_THEY_ARE, PairText, check_columns, pair_text, skips_template, unread_columns
-from orpo.data.prepare import conversations, formats, misread, unusable
 from orpo.data.repeats import ROWS, repeats_prompt
 from orpo.data.streams import ATTRIBUTE, DropCounter, summarize
 from orpo.data.unusable import EMPTY_ANSWER, EQUAL_ANSWERS, EQUAL_ONCE_CUT, REASONS, REFUSED, UnusableRow

@@ -1,8 +1,8 @@
 """Tiles of the kernels: a few for each, with their reasons, of which the card's fastest runs; and the grid of stage 1.
 
 A tile that does not fit a chip's shared memory or registers is left out there; of the rest the fastest is found once
-for each class of shapes (tuning.py), or the first is taken where nothing may be timed. `python -m
-benchmarks.compile_report` compiles each of them for each chip and refuses one that spills.
+for each class of shapes (tuning.py), or the first is taken where nothing may be timed. `python
+tests/tools/compile_report.py` compiles each of them for each chip and refuses one that spills.
 """
 
 from __future__ import annotations
