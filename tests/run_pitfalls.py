@@ -28,7 +28,7 @@ def full_tensor(trainer, seen):
         weight = self.lm_head.weight
         seen["whole"] = isinstance(weight, DTensor)
         out = orpo_loss_from_rows(
-            hidden, weight.full_tensor() if seen["whole"] else weight, orpo.rows, **asdict(orpo.cli.settings_page)
+            hidden, weight.full_tensor() if seen["whole"] else weight, orpo.rows, **asdict(orpo.settings)
         )
         names = ("loss", "nll_loss", "odds_ratio_loss", "chosen_logps", "rejected_logps", "log_odds", "pair_mask")
         return ORPOModelOutput(**{n: getattr(out, n) for n in names}, metrics=out.metrics(logits=orpo.logit_metrics))
@@ -51,7 +51,7 @@ def float_counts(trainer, seen):
         if counts is not None:
             tokens, pairs, *rows = counts.tolist()
             seen["counts"].append((tokens, pairs, *rows))
-            orpo = replace(orpo, settings=replace(orpo.cli.settings_page, num_nll_tokens=tokens, num_pairs=pairs))
+            orpo = replace(orpo, settings=replace(orpo.settings, num_nll_tokens=tokens, num_pairs=pairs))
         return plain(*args, orpo=orpo, **kwargs)
 
     def with_tensor(wrapped, inputs, counts, *args, **settings):

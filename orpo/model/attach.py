@@ -221,7 +221,7 @@ def _patch_head(head: nn.Module, transform: LogitTransform) -> None:
             return self._orpo_plain_forward(hidden, *args, **kwargs)
         hidden, weight, bias = head_operands(self, hidden)
         transform = self._orpo_transform
-        settings = replace(orpo.cli.settings_page, logit_scale=transform.scale, logit_softcap=transform.softcap)
+        settings = replace(orpo.settings, logit_scale=transform.scale, logit_softcap=transform.softcap)
         check_row_arrays(orpo.rows, hidden)
         out = run_orpo(hidden, weight, bias, orpo.rows, settings, "rows")
         names = ("loss", "nll_loss", "odds_ratio_loss", "chosen_logps", "rejected_logps", "log_odds", "pair_mask")
