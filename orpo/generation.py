@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from orpo.data.conversations import is_conversation, read_messages, render_messages
 from orpo.data.unusable import UnusableRow
 from orpo.model.adapters import adapter_folder, load_adapter
+from orpo.model.attach import evaluating
 from orpo.model.load import find_device, load_model, load_tokenizer
 from orpo.tokens.prompts import left_to_the_answer, prompt_tokens, trained_escaped, trained_plain
 from orpo.tokens.special_tokens import ALTERED, WrittenOut, spare_marks, without_marks
@@ -188,31 +189,24 @@ def answer_tokens(
         **sampling,
     )
     answers = [Answer("")] * len(ids)
-    was_training = model.training
-    model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
-    try:
-        with _generation_settings(model, settings), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            for first in tqdm(range(0, len(order), batch_size), disable=not progress):
-                batch = order[first : first + batch_size]
-                longest = max(len(ids[i]) for i in batch)
-                # Past its positions OPT has no embedding to look up, and others answer noise.
-                settings.max_new_tokens = min(max_new_tokens, room - longest)
-                rows = [[pad] * (longest - len(ids[i])) + ids[i] for i in batch]
-                mask = [[0] * (longest - len(ids[i])) + [1] * len(ids[i]) for i in batch]
-                out = model.generate(
-                    input_ids=torch.tensor(rows, device=model.device),
-                    attention_mask=torch.tensor(mask, device=model.device),
-                )
-                decoded = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-                ended = (
-                    torch.isin(out[:, longest:], torch.tensor(ends, dtype=out.dtype, device=out.device)).any(1).tolist()
-                )
-                for i, answer, has_end in zip(batch, decoded, ended, strict=True):
-                    answers[i] = Answer(answer, cut=not has_end)
-    finally:
-        model.train(was_training)
+    with evaluating(model), _generation_settings(model, settings), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for first in tqdm(range(0, len(order), batch_size), disable=not progress):
+            batch = order[first : first + batch_size]
+            longest = max(len(ids[i]) for i in batch)
+            # Past its positions OPT has no embedding to look up, and others answer noise.
+            settings.max_new_tokens = min(max_new_tokens, room - longest)
+            rows = [[pad] * (longest - len(ids[i])) + ids[i] for i in batch]
+            mask = [[0] * (longest - len(ids[i])) + [1] * len(ids[i]) for i in batch]
+            out = model.generate(
+                input_ids=torch.tensor(rows, device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
+            )
+            decoded = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+            ended = torch.isin(out[:, longest:], torch.tensor(ends, dtype=out.dtype, device=out.device)).any(1).tolist()
+            for i, answer, has_end in zip(batch, decoded, ended, strict=True):
+                answers[i] = Answer(answer, cut=not has_end)
     return answers
 
 

@@ -48,7 +48,9 @@ def test_a_room_imports_those_below_it_alone(room):
     for file in files:
         for line, module in imports(file):
             other = room_of(module)
-            assert other in (room, None) or FLOOR[other] < FLOOR[room], f"{file.relative_to(ROOT)}:{line} imports {module}"
+            assert other in (room, None) or FLOOR[other] < FLOOR[room], (
+                f"{file.relative_to(ROOT)}:{line} imports {module}"
+            )
 
 
 def test_every_room_has_its_floor():

@@ -69,6 +69,7 @@ def _run(output_dir: Path, seed: int, device: torch.device, settings: DemoSettin
     from orpo.demo import experiment, report
     from orpo.demo.data import make_pairs, write_jsonl
     from orpo.demo.model import build_model, tokenizer_of
+    from orpo.generation import generate
     from orpo.report.curves import plot_curves, write_curves_csv
 
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -105,7 +106,9 @@ def _run(output_dir: Path, seed: int, device: torch.device, settings: DemoSettin
     for state, folder in folders.items():
         model = experiment.load(folder)
         results[state] = experiment.evaluate(model, tokenizer, heldout_pairs, arguments)
-        answers[state] = experiment.greedy_answers(model, tokenizer, list(questions))
+        answers[state] = [
+            answer.strip() for answer in generate(model, tokenizer, list(questions), max_new_tokens=48, batch_size=64)
+        ]
         right = [fact in answer for fact, answer in zip(questions.values(), answers[state], strict=True)]
         results[state]["facts_right"] = sum(right) / len(right)
     title = f"{len(heldout_pairs)} held-out pairs, from one checkpoint"

@@ -255,16 +255,3 @@ def evaluate(
     left_out = ("loss", "epoch", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     metrics = {name.removeprefix("eval_"): value for name, value in metrics.items()}
     return {name: float(value) for name, value in metrics.items() if name not in left_out}
-
-
-def greedy_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:
-    """The likeliest answer, token by token, to each prompt."""
-    was_training = model.training
-    model.eval()
-    batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
-    tokens = model.generate(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=48, do_sample=False
-    )
-    model.train(was_training)
-    answers = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [answer.strip() for answer in answers]

@@ -11,7 +11,8 @@ saving are untouched.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
@@ -232,6 +233,17 @@ def _patch_head(head: nn.Module, transform: LogitTransform) -> None:
     head.forward = MethodType(forward, head)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout in the block; after it the model is in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def tiny_inputs(model: nn.Module, sequences: int, length: int) -> dict[str, Tensor]:
     """A few token ids, the same on every rank and in every run."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -255,15 +267,10 @@ def _read_transform(model: nn.Module, fused: FusedHead) -> LogitTransform:
     configurations have for it. The slope at 0 is the scale; a finite limit is the softcap.
     """
     grid = torch.tensor([2.0**-20, 1.0, 3.0, 17.0, 2.0**40], device=model.device).reshape(1, -1, 1)
-    was_training = model.training
-    model.eval()
-    try:
-        # A call of the model, not of its forward: sharded weights are gathered by hooks around the call.
-        # What the body computes, by which attention and in which precision, is replaced by the grid.
-        with eager_where_flash_cannot_run(model), flash_precision(model, torch.bfloat16):
-            outputs = model(**tiny_inputs(model, 1, grid.shape[1]), orpo=grid)
-    finally:
-        model.train(was_training)
+    # A call of the model, not of its forward: sharded weights are gathered by hooks around the call.
+    # What the body computes, by which attention and in which precision, is replaced by the grid.
+    with evaluating(model), eager_where_flash_cannot_run(model), flash_precision(model, torch.bfloat16):
+        outputs = model(**tiny_inputs(model, 1, grid.shape[1]), orpo=grid)
     logits = outputs["logits"].float().flatten()
     if logits.shape != grid.flatten().shape:
         raise ValueError(

@@ -24,7 +24,7 @@ from orpo.layouts.prefix_mask import (
     layer_windows,
     uses_flash,
 )
-from orpo.model.attach import LossCall, base_model, tiny_inputs
+from orpo.model.attach import LossCall, base_model, evaluating, tiny_inputs
 from orpo.model.head import head_weight, trained_copy
 
 Layout = Callable[[list[Any]], dict[str, Any]]
@@ -85,19 +85,12 @@ def _mismatch(model: nn.Module, layout: Layout, padded: Layout, max_length: int 
     if span and most is not None and span + _PROMPT + _ANSWER + 1 > most:
         return f"a window of {span} tokens cannot be tried with a model of {most} positions"
     examples = _examples(base.get_input_embeddings().weight.shape[0], span)
-    was_training = base.training
-    base.eval()
-    try:
-        with torch.no_grad(), flash_precision(base):
-            expected, tolerance = _answer_logps(model, padded, examples, own_logits=span == 0)
-            try:
-                found, _ = _answer_logps(model, layout, examples)
-            except Exception as error:  # Whatever a model raises on inputs that it was not made for: it is reported.
-                return (
-                    f"the model refuses it ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-                )
-    finally:
-        base.train(was_training)
+    with evaluating(base), torch.no_grad(), flash_precision(base):
+        expected, tolerance = _answer_logps(model, padded, examples, own_logits=span == 0)
+        try:
+            found, _ = _answer_logps(model, layout, examples)
+        except Exception as error:  # Whatever a model raises on inputs that it was not made for: it is reported.
+            return f"the model refuses it ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
     difference = (found - expected).abs().max().item()
     if difference <= tolerance:
         return None
@@ -196,16 +189,11 @@ def check_fused_logps(model: nn.Module, settings: LossSettings | None = None) ->
     yes = torch.ones_like(sequence, dtype=torch.bool)
     # One-token answers: each mean log-probability is that of one token.
     rows = Rows(sequence * length + length - 2, ids[:, -1], sequence, yes, sequence < pairs, pairs)
-    was_training = base.training
-    base.eval()
-    try:
-        # Precision first: it refuses float32 weights that FlashAttention will meet in training.
-        with flash_precision(base), eager_where_flash_cannot_run(base):
-            logits = model(**inputs).logits[:, -2].float()
-            out = model(**inputs, orpo=LossCall(rows, settings or LossSettings()))
-            mixed = _matmul_eps(base, ids.device.type)
-    finally:
-        base.train(was_training)
+    # Precision first: it refuses float32 weights that FlashAttention will meet in training.
+    with evaluating(base), flash_precision(base), eager_where_flash_cannot_run(base):
+        logits = model(**inputs).logits[:, -2].float()
+        out = model(**inputs, orpo=LossCall(rows, settings or LossSettings()))
+        mixed = _matmul_eps(base, ids.device.type)
     own = logits.log_softmax(-1).gather(-1, ids[:, -1:])[:, 0]
     difference = (torch.cat([out.chosen_logps, out.rejected_logps]) - own).abs().max().item()
     weight, _ = head_weight(trained_copy(base.get_output_embeddings()))
