@@ -36,7 +36,7 @@ def heads_taken_for_frozen(monkeypatch) -> list[bool]:
     original = strips.token_stats
 
     def spy(plan, *more):
-        seen.append(plan.frozen)
+        seen.append(plan.needs.frozen)
         return original(plan, *more)
 
     monkeypatch.setattr(strips, "token_stats", spy)

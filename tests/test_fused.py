@@ -157,9 +157,7 @@ def test_opcheck(backend, budget, needs, kernel_device):
     problem = make_problem(P=2, T=9, D=8, V=131, device=kernel_device if backend == "triton" else "cpu")
     problem.requiring_grad(*needs)
     rows, numbers = problem.rows, LossSettings().numbers()
-    settings = dict(
-        logits_budget=budget, strip_bytes=STRIP, backend=backend, needs=[*needs, False], head_frozen=not needs[1]
-    )
+    settings = dict(logits_budget=budget, strip_bytes=STRIP, backend=backend, needs=[*needs, False, not needs[1]])
     tensors = problem.hidden.flatten(0, 1), problem.weight, None
     torch.library.opcheck(
         fused.linear_orpo,

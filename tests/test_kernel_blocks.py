@@ -114,7 +114,7 @@ def test_the_compiler_is_told_the_sizes(weight_dtype, wanted, kernel_device):
     head = wanted in ("all", "head")
     settings = dict(
         logits_budget=60_000, strip_bytes=20_000, backend="triton",
-        needs=[wanted in ("all", "hidden"), head, False], head_frozen=not head,
+        needs=[wanted in ("all", "hidden"), head, False, not head],
     )  # fmt: skip
     numbers = LossSettings().numbers()
     real = logprobs.linear_logprobs(x, weight, None, targets, numbers, **settings)

@@ -143,7 +143,7 @@ def test_the_compiler_is_told_the_sizes(budget, weight_dtype, kernel_device):
     tensors = problem.hidden.detach().flatten(0, 1), problem.weight.detach().to(weight_dtype)
     settings = dict(
         pairs=rows.pairs, source="labels", all_count=True, logits_budget=budget, strip_bytes=20_000,
-        backend="triton", needs=[True, True, False], head_frozen=False,
+        backend="triton", needs=[True, True, False, False],
     )  # fmt: skip
     real = fused.Output(*fused.linear_orpo(*tensors, None, list(rows.arrays), LossSettings().numbers(), **settings))
     with FakeTensorMode() as mode:
@@ -262,7 +262,7 @@ def test_the_way_of_a_call():
     x, weight, trained, nothing = torch.empty(4, 8), torch.empty(600, 8), Needs(True, True, False), Needs(*[False] * 3)
 
     def plan(backend, budget, needs=trained, frozen=False, **more):
-        return make_plan(x, weight, 4, needs, frozen, budget, None, backend, **more)
+        return make_plan(x, weight, 4, replace(needs, frozen=frozen), budget, None, backend, **more)
 
     assert plan("triton", 2**20).way == Way.EXPONENTIALS and plan("triton", 2**20).row_tiles == 40
     assert plan("triton", 2**20, nothing) == replace(plan("triton", 2**20), needs=nothing)

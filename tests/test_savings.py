@@ -185,7 +185,7 @@ def test_one_block_of_a_slope_is_alive_at_a_time(keeps):
 
 def _plan(device="cpu", budget=None, strip=None, frozen=False):
     x, weight = torch.empty(4, 8, device=device), torch.empty(1000, 8, device=device)
-    return make_plan(x, weight, 4, Needs(True, not frozen, False), frozen, budget, strip, "torch")
+    return make_plan(x, weight, 4, Needs(True, not frozen, False, frozen), budget, strip, "torch")
 
 
 _STRIPS = (("cpu", None), ("meta", None), ("cpu", 123))

@@ -102,16 +102,15 @@ def linear_orpo(
     strip_bytes: int | None,
     backend: str,
     needs: list[bool],
-    head_frozen: bool,
 ) -> list[Tensor]:
-    """`Output`; rows are the five arrays of `Rows`, numbers `LossSettings.numbers`, source as `check_rows` has it."""
+    """`Output`, for the arrays of `Rows`, `LossSettings.numbers`, a source as in `check_rows`, and `Needs`."""
     settings, wants = Numbers.read(numbers), Needs(*needs)
     head = settings.head(weight_VD, bias_V)
     # Contiguous: kernels step through them one element after the other.
     rows = Rows(*rows, pairs, all_count).map(Tensor.contiguous)
     check_rows(rows, hidden_RD.shape[0], weight_VD.shape[0], source)
     x_ND, dtype = hidden_RD[rows.rows_N], accumulation_dtype(hidden_RD, weight_VD)
-    plan = make_plan(x_ND, weight_VD, len(x_ND), wants, head_frozen, logits_budget, strip_bytes, backend)
+    plan = make_plan(x_ND, weight_VD, len(x_ND), wants, logits_budget, strip_bytes, backend)
     exps, maxima = buffers(x_ND, plan.row_tiles if wants.any else 0, torch.promote_types(x_ND.dtype, weight_VD.dtype))
     kept = Kept(plan.columns, exps, maxima) if wants.any and plan.columns else None
     logp_N, lse_2N, result, grads = _forward(plan, x_ND, rows, head, settings, kept)
@@ -164,12 +163,10 @@ def _finished(
 
 
 @linear_orpo.register_fake
-def _(
-    hidden_RD, weight_VD, bias_V, rows, numbers, *, pairs, needs, head_frozen, logits_budget, strip_bytes, backend, **_
-):
+def _(hidden_RD, weight_VD, bias_V, rows, numbers, *, pairs, needs, logits_budget, strip_bytes, backend, **_):
     wants, n = Needs(*needs), rows[0].shape[0]
     dtype = accumulation_dtype(hidden_RD, weight_VD)
-    plan = make_plan(hidden_RD, weight_VD, n, wants, head_frozen, logits_budget, strip_bytes, backend)
+    plan = make_plan(hidden_RD, weight_VD, n, wants, logits_budget, strip_bytes, backend)
     recompute = plan.recomputes
 
     def floats(*shape: int) -> Tensor:
@@ -207,7 +204,7 @@ def _backward_plan(
 ) -> Plan:
     """The forward's: where backward computes anything, the head is trained."""
     wants = Needs(*needs)
-    return make_plan(hidden_RD, weight_VD, rows_N.shape[0], wants, not wants.head, logits_budget, strip_bytes, backend)
+    return make_plan(hidden_RD, weight_VD, rows_N.shape[0], wants, logits_budget, strip_bytes, backend)
 
 
 @torch.library.custom_op("orpo::linear_orpo_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
@@ -233,7 +230,7 @@ def linear_orpo_backward(
     logp_N, lse_2N, coef_N, exps, maxima, *finished = saved
     if not plan.recomputes:
         # Out of place: with retain_graph the same saved gradients are scaled again.
-        pairs = zip(finished, (hidden_RD, weight_VD, bias_V), needs, strict=True)
+        pairs = zip(finished, (hidden_RD, weight_VD, bias_V), needs[:3], strict=True)
         return [(t * grad_loss).to(like.dtype) if wanted else torch.empty_like(t) for t, like, wanted in pairs]
     head = Numbers.read(numbers).head(weight_VD, bias_V)
     kept = Kept(plan.columns, exps, maxima) if plan.columns else None
@@ -248,7 +245,7 @@ def linear_orpo_backward(
 
 @linear_orpo_backward.register_fake
 def _(grad_loss, hidden_RD, weight_VD, bias_V, rows_N, targets_N, numbers, saved, *, needs, **_):
-    inputs = zip((hidden_RD, weight_VD, bias_V), needs, strict=True)
+    inputs = zip((hidden_RD, weight_VD, bias_V), needs[:3], strict=True)
     return [t.new_empty(t.shape) if wanted else saved[0].new_empty(0) for t, wanted in inputs]
 
 
@@ -270,7 +267,7 @@ def _backward(ctx, upstream):
     # Undefined where nothing that is differentiated came from the loss.
     if grad_loss is not None:
         grads = _gradients(grad_loss, ctx.saved_tensors, ctx.settings)
-    return *(g if wanted else None for g, wanted in zip(grads, needs, strict=True)), [None] * 5, None
+    return *(g if wanted else None for g, wanted in zip(grads, needs[:3], strict=True)), [None] * 5, None
 
 
 def _gradients(grad_loss: Tensor, saved: tuple[Tensor | None, ...], settings: dict) -> list[Tensor | None]:
@@ -281,7 +278,7 @@ def _gradients(grad_loss: Tensor, saved: tuple[Tensor | None, ...], settings: di
     ):
         return torch.ops.orpo.linear_orpo_backward(grad_loss, *saved[:6], list(saved[6:]), **settings)
     # Nobody will ask for the finished gradients again: a scaled copy would cost as much memory once more.
-    finished = zip(saved[-3:], saved[:3], settings["needs"], strict=True)
+    finished = zip(saved[-3:], saved[:3], settings["needs"][:3], strict=True)
     return [_scaled_(t, grad_loss).to(like.dtype) if wanted else None for t, like, wanted in finished]
 
 
@@ -302,9 +299,9 @@ linear_orpo.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 @register_flop_formula(torch.ops.orpo.linear_orpo, get_raw=True)
-def _(hidden_RD, weight_VD, _, rows, *__, needs, head_frozen, logits_budget, strip_bytes, backend, **___) -> int:
+def _(hidden_RD, weight_VD, _, rows, *__, needs, logits_budget, strip_bytes, backend, **___) -> int:
     n, wants = rows[0].shape[0], Needs(*needs)
-    plan = make_plan(hidden_RD, weight_VD, n, wants, head_frozen, logits_budget, strip_bytes, backend)
+    plan = make_plan(hidden_RD, weight_VD, n, wants, logits_budget, strip_bytes, backend)
     return plan.forward_flops(hidden_RD.shape[1])
 
 

@@ -28,11 +28,12 @@ class Head:
 
 @dataclass(frozen=True)
 class Needs:
-    """Which gradients are wanted."""
+    """Which gradients are wanted, and whether the head is `frozen`, not trained whatever is wanted of this call."""
 
     hidden: bool
     weight: bool
     bias: bool
+    frozen: bool = False
 
     @property
     def head(self) -> bool:

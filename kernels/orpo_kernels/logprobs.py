@@ -33,14 +33,13 @@ def linear_logprobs(
     strip_bytes: int | None,
     backend: str,
     needs: list[bool],
-    head_frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logp_N, and for backward lse_2N and, where only x needs a gradient, u_ND with dlogp_n/dx_n = scale * u_n, else
     the exponentials that are kept (exps and maxima, kept.py)."""
     check_targets(targets_N, weight_VD.shape[0], "targets")
     targets_N = targets_N.contiguous()
     head, wants = Numbers.read(numbers).head(weight_VD, bias_V), Needs(*needs)
-    plan = _plan(x_ND, weight_VD, wants, head_frozen, logits_budget, strip_bytes, backend)
+    plan = _plan(x_ND, weight_VD, wants, logits_budget, strip_bytes, backend)
     dtype = torch.promote_types(x_ND.dtype, weight_VD.dtype)
     exps, maxima = buffers(x_ND, plan.row_tiles if wants.any else 0, dtype)
     kept = Kept(plan.columns, exps, maxima) if wants.any and plan.columns else None
@@ -56,23 +55,22 @@ def _plan(
     x_ND: Tensor,
     weight_VD: Tensor,
     needs: Needs,
-    frozen: bool,
     logits_budget: int | None,
     strip_bytes: int | None,
     backend: str,
 ) -> Plan:
-    if logits_budget is None and not frozen:
+    if logits_budget is None and not needs.frozen:
         # Every call whose backward is still to come would keep exponentials of its own.
         logits_budget = 0
     settings = logits_budget, strip_bytes, backend
     # Of single tokens nothing is known that a tile could be turned into gradients of.
-    return make_plan(x_ND, weight_VD, x_ND.shape[0], needs, frozen, *settings, has_pairs=False)
+    return make_plan(x_ND, weight_VD, x_ND.shape[0], needs, *settings, has_pairs=False)
 
 
 @linear_logprobs.register_fake
-def _(x_ND, weight_VD, bias_V, targets_N, numbers, *, needs, head_frozen, logits_budget, strip_bytes, backend):
+def _(x_ND, weight_VD, bias_V, targets_N, numbers, *, needs, logits_budget, strip_bytes, backend):
     dtype, wants = accumulation_dtype(x_ND, weight_VD), Needs(*needs)
-    plan = _plan(x_ND, weight_VD, wants, head_frozen, logits_budget, strip_bytes, backend)
+    plan = _plan(x_ND, weight_VD, wants, logits_budget, strip_bytes, backend)
     keeps_u = wants.any and not wants.head
     rows = x_ND.new_empty(x_ND.shape[0], dtype=dtype)
     return (
@@ -92,23 +90,20 @@ def linear_logprobs_backward(
     bias_V: Tensor | None,
     targets_N: Tensor,
     numbers: Tensor,
-    logp_N: Tensor,
-    lse_2N: Tensor,
-    u_ND: Tensor,
-    exps: Tensor,
-    maxima: Tensor,
+    saved: list[Tensor],
     *,
     logits_budget: int | None,
     strip_bytes: int | None,
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dX_ND, dW_VD, db_V (empty where not wanted) for upstream gradients grad_N of logp_N."""
+    """dX_ND, dW_VD, db_V (empty where not wanted) for upstream gradients grad_N; saved is what the forward returned."""
+    logp_N, lse_2N, u_ND, exps, maxima = saved
     head, wants = Numbers.read(numbers).head(weight_VD, bias_V), Needs(*needs)
     if not wants.head:
         dx_ND = (u_ND * (head.scale * grad_N[:, None])).to(x_ND.dtype)
         return dx_ND, logp_N.new_empty(0), logp_N.new_empty(0)
-    plan = _plan(x_ND, weight_VD, wants, False, logits_budget, strip_bytes, backend)
+    plan = _plan(x_ND, weight_VD, wants, logits_budget, strip_bytes, backend)
     kept = Kept(plan.columns, exps, maxima) if plan.columns else None
     grads = strips.backward(plan, x_ND, targets_N.contiguous(), logp_N, lse_2N, grad_N, head, kept)
     return (
@@ -119,10 +114,10 @@ def linear_logprobs_backward(
 
 
 @linear_logprobs_backward.register_fake
-def _(grad_N, x_ND, weight_VD, bias_V, targets_N, numbers, logp_N, *_, needs, **__):
+def _(grad_N, x_ND, weight_VD, bias_V, targets_N, numbers, saved, *, needs, **_):
     inputs = (x_ND, weight_VD, bias_V)
     return tuple(
-        t.new_empty(t.shape) if wanted else logp_N.new_empty(0) for t, wanted in zip(inputs, needs, strict=True)
+        t.new_empty(t.shape) if wanted else saved[0].new_empty(0) for t, wanted in zip(inputs, needs[:3], strict=True)
     )
 
 
@@ -130,7 +125,7 @@ def _save_for_backward(ctx, inputs, keyword_only_inputs, output) -> None:
     # Autograd would make an (N, D) tensor of zeros for u_ND, which has no gradient.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, *output)
-    ctx.settings = {name: value for name, value in keyword_only_inputs.items() if name != "head_frozen"}
+    ctx.settings = keyword_only_inputs
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -138,20 +133,21 @@ def _backward(ctx, grad_N, *_):
     grads = [None] * 3
     # Undefined where nothing that is differentiated came from the log-probabilities.
     if grad_N is not None:
-        grads = torch.ops.orpo.linear_logprobs_backward(grad_N, *ctx.saved_tensors, **ctx.settings)
-    return *(g if wanted else None for g, wanted in zip(grads, ctx.settings["needs"], strict=True)), None, None
+        inputs, saved = ctx.saved_tensors[:5], list(ctx.saved_tensors[5:])
+        grads = torch.ops.orpo.linear_logprobs_backward(grad_N, *inputs, saved, **ctx.settings)
+    return *(g if wanted else None for g, wanted in zip(grads, ctx.settings["needs"][:3], strict=True)), None, None
 
 
 linear_logprobs.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 @register_flop_formula(torch.ops.orpo.linear_logprobs, get_raw=True)
-def _(x_ND, weight_VD, *_, needs, head_frozen, logits_budget, strip_bytes, backend, **__) -> int:
-    plan = _plan(x_ND, weight_VD, Needs(*needs), head_frozen, logits_budget, strip_bytes, backend)
+def _(x_ND, weight_VD, *_, needs, logits_budget, strip_bytes, backend, **__) -> int:
+    plan = _plan(x_ND, weight_VD, Needs(*needs), logits_budget, strip_bytes, backend)
     return plan.forward_flops(x_ND.shape[1])
 
 
 @register_flop_formula(torch.ops.orpo.linear_logprobs_backward, get_raw=True)
 def _(_, x_ND, weight_VD, *__, needs, logits_budget, strip_bytes, backend, **___) -> int:
-    plan = _plan(x_ND, weight_VD, Needs(*needs), False, logits_budget, strip_bytes, backend)
+    plan = _plan(x_ND, weight_VD, Needs(*needs), logits_budget, strip_bytes, backend)
     return plan.backward_flops(x_ND.shape[1])

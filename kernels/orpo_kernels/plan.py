@@ -66,7 +66,6 @@ class Plan:
     Attributes:
         backend: of `BACKENDS`.
         needs: the gradients that are wanted; without one the rows go the same way, and their loss has the same bits.
-        frozen: the head is not trained.
         rows, vocabulary: N and V.
         strip_bytes: bytes of one strip of logits.
         tile_rows: rows of which TILES may hold the logits.
@@ -78,7 +77,6 @@ class Plan:
     way: Way
     backend: str
     needs: Needs
-    frozen: bool
     rows: int
     vocabulary: int
     strip_bytes: int
@@ -103,7 +101,7 @@ class Plan:
         products = v
         if self.way == Way.TILES and needs.any:
             products = v * (1 + needs.hidden + needs.weight)
-        elif self.frozen and needs.hidden:
+        elif needs.frozen and needs.hidden:
             products = 2 * v if self.way == Way.RUNNING else 3 * v - self.columns
         return 2 * self.rows * hidden_size * products
 
@@ -118,7 +116,6 @@ def make_plan(
     weight_VD: Tensor,
     rows: int,
     needs: Needs,
-    frozen: bool,
     logits_budget: int | None,
     strip_bytes: int | None,
     backend: str,
@@ -135,20 +132,20 @@ def make_plan(
         strip_bytes = CPU_STRIP_BYTES if device == "cpu" else STRIP_BYTES
 
     def plan(way: Way, **numbers: int) -> Plan:
-        return Plan(way, backend, needs, frozen, rows, v, strip_bytes, **numbers)
+        return Plan(way, backend, needs, rows, v, strip_bytes, **numbers)
 
     if backend == "torch":
         if logits_budget is None:
             # TILES save the head's gradient a second computation of the logits. A frozen head has none.
-            logits_budget = CPU_LOGITS_BUDGET if device == "cpu" and not frozen else 0
+            logits_budget = CPU_LOGITS_BUDGET if device == "cpu" and not needs.frozen else 0
         tile_rows = logits_budget // (v * cpu_logits.compute_dtype(x.dtype, weight_VD.dtype).itemsize)
         if has_pairs and tile_rows > 0:
             return plan(Way.TILES, tile_rows=tile_rows)
-        return plan(Way.RUNNING if frozen else Way.STRIPS)
+        return plan(Way.RUNNING if needs.frozen else Way.STRIPS)
 
     budget = LOGITS_BUDGET if logits_budget is None else logits_budget
     element_bytes = torch.promote_types(x.dtype, weight_VD.dtype).itemsize
-    if frozen and (block := block_rows(rows, v, element_bytes, budget)):
+    if needs.frozen and (block := block_rows(rows, v, element_bytes, budget)):
         return plan(Way.BLOCKS, columns=v, row_tiles=block * -(-v // TILE), block=block)
     row_tiles = row_tiles_within(rows, v, element_bytes, budget)
     if not row_tiles:

@@ -23,7 +23,7 @@ def token_stats(
 
     A frozen head goes the same way with and without a gradient, so that both give the same log-probabilities.
     """
-    stages, wants_u = plan.stages, plan.frozen and plan.needs.hidden
+    stages, wants_u = plan.stages, plan.needs.frozen and plan.needs.hidden
     if wants_u and plan.way == Way.RUNNING:
         *stats, u_ND = stages.frozen_head_stats_and_grad(x_ND, targets_N, head, plan.strip_bytes)
         return tuple(stats), u_ND

@@ -211,7 +211,6 @@ def token_logprobs(
         logits_budget=settings.logits_budget,
         strip_bytes=settings.strip_bytes,
         backend=choose_backend(settings.backend, hidden.device.type, hidden.dtype, weight.dtype),
-        needs=wanted_gradients(hidden, weight, bias),
-        head_frozen=head_frozen,
+        needs=[*wanted_gradients(hidden, weight, bias), head_frozen],
     )
     return logp
