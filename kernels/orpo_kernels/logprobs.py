@@ -70,14 +70,15 @@ def _plan(
 @linear_logprobs.register_fake
 def _(x_ND, weight_VD, bias_V, targets_N, numbers, *, needs, logits_budget, strip_bytes, backend):
     dtype, wants = accumulation_dtype(x_ND, weight_VD), Needs(*needs)
-    plan = _plan(x_ND, weight_VD, wants, logits_budget, strip_bytes, backend)
+    # Not asked where nothing is kept: it compares numbers of rows, which a compiler may not know.
+    tiles = _plan(x_ND, weight_VD, wants, logits_budget, strip_bytes, backend).row_tiles if wants.head else 0
     keeps_u = wants.any and not wants.head
     rows = x_ND.new_empty(x_ND.shape[0], dtype=dtype)
     return (
         rows,
         rows.new_empty(2, x_ND.shape[0]),
         x_ND.new_empty(x_ND.shape if keeps_u else 0, dtype=dtype),
-        *buffers(x_ND, plan.row_tiles if wants.head else 0, torch.promote_types(x_ND.dtype, weight_VD.dtype)),
+        *buffers(x_ND, tiles, torch.promote_types(x_ND.dtype, weight_VD.dtype)),
     )
 
 

@@ -145,9 +145,10 @@ def make_plan(
 
     budget = LOGITS_BUDGET if logits_budget is None else logits_budget
     element_bytes = torch.promote_types(x.dtype, weight_VD.dtype).itemsize
-    if needs.frozen and (block := block_rows(rows, v, element_bytes, budget)):
+    if needs.frozen and budget and (block := block_rows(rows, v, element_bytes, budget)):
         return plan(Way.BLOCKS, columns=v, row_tiles=block * -(-v // TILE), block=block)
-    row_tiles = row_tiles_within(rows, v, element_bytes, budget)
+    # Without a look at the rows: a compiler may not know how many they are.
+    row_tiles = row_tiles_within(rows, v, element_bytes, budget) if budget else 0
     if not row_tiles:
         return plan(Way.STRIPS)
     return plan(Way.EXPONENTIALS, columns=kept_columns(rows, v, row_tiles), row_tiles=row_tiles)
