@@ -165,9 +165,11 @@ def _finished(
 @linear_orpo.register_fake
 def _(hidden_RD, weight_VD, bias_V, rows, numbers, *, pairs, needs, logits_budget, strip_bytes, backend, **_):
     wants, n = Needs(*needs), rows[0].shape[0]
-    dtype = accumulation_dtype(hidden_RD, weight_VD)
-    plan = make_plan(hidden_RD, weight_VD, n, wants, logits_budget, strip_bytes, backend)
-    recompute = plan.recomputes
+    dtype, tiles, recompute = accumulation_dtype(hidden_RD, weight_VD), 0, False
+    # A frozen head leaves nothing to backward, whatever its plan, which would ask for the number of rows.
+    if wants.head:
+        plan = make_plan(hidden_RD, weight_VD, n, wants, logits_budget, strip_bytes, backend)
+        recompute, tiles = plan.recomputes, plan.row_tiles
 
     def floats(*shape: int) -> Tensor:
         return hidden_RD.new_empty(shape, dtype=dtype)
@@ -186,7 +188,7 @@ def _(hidden_RD, weight_VD, bias_V, rows, numbers, *, pairs, needs, logits_budge
         floats(n if recompute else 0),
         floats(2, n) if recompute else floats(0),
         floats(n if recompute else 0),
-        *buffers(hidden_RD, plan.row_tiles if recompute else 0, torch.promote_types(hidden_RD.dtype, weight_VD.dtype)),
+        *buffers(hidden_RD, tiles, torch.promote_types(hidden_RD.dtype, weight_VD.dtype)),
         saved(hidden_RD, wants.hidden),
         saved(weight_VD, wants.weight),
         saved(bias_V, wants.bias),
@@ -271,11 +273,10 @@ def _backward(ctx, upstream):
 
 
 def _gradients(grad_loss: Tensor, saved: tuple[Tensor | None, ...], settings: dict) -> list[Tensor | None]:
-    if (
-        _backward_plan(saved[0], saved[1], saved[3], **settings).recomputes
-        or _graph_is_kept()
-        or type(grad_loss) is not Tensor
-    ):
+    # The head's needs alone first, as in the shapes above.
+    trained = any(settings["needs"][1:3])
+    recomputes = trained and _backward_plan(saved[0], saved[1], saved[3], **settings).recomputes
+    if recomputes or _graph_is_kept() or type(grad_loss) is not Tensor:
         return torch.ops.orpo.linear_orpo_backward(grad_loss, *saved[:6], list(saved[6:]), **settings)
     # Nobody will ask for the finished gradients again: a scaled copy would cost as much memory once more.
     finished = zip(saved[-3:], saved[:3], settings["needs"][:3], strict=True)
