@@ -111,9 +111,23 @@ def test_closed_outputs_end_nothing(monkeypatch):
     """What `orpo-train >&- 2>&-` has."""
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
-    done = []
-    run_command("orpo-train", lambda: done.append(print("a line")))
-    assert done == [None]
+    # As progress bars write.
+    run_command("orpo-train", lambda: (sys.stdout.write("a line"), sys.stderr.write("a line")))
+    monkeypatch.setattr(sys, "stderr", None)
+    assert code_of(lambda: open("no-such-file")) == 1
+
+
+def test_ctrl_c_is_no_fault_of_the_program(capsys, monkeypatch):
+    def main():
+        error = KeyboardInterrupt()
+        error.add_note("checkpoint-2 is whole")
+        raise error
+
+    assert code_of(main) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "\norpo-train: interrupted\ncheckpoint-2 is whole\n"
+    monkeypatch.setenv("ORPO_TRACEBACK", "1")
+    with pytest.raises(KeyboardInterrupt):
+        run_command("orpo-train", main)
 
 
 def test_another_broken_pipe_is_told(capsys):

@@ -31,11 +31,16 @@ def run_command(name: str, main: Callable[[], Any]) -> None:
 
     These are files, packages and memory that are missing, and values that this package or one of those around it
     refuses. Any other error keeps its traceback, and so does every one where the environment variable
-    ``ORPO_TRACEBACK`` is set. Where nobody reads what is printed any more (``| head``), it ends without a word.
+    ``ORPO_TRACEBACK`` is set. Ctrl-C ends it with one line and code 130. Where nobody reads what is printed any more
+    (``| head``), it ends without a word.
 
     Raises:
         SystemExit: with the message and the notes of the error, and its `exit_code` where it has one.
     """
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:
+            # Closed before Python began: progress bars and the like would fail.
+            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         # Pairs and answers have characters that an ASCII terminal lacks: printing them would end the run.
         if getattr(stream, "errors", None) == "strict":
@@ -44,6 +49,11 @@ def run_command(name: str, main: Callable[[], Any]) -> None:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
         main()
+    except KeyboardInterrupt as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        print("\n".join([f"\n{name}: interrupted", *getattr(error, "__notes__", ())]), file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             raise SystemExit(128 + signal.SIGPIPE) from None
@@ -66,8 +76,7 @@ def out_of_memory(error: BaseException) -> bool:
 def _nobody_reads() -> bool:
     """Whether stdout or stderr leads to a process that has ended; what is still to be printed is then dropped."""
     gone = False
-    # A stream that was closed before Python began is None.
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except BrokenPipeError:
