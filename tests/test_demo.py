@@ -124,9 +124,9 @@ def test_the_saved_answers_are_the_models_own(run):
     assert len(summary["answers"]) == SHORT.held_out
 
 
-def table_of_the_readme():
-    """For each metric of the README's table the lowest and highest value in each state."""
-    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+def table_of_the_page():
+    """For each metric of the page's table the lowest and highest value in each state."""
+    page = (Path(__file__).resolve().parents[1] / "docs/demonstration.md").read_text()
     names = {
         "reward accuracy": "rewards/accuracies",
         "margin, nats per token": "rewards/margins",
@@ -135,16 +135,16 @@ def table_of_the_readme():
     }
     table = {}
     for label, name in names.items():
-        cells = re.search(rf"^\| {label} \|(.*)\|$", readme, re.M)[1].split("|")
+        cells = re.search(rf"^\| {label} \|(.*)\|$", page, re.M)[1].split("|")
         spans = ([float(number) for number in cell.split(" to ")] for cell in cells)
         table[name] = dict(zip(STATES, ((span[0], span[-1]) for span in spans), strict=True))
     return table
 
 
 @pytest.mark.slow
-def test_a_whole_run_gives_the_figures_of_the_readme(tmp_path):
+def test_a_whole_run_gives_the_figures_of_its_page(tmp_path):
     summary = run_demo(output_dir=tmp_path, device="cpu")
-    for name, states in table_of_the_readme().items():
+    for name, states in table_of_the_page().items():
         for state, (lowest, highest) in states.items():
             # The accuracy of ORPO is what the table is for; what the rest is on other CPUs is not known as closely.
             slack = 0.005 if (name, state) == ("rewards/accuracies", "orpo") else 0.05
