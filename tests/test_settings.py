@@ -1,20 +1,19 @@
-"""The table in SETTINGS.md is that of the code."""
+"""The table in docs/settings.md is that of the code."""
 
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-import orpo
 from orpo.cli.settings_page import settings_table
 from orpo.train import DataArguments, ModelArguments
 from orpo.trainer.config import ORPOConfig
 
-TABLE = Path(orpo.__file__).with_name("SETTINGS.md")
+TABLE = Path(__file__).resolve().parents[1] / "docs/settings.md"
 
 
 def test_the_table_is_that_of_the_code():
-    assert TABLE.read_text(encoding="utf-8") == settings_table(), "python -m orpo.cli.settings_page > orpo/SETTINGS.md"
+    assert TABLE.read_text(encoding="utf-8") == settings_table(), "python -m orpo.cli.settings_page > docs/settings.md"
 
 
 @pytest.mark.parametrize("cls", [ORPOConfig, ModelArguments, DataArguments])

@@ -1,6 +1,6 @@
 """The table of settings, generated from the dataclasses.
 
-python -m orpo.cli.settings_page > orpo/SETTINGS.md
+python -m orpo.cli.settings_page > docs/settings.md
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ OLDER = "Older name, mapped with a warning to "
 
 
 def settings_table() -> str:
-    """The Markdown of ``SETTINGS.md``: every setting of our own, and those of transformers with another default."""
+    """The Markdown of ``docs/settings.md``: every setting of our own, and those of transformers with another default."""
     own = [field for field in fields(ORPOConfig) if field.name in ORPOConfig.__annotations__]
     inherited = {field.name for field in fields(TrainingArguments)}
     alone = {cls: fields(cls) for cls in (ModelArguments, DataArguments)}
@@ -32,7 +32,7 @@ def settings_table() -> str:
     )
     text = [
         "# Settings",
-        "Written by `python -m orpo.cli.settings_page > orpo/SETTINGS.md`. Every setting is a field of "
+        "Written by `python -m orpo.cli.settings_page > docs/settings.md`. Every setting is a field of "
         "`orpo.ORPOConfig` or an option of `orpo-train`. The rest, from `output_dir` to `report_to`, is in "
         "transformers' documentation of "
         "[TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments)"

@@ -55,7 +55,7 @@ def orpo_loss(
 ) -> ORPOOutput:
     """The ORPO loss of a padded batch of pairs, with its gradients, without the (2P, T, V) logits.
 
-    Equivalent to, in three lines of torch (Eqs. 1-5)::
+    Equivalent to, in three lines of torch (Eqs. 1-5):
 
         logp = log_softmax(logit_scale * (hidden @ lm_head_weight.T + lm_head_bias), -1)      # of the labels
         a = mean of logp over each answer;  r = logit(exp(a_chosen)) - logit(exp(a_rejected))
