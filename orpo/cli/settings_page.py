@@ -17,7 +17,7 @@ OLDER = "Older name, mapped with a warning to "
 
 
 def settings_table() -> str:
-    """The Markdown of ``docs/settings.md``: every setting of our own, and those of transformers with another default."""
+    """Markdown of ``docs/settings.md``: every setting of our own, and those of transformers with another default."""
     own = [field for field in fields(ORPOConfig) if field.name in ORPOConfig.__annotations__]
     inherited = {field.name for field in fields(TrainingArguments)}
     alone = {cls: fields(cls) for cls in (ModelArguments, DataArguments)}
