@@ -8,6 +8,7 @@ import pytest
 
 from orpo.cli.arguments import DataArguments, ModelArguments, parse
 from orpo.cli.other_names import ELSEWHERE, advice
+from orpo.cli.short_help import GROUPS
 from orpo.trainer.config import ORPOConfig
 
 LINE = ["--model_name_or_path", "gpt2", "--dataset_name", "d", "--use_cpu"]
@@ -157,3 +158,24 @@ def test_other_trainers_names_are_no_options_of_ours():
     for tool, text in ELSEWHERE.values():
         assert tool and text.startswith(("nothing", *ours))
     assert advice("lerning_rate", ours) == "did you mean learning_rate?" and advice("xyzzy", ours) is None
+
+
+def test_help_fits_a_screen_and_help_all_has_everything(capsys):
+    texts = []
+    for word in ("--help", "-h", "--help_all"):
+        with pytest.raises(SystemExit) as end:
+            parse([word], description="Trains.")
+        assert end.value.code == 0
+        texts.append(capsys.readouterr().out)
+    short, again, whole = texts
+    assert short == again and len(short.splitlines()) <= 60 and short.startswith("Trains.")
+    assert all(f"--{name} " in short for options in GROUPS.values() for name in options)
+    assert "--adam_beta1" in whole and "[1e-06]" in short and "SUPPRESS" not in short
+
+
+@pytest.mark.parametrize(
+    ("given", "ours"), [("lr", "learning_rate"), ("epochs", "num_train_epochs"), ("model", "model_name_or_path")]
+)
+def test_short_names_are_no_abbreviations(given, ours):
+    with pytest.raises(ValueError, match=f"--{given} is no option, the name in many scripts for {ours}"):
+        parse([f"--{given}", "1"])

@@ -245,7 +245,7 @@ def test_a_mistake_on_the_line_is_one_line(capsys):
     said = capsys.readouterr().err
     assert stop.value.code == 2
     assert said == (
-        "orpo-generate: one of the arguments --prompt --prompts is required; all options: orpo-generate --help\n"
+        "orpo-generate: one of the arguments --prompt --prompts is required; options: orpo-generate --help\n"
     )
 
 

@@ -151,7 +151,7 @@ def test_training_on_a_cpu_needs_no_triton(folder, tmp_path):
         (["--lerning_rate", "1e-4"], 1, "orpo-train: --lerning_rate is no option, did you mean --learning_rate?"),
         (["--zzz=1"], 1, "orpo-train: --zzz=1 is no option"),
         (["stray"], 1, "orpo-train: nothing takes stray"),
-        (["--max_steps", "many"], 2, "invalid int value: 'many'; all options: orpo-train --help"),
+        (["--max_steps", "many"], 2, "invalid int value: 'many'; options: orpo-train --help"),
         (["--config", "smollm3"], 1, "no such file, and no recipe; the recipes are"),
         (["--config", "typo.yaml"], 1, "options that do not exist: lerning_rate (did you mean learning_rate?)"),
         (["--config", "broken.yaml"], 1, "broken.yaml is not YAML: "),

@@ -16,6 +16,7 @@ from transformers.hf_argparser import string_to_bool
 from orpo.cli.errors import OneLineErrors
 from orpo.cli.other_names import advice
 from orpo.cli.run_file import read_run_file
+from orpo.cli.short_help import short_help
 from orpo.data.sources import NoSuchSplit, load_pairs
 from orpo.files import read_text
 from orpo.launch import launch_config
@@ -28,6 +29,9 @@ HELD_OUT = (
     "--eval_dataset_name FILE, or parts of the one data set: "
     "--dataset_train_split 'train[5%:]' --dataset_test_split 'train[:5%]'"
 )
+
+
+HELP = ("-h", "--help", "--help_all", "--help-all")
 
 
 @dataclass
@@ -221,12 +225,14 @@ def parse(argv: Sequence[str], description: str | None = None) -> tuple[ModelArg
         SystemExit: after ``--help`` and its like, and for a value that is no number where it has to be one.
     """
     parser = _Parser((ModelArguments, DataArguments, ORPOConfig), prog="orpo-train", description=description)
+    parser.add_argument("-h", "--help", action=_ShortHelp, nargs=0, help="Print the options that most runs need.")
+    parser.add_argument("--help_all", "--help-all", action="help", help="Print every option.")
     parser.add_argument("--config", help="A YAML file of options, or the name of a recipe (--list_recipes).")
     parser.add_argument("--list_recipes", "--list-recipes", action=_ListRecipes, nargs=0, help="Name the recipes.")
     parser.add_argument(
         "--print_config", "--print-config", action=_PrintConfig, help="Print a configuration of accelerate launch."
     )
-    config = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].config
+    config = parser.parse_known_args([a for a in argv if a not in HELP])[0].config
     options = {} if config is None else read_run_file(config, parser.settings)
     parser.set_defaults(**options)
     try:
@@ -252,7 +258,9 @@ class _Parser(OneLineErrors, HfArgumentParser):
 
     def __init__(self, classes: Sequence[type], *args: Any, **kwargs: Any) -> None:
         usage = "%(prog)s [--config FILE] [--option value ...]"
-        super().__init__(classes, *args, usage=usage, formatter_class=_Help, **kwargs)
+        super().__init__(
+            classes, *args, usage=usage, formatter_class=_Help, add_help=False, allow_abbrev=False, **kwargs
+        )
         self.settings = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
         fields = {action.dest for action in self._actions}
         self.settings = {name: hint for name, hint in self.settings.items() if name in fields}
@@ -284,6 +292,12 @@ def _unknown(words: Sequence[str], known: Collection[str]) -> str:
         if word.startswith("--") or (said or "").startswith("did"):
             texts.append(f"{word} is no option" + (f", {said}" if said else ""))
     return "; ".join(texts or [f"nothing takes {' '.join(words)}"])
+
+
+class _ShortHelp(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(short_help(parser))
+        parser.exit()
 
 
 class _ListRecipes(argparse.Action):

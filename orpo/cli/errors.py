@@ -23,7 +23,7 @@ class OneLineErrors(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with code 2."""
-        self.exit(2, f"{self.prog}: {message}; all options: {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {message}; options: {self.prog} --help\n")
 
 
 def run_command(name: str, main: Callable[[], Any]) -> None:
