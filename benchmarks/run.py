@@ -146,8 +146,8 @@ def ignored(options: argparse.Namespace) -> str | None:
         return f"--{given[0]} would be ignored: {why}"
     if options.list or not group:
         return None
-    if group in ("long", "training") and options.peers:
-        return f"--peers would be ignored: {group} has peers of its own"
+    if group == "training" and options.peers:
+        return "--peers would be ignored: training has trainers of its own"
     if group == "long" and (options.model or options.data):
         return "--model and --data would be ignored: long measures random hidden states"
     return None
@@ -186,7 +186,7 @@ def main() -> None:
     if options.group == "long":
         from . import limits
 
-        limits.run()
+        limits.run(names)
         return
     if options.group == "accuracy":
         from . import accuracy
@@ -199,7 +199,7 @@ def main() -> None:
         from . import training
 
         training.run(model, options.data)
-        training.run_shares(model)
+        training.run(model, shares=training.SHARES)
         return
     chosen = [piece for piece in LOSS_GROUPS[options.group] if options.only in str(piece)]
     if not chosen:

@@ -24,6 +24,7 @@ import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,7 @@ def train(trainer: Any) -> tuple[list[float], float, float]:
 
 
 def peak_alone(kind: str, source: dict[str, Any], batch: int, longest: int, dtype: str) -> dict[str, int]:
-    """Most bytes that a process of its own holds while it trains on the rows: "peak_bytes" of a GPU, or
-    "peak_resident_bytes" (0 where /proc is not Linux's)."""
+    """Most bytes that a process of its own holds while it trains: "peak_bytes" of a GPU, or "peak_resident_bytes"."""
     # A fork would start with this process's memory.
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
@@ -116,12 +116,10 @@ def _train_alone(
         train(make_trainer(kind, model, tokenizer, rows, out, batch, longest, dtype))
     if torch.cuda.is_available():
         return {"peak_bytes": torch.cuda.max_memory_allocated()}
-    try:
-        with open("/proc/self/status") as status:
-            resident = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        resident = 0
-    return {"peak_resident_bytes": resident}
+    # Not getrusage's: that begins with the memory of who started the process. Only Linux has the file.
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return {"peak_resident_bytes": next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)}
 
 
 def measure(
@@ -175,21 +173,14 @@ def measure(
         "status": "measured",
         "rounds": rounds,
     }
-    return [
-        {
-            **shape,
-            "kind": what,
-            "peer": kind,
-            **summary(times[kind][what], times["trl orpo"][what]),
-            "seconds": times[kind][what],
-            "pairs_per_second": (batch if what == "training step" else batch * steps)
-            / summary(times[kind][what])["median"],
-            "first_loss": losses[kind],
-            **held.get(kind, {}),
-        }
-        for what in ("training step", "whole run")
-        for kind in kinds
-    ]
+    records = []
+    for what, pairs in (("training step", batch), ("whole run", batch * steps)):
+        for kind in kinds:
+            seconds = times[kind][what]
+            figures = summary(seconds, times["trl orpo"][what])
+            figures |= {"seconds": seconds, "pairs_per_second": pairs / figures["median"], "first_loss": losses[kind]}
+            records.append({**shape, "kind": what, "peer": kind, **figures, **held.get(kind, {})})
+    return records
 
 
 def show(records: list[dict]) -> None:
@@ -200,80 +191,67 @@ def show(records: list[dict]) -> None:
 
 def run(
     folder: str | None,
-    data: str | None,
-    dtypes: tuple[str, ...] = tuple(SAME_LOSS),
+    data: str | None = None,
+    *,
+    shares: tuple[int, ...] = (),
+    dtypes: tuple[str, ...] = (),
     rounds: int = ROUNDS,
-    kinds: tuple[str, ...] = KINDS,
+    kinds: tuple[str, ...] = (),
 ) -> None:
-    """Measure, store and print the trainers on the data, in each dtype."""
-    for dtype in dtypes:
-        keep(measure(folder, data, dtype=dtype, rounds=rounds, memory=True, kinds=kinds))
+    """Measure, store and print the trainers in each dtype: on the data, or on random words for each share of prompt."""
+    for dtype in dtypes or (("float32",) if shares else tuple(SAME_LOSS)):
+        for share in shares or (None,):
+            how = dict(memory=True) if share is None else dict(share=share, steps=2)
+            chosen = kinds or (KINDS if share is None else SHARE_KINDS)
+            records = measure(folder, data, dtype=dtype, rounds=rounds, kinds=chosen, **how)
+            results.append("training", records)
+            show(records)
 
 
-def run_shares(
-    folder: str | None,
-    shares: tuple[int, ...] = SHARES,
-    dtypes: tuple[str, ...] = ("float32",),
-    rounds: int = ROUNDS,
-    kinds: tuple[str, ...] = SHARE_KINDS,
-) -> None:
-    """The same on random words, for each share of prompt."""
-    for dtype in dtypes:
-        for share in shares:
-            keep(measure(folder, None, dtype=dtype, share=share, rounds=rounds, steps=2, kinds=kinds))
-
-
-def keep(records: list[dict]) -> None:
-    results.append("training", records)
-    show(records)
-
-
-def shares_of(text: str, parser: argparse.ArgumentParser) -> tuple[int, ...]:
-    """Percents with commas; each leaves a token to the prompt and one to the answer."""
-    try:
-        shares = tuple(int(share) for share in text.split(","))
-    except ValueError:
-        parser.error(f"--shares is {text!r}; percents with commas, such as 10,50,90")
+def percents(text: str) -> tuple[int, ...]:
+    shares = tuple(int(share) for share in text.split(","))
     if wrong := [share for share in shares if not 1 <= share <= 99]:
-        parser.error(f"--shares holds {wrong[0]}; a share is 1 to 99 %")
+        # Each leaves a token to the prompt and one to the answer.
+        raise argparse.ArgumentTypeError(f"a share is 1 to 99 %, not {wrong[0]}")
     return shares
+
+
+def names_of(*known: str) -> Callable[[str], tuple[str, ...]]:
+    """What reads some of `known`, with commas, each once."""
+
+    def names(text: str) -> tuple[str, ...]:
+        if wrong := [name for name in text.split(",") if name not in known]:
+            raise argparse.ArgumentTypeError(f"{wrong[0]!r} is none of {', '.join(known)}")
+        return tuple(dict.fromkeys(text.split(",")))
+
+    return names
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a model (default: the variable ORPO_BENCH_MODEL)")
     parser.add_argument("--data", help="pairs as JSONL or parquet, or a hub name")
-    parser.add_argument(
-        "--dtype", help="float32, bfloat16, or both with a comma (default: both; with --shares float32)"
-    )
-    parser.add_argument("--shares", help="percent of prompt in random words, with commas, instead of data")
+    parser.add_argument("--dtype", type=names_of(*SAME_LOSS), help="default: both; with --shares float32")
+    parser.add_argument("--shares", type=percents, help="percent of prompt in random words, with commas")
     known = (*KINDS, *(f"ours {layout}{STRIPS}" for layout in LAYOUTS))
-    parser.add_argument("--kinds", help=f"with commas, of {', '.join(known)}; trl orpo always runs")
+    parser.add_argument("--kinds", type=names_of(*known), help=f"of {', '.join(known)}; trl orpo always runs")
     parser.add_argument("--rounds", type=int, help=f"default: {ROUNDS}")
     parser.add_argument("--quick", action="store_true", help="the 1M-parameter model, two pairs a batch, two steps")
     options = parser.parse_args()
-    asked = options.kinds.split(",") if options.kinds else ()
-    if wrong := [kind for kind in asked if kind not in known]:
-        parser.error(f"--kinds holds {wrong[0]!r}, which is none of {', '.join(known)}")
-    # The others are held against it.
-    kinds = {"kinds": tuple(dict.fromkeys([*asked, "trl orpo"]))} if asked else {}
     given = {name for name, value in vars(options).items() if value is not None and value is not False}
     for one, excluded in (("quick", {"model", "data", "dtype", "shares", "rounds"}), ("shares", {"data"})):
         if one in given and (others := sorted(given & excluded)):
             parser.error(f"--{one} has no --{others[0]}: {ALONE[one]}")
     if options.rounds is not None and options.rounds < 1:
         parser.error(f"--rounds is {options.rounds}; it is at least 1")
-    dtypes = None if options.dtype is None else tuple(dict.fromkeys(options.dtype.split(",")))
-    if wrong := sorted(set(dtypes or ()) - set(SAME_LOSS)):
-        parser.error(f"--dtype holds {wrong[0]!r}; there are {', '.join(SAME_LOSS)}")
-    settings = kinds | {"rounds": options.rounds or ROUNDS} | ({"dtypes": dtypes} if dtypes else {})
-    model = options.model or os.environ.get("ORPO_BENCH_MODEL")
+    # The others are held against it.
+    kinds = tuple(dict.fromkeys([*options.kinds, "trl orpo"])) if options.kinds else ()
     if options.quick:
-        show(measure(None, None, batch=2, steps=2, rounds=1, longest=200, **kinds))
-    elif options.shares is not None:
-        run_shares(model, shares_of(options.shares, parser), **settings)
-    else:
-        run(model, options.data, **settings)
+        show(measure(None, None, batch=2, steps=2, rounds=1, longest=200, kinds=kinds or KINDS))
+        return
+    model = options.model or os.environ.get("ORPO_BENCH_MODEL")
+    settings = dict(shares=options.shares or (), dtypes=options.dtype or (), rounds=options.rounds or ROUNDS)
+    run(model, options.data, **settings, kinds=kinds)
 
 
 if __name__ == "__main__":

@@ -127,6 +127,13 @@ def test_a_piece_is_measured_when_every_kind_and_peer_is_stored_on_this_machine(
 
 
 def test_limits_of_memory_are_a_cpus(monkeypatch):
-    monkeypatch.setattr("benchmarks.measure.default_device", lambda: "cuda")
+    monkeypatch.setattr(limits, "default_device", lambda: "cuda")
     with pytest.raises(SystemExit, match="hide the GPU with CUDA_VISIBLE_DEVICES="):
         limits.run()
+
+
+def test_a_peer_that_asks_for_more_than_the_limit_is_out_of_memory():
+    record = limits.in_a_process("ours (strips)", 64)
+    assert record["status"] == "measured" and record["median"] > 0
+    assert limits.in_a_process("torch eager", 4096, memory_gib=1.5)["status"] == "out of memory"
+    assert limits.in_a_process("ours", 64, seconds=0.1)["status"] == "longer than 0.1 s"

@@ -12,8 +12,8 @@ def command(monkeypatch):
     monkeypatch.setattr(run, "measure", lambda group, piece, names: calls.append((group, str(piece), names)))
     monkeypatch.setattr(run, "is_measured", lambda *_: False)
     monkeypatch.setattr(run, "available", lambda name: True)
-    for name in ("training.run", "training.run_shares", "accuracy.run", "limits.run"):
-        monkeypatch.setattr(f"benchmarks.{name}", lambda *a, name=name: calls.append((name, *a)))
+    for name in ("training.run", "accuracy.run", "limits.run"):
+        monkeypatch.setattr(f"benchmarks.{name}", lambda *a, name=name, **k: calls.append((name, *a, *k)))
     monkeypatch.delenv("ORPO_BENCH_MODEL", raising=False)
 
     def call(*options):
@@ -34,8 +34,7 @@ def command(monkeypatch):
         (["heads", "--model", "x"], "--model would be ignored: heads measures random hidden states"),
         (["growth", "--data", "x"], "--data would be ignored"),
         (["long", "--model", "x"], "--model and --data would be ignored: long measures"),
-        (["long", "--peers", "ours"], "--peers would be ignored: long has peers of its own"),
-        (["training", "--peers", "ours"], "--peers would be ignored"),
+        (["training", "--peers", "ours"], "--peers would be ignored: training has trainers of its own"),
         (["accuracy", "--data", "x"], "--data goes with --model"),
         (["heads", "--only", "float64"], "--only 'float64' is in no line of heads"),
         (["heads", "--pieces", "0"], "--pieces is 0; it is at least 1"),
@@ -83,14 +82,15 @@ def test_a_peer_that_is_not_installed_is_refused(command, monkeypatch, capsys):
 
 
 def test_the_model_is_that_of_the_option_or_of_the_environment(command, monkeypatch):
-    assert command("--group", "training") == [("training.run", None, None), ("training.run_shares", None)]
+    assert command("--group", "training") == [("training.run", None, None), ("training.run", None, "shares")]
     monkeypatch.setenv("ORPO_BENCH_MODEL", "env")
-    assert command("--group", "training")[1] == ("training.run_shares", "env")
+    assert command("--group", "training")[1] == ("training.run", "env", "shares")
     assert command("--group", "training", "--model", "own")[0] == ("training.run", "own", None)
     (name, _, *rest) = command("--group", "accuracy", "--data", "pairs")[0]
     assert (name, rest) == ("accuracy.run", ["env", "pairs"])
     # The variable is for other groups, and no reason to refuse this one.
-    assert command("--group", "long") == [("limits.run",)]
+    ((name, peers),) = command("--group", "long", "--peers", "ours,trl")
+    assert (name, peers) == ("limits.run", ["ours", "trl"])
     assert command("--group", "growth", "--pieces", "2")
 
 

@@ -13,8 +13,7 @@ def command(monkeypatch):
     """The command line; what it would measure, it notes."""
     calls = []
     monkeypatch.delenv("ORPO_BENCH_MODEL", raising=False)
-    for name in ("run", "run_shares"):
-        monkeypatch.setattr(training, name, lambda *a, name=name, **k: calls.append((name, a, k)))
+    monkeypatch.setattr(training, "run", lambda *a, **k: calls.append(("run", a, {n: v for n, v in k.items() if v})))
     monkeypatch.setattr(training, "measure", lambda *a, **k: calls.append(("measure", a, k)) or [])
 
     def call(*options):
@@ -33,12 +32,12 @@ def command(monkeypatch):
         (["--quick", "--rounds", "5"], "--quick has no --rounds"),
         (["--quick", "--shares", "10"], "--quick has no --shares"),
         (["--shares", "10", "--data", "x"], "--shares has no --data: its pairs are random words"),
-        (["--shares", "10,a"], "--shares is '10,a'; percents with commas"),
-        (["--shares", ""], "--shares is ''; percents with commas"),
-        (["--dtype", ""], "--dtype holds ''"),
-        (["--shares", "0"], "--shares holds 0; a share is 1 to 99 %"),
-        (["--dtype", "float16"], "--dtype holds 'float16'; there are float32, bfloat16"),
-        (["--kinds", "ours"], "--kinds holds 'ours', which is none of"),
+        (["--shares", "10,a"], "--shares: invalid percents value: '10,a'"),
+        (["--shares", ""], "--shares: invalid percents value: ''"),
+        (["--shares", "0"], "--shares: a share is 1 to 99 %, not 0"),
+        (["--dtype", ""], "--dtype: '' is none of float32, bfloat16"),
+        (["--dtype", "float16"], "--dtype: 'float16' is none of float32, bfloat16"),
+        (["--kinds", "ours"], "--kinds: 'ours' is none of"),
         (["--rounds", "0"], "--rounds is 0; it is at least 1"),
     ],
 )
@@ -50,10 +49,10 @@ def test_what_would_be_ignored_or_fail_later_is_refused(command, capsys, options
 
 def test_defaults_are_those_of_the_functions(command, monkeypatch):
     assert command() == ("run", (None, None), {"rounds": training.ROUNDS})
-    assert command("--shares", "10,90") == ("run_shares", (None, (10, 90)), {"rounds": training.ROUNDS})
+    assert command("--shares", "10,90") == ("run", (None, None), {"shares": (10, 90), "rounds": training.ROUNDS})
     own = command("--shares", "5", "--dtype", "bfloat16", "--rounds", "7", "--kinds", "ours packed", "--model", "m")
     kinds = ("ours packed", "trl orpo")
-    assert own == ("run_shares", ("m", (5,)), {"rounds": 7, "dtypes": ("bfloat16",), "kinds": kinds})
+    assert own == ("run", ("m", None), {"shares": (5,), "rounds": 7, "dtypes": ("bfloat16",), "kinds": kinds})
     # The variable is no reason to refuse what has a model of its own.
     monkeypatch.setenv("ORPO_BENCH_MODEL", "env")
     assert command("--quick", "--kinds", "trl sft")[2]["kinds"] == ("trl sft", "trl orpo")

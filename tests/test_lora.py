@@ -10,9 +10,8 @@ from tiny import ROWS, SEVEN, make_model, make_tokenizer
 from trainers import logged, make_args, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from orpo import ORPOTrainer, train
+from orpo import ORPOTrainer, merge, train
 from orpo.merge import merge_adapter
-from orpo.model import merging
 from orpo.trainer.adapt import wrap_peft
 
 IDS = torch.arange(3, 60)[None]
@@ -109,7 +108,7 @@ def test_merging_as_a_command(tmp_path, monkeypatch, capsys):
     train.main(lora_line(tmp_path / "base", tmp_path / "out"))
     output = str(tmp_path / "half")
     monkeypatch.setattr(sys, "argv", ["merge", str(tmp_path / "out"), output, "--dtype", "bfloat16"])
-    merging.main()
+    merge.main()
     assert capsys.readouterr().out.strip().endswith(output)
     assert AutoModelForCausalLM.from_pretrained(output, dtype="auto").dtype == torch.bfloat16
 

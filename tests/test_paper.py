@@ -37,12 +37,12 @@ def test_a_wrong_equation_ends_with_an_error(monkeypatch):
 
 def test_the_page_shows_what_is_stored():
     text = report.PAGE.read_text()
-    assert report.page(text) == text, "run python -m benchmarks.paper.report"
+    assert report.with_blocks(text, report.sections()) == text, "run python -m benchmarks.paper.report"
 
 
 def test_a_page_without_a_section_is_refused():
     with pytest.raises(ValueError, match="<!-- equations -->"):
-        report.page("no markers")
+        report.with_blocks("no markers", report.sections())
 
 
 def test_runs_of_two_plans_are_not_reported_as_one(quick, tmp_path):

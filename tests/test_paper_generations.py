@@ -118,19 +118,6 @@ def test_a_cut_answer_can_be_counted_as_lost():
     assert winrates.win_rates(records, "orpo", "dpo", cut_loses=True)[0][0] == 100 * (1 + 1 + 0 + 0.5) / 4
 
 
-def test_stored_answers_are_counted_as_cut_by_their_tokens():
-    stored = [record for path in (winrates.RESULTS, winrates.SLOW_RESULTS) for record in winrates.read(path)]
-    counted = [record for record in stored if record["cut_counted_by"] == "tokens of the text"]
-    added = ("cut", "max_new_tokens", "cut_counted_by")
-    bare = [{name: value for name, value in record.items() if name not in added} for record in counted]
-    assert winrates.count_cut(bare) == counted
-    short, word = "Yes.", "~"
-    (record,) = winrates.count_cut([{"answers": [[short, 64 * word, 63 * word]], "rewards": [[0.0] * 3]}])
-    assert record["cut"] == [[0, 1, 0]]
-    # What a record says itself stands.
-    assert winrates.count_cut([{"cut": [[1]], "answers": [[short]]}]) == [{"cut": [[1]], "answers": [[short]]}]
-
-
 @pytest.mark.parametrize("template", [None, CHATML])
 def test_models_of_ones_own_are_sampled_from_the_prompts_of_training(
     template, language_model, tmp_path, monkeypatch, capsys
@@ -199,7 +186,7 @@ def test_quick_runs_end_to_end(tmp_path, encoder):
     quick = ["--quick", "--seeds", "1", "--rounds", "2", "--output", str(answers), "--folder", str(tmp_path / "models")]
     winrates.main(quick)
     diversity.main(["--answers", str(answers), "--embedder", encoder, "--output", str(embedded)])
-    records, similar = winrates.read(answers), diversity.read(embedded)
+    records, similar = winrates.read(answers), winrates.read(embedded)
     assert [r["model"] for r in records] == [r["model"] for r in similar] == list(policies.NAMES)
     assert all(len(r["rewards"]) == 2 and len(r["rewards"][0]) == 4 == len(r["answers"][1]) for r in records)
     blocks = generations.blocks(records, similar, records)
@@ -224,8 +211,8 @@ def test_what_is_no_result_is_not_stored_as_one(capsys):
 def test_the_page_and_its_picture_are_made_of_the_stored_results():
     from PIL import Image
 
-    stored = winrates.read(), diversity.read(), winrates.read(winrates.SLOW_RESULTS)
-    stored = (*stored, diversity.read(diversity.SLOW_RESULTS))
+    stored = winrates.read(), winrates.read(diversity.RESULTS), winrates.read(winrates.SLOW_RESULTS)
+    stored = (*stored, winrates.read(diversity.SLOW_RESULTS))
     page = (PAPER / "generations.md").read_text()
     assert page == generations.with_blocks(page, generations.blocks(*stored))
     picture = Image.open(PAPER / "results" / "winrates.png")

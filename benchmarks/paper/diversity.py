@@ -104,11 +104,6 @@ def load_embedder(folder: str, max_length: int = 256, batch_size: int = 64) -> E
     return embed
 
 
-def read(path: Path = RESULTS) -> list[dict]:
-    """The stored records; [] where nothing is stored."""
-    return winrates.read(path)
-
-
 def read_rounds(paths: Sequence[Path]) -> list[dict]:
     """One record of the answers that orpo-generate wrote, a file a round, for AlpacaEval or without a format.
 

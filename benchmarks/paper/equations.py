@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, one_hot
 
 import orpo
+from benchmarks import tables
 
 from .methods import probability_ratio_loss
 from .reward import preference_loss
@@ -205,10 +206,8 @@ def run() -> list[tuple[Equation, bool]]:
 
 def table(results: list[tuple[Equation, bool]]) -> str:
     """The results as Markdown."""
-    lines = ["| Eq. | equation | implemented by | checked in float64 | ok |", "|---|---|---|---|---|"]
-    for e, ok in results:
-        lines.append(f"| {e.name} | {e.equation} | `{e.function}` | {e.says} | {'yes' if ok else 'NO'} |")
-    return "\n".join(lines)
+    rows = [[e.name, e.equation, f"`{e.function}`", e.says, "yes" if ok else "NO"] for e, ok in results]
+    return tables.table(["Eq.", "equation", "implemented by", "checked in float64", "ok"], rows)
 
 
 def main() -> None:

@@ -9,15 +9,16 @@ The page's words are written by hand, the blocks between its marks by this; a te
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.pictures import fingerprint
+from benchmarks.tables import table
 from orpo.report.curves import COLOURS
 
 from . import diversity, winrates
+from .report import spread, with_blocks
 
 PAGE = Path(__file__).parent / "generations.md"
 PICTURE = winrates.RESULTS.with_suffix(".png")
@@ -25,17 +26,8 @@ PICTURE = winrates.RESULTS.with_suffix(".png")
 MODEL_COLOURS = {"sft": COLOURS[1], "dpo": COLOURS[4], "orpo": COLOURS[0]}
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows))
-
-
 def _of(records: Sequence[dict], model: str) -> list[dict]:
     return [r for r in records if r["model"] == model]
-
-
-def _range(values: Sequence[float], digits: int) -> str:
-    low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
-    return low if low == high else f"{low} to {high}"
 
 
 def _cut(record: dict) -> float:
@@ -86,9 +78,9 @@ def _answers(records: Sequence[dict]) -> str:
         spreads = [statistics.pstdev(x for answered in r["rewards"] for x in answered) for r in own]
         manners = [r["manner"] for r in own if r["manner"] is not None]
         count = sum(map(len, own[0]["answers"]))
-        row = [_range([_mean_reward(r) for r in own], 2), _range(spreads, 2)]
-        row += [_range(manners, 2) if manners else "none", _range([100 * r["without_manner"] / count for r in own], 0)]
-        row += [_range([100 * r["facts_right"] for r in own], 0), _range([_cut(r) for r in own], 0)]
+        row = [spread([_mean_reward(r) for r in own], 2), spread(spreads, 2)]
+        row += [spread(manners, 2) if manners else "none", spread([100 * r["without_manner"] / count for r in own], 0)]
+        row += [spread([100 * r["facts_right"] for r in own], 0), spread([_cut(r) for r in own], 0)]
         rows.append([model.upper(), *row])
     header = ["", "mean reward", "its spread over answers", "manner, 0 rude to 5 warm", "without a phrase, %"]
     return table([*header, "fact right, %", f"cut off at {records[0]['max_new_tokens']} tokens, %"], rows)
@@ -134,21 +126,6 @@ def _slow(records: Sequence[dict]) -> str:
     return table([*header, f"cut off at {records[0]['max_new_tokens']} tokens, {models}, %"], rows)
 
 
-def with_blocks(page: str, written: dict[str, str]) -> str:
-    """The page with its blocks replaced.
-
-    Raises:
-        ValueError: it lacks the marks of one.
-    """
-    for name, text in written.items():
-        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        if begin not in page or end not in page:
-            raise ValueError(f"the page lacks {begin} or {end}")
-        whole = f"{begin}\n{text}\n{end}"
-        page = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _, whole=whole: whole, page, flags=re.S)
-    return page
-
-
 def draw(records: Sequence[dict], path: Path) -> None:
     """Figure 5: histograms of the rewards of each model's answers, a panel a seed."""
     import matplotlib
@@ -189,9 +166,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.answers is not None:
         draw(winrates.read(options.answers), options.picture)
         return
-    slow, slow_similar = winrates.read(winrates.SLOW_RESULTS), diversity.read(diversity.SLOW_RESULTS)
+    slow, slow_similar = winrates.read(winrates.SLOW_RESULTS), winrates.read(diversity.SLOW_RESULTS)
     records = winrates.read()
-    PAGE.write_text(with_blocks(PAGE.read_text(), blocks(records, diversity.read(), slow, slow_similar)))
+    PAGE.write_text(
+        with_blocks(PAGE.read_text(), blocks(records, winrates.read(diversity.RESULTS), slow, slow_similar))
+    )
     draw(records, PICTURE)
 
 

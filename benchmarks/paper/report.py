@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from benchmarks.tables import table
 
 from . import equations
 from .pictures import draw_curves, title_of
@@ -19,8 +22,9 @@ COLUMNS = ("accuracy", "margin", "chosen", "rejected", "gain_accuracy", "nll")
 PICTURES = {"figure3.png": ["sft", "orpo:1.0"], "figure9.png": ["orpo:0.1", "orpo:0.5", "orpo:1.0"]}
 
 
-def _spread(values: list[float]) -> str:
-    low, high = (f"{v:.2f}" for v in (min(values), max(values)))
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Lowest and highest."""
+    low, high = (f"{v:.{digits}f}" for v in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
 
@@ -28,61 +32,44 @@ def runs_table(records: list[dict]) -> str:
     """The last held-out point of every run, lowest and highest over its seeds."""
     if not records:
         return "Not run."
-    first = records[0]
-    settings = first["settings"]
-    seeds = len({r["seed"] for r in records})
+    first, seeds = records[0], len({r["seed"] for r in records})
     sizes = (
-        f"{first['train']:,} training pairs, {first['heldout']} held-out pairs, {settings['steps']} steps of "
-        f"{settings['batch_size']} pairs, learning rate {settings['learning_rate']:g}, {settings['dtype']}"
-    )
-    lines = [
-        f"{sizes}, {seeds} seed{'s' if seeds > 1 else ''}; torch {first['stamp']['torch']}.",
-        "",
-        "| run | seeds | accuracy | margin | chosen | rejected | accuracy of the gain | NLL |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+        "{train:,} training pairs, {heldout} held-out pairs, {settings[steps]} steps of {settings[batch_size]} pairs, "
+        "learning rate {settings[learning_rate]:g}, {settings[dtype]}, {seeds} seed{s}; torch {stamp[torch]}."
+    ).format(**first, seeds=seeds, s="s" * (seeds > 1))
     start = [r["curve"][0] for r in {r["seed"]: r for r in records}.values()]
-    rows = [("start", start)] + [(title_of(run), [r["curve"][-1] for r in records if r["run"] == run]) for run in RUNS]
-    for name, points in rows:
-        if points:
-            cells = [_spread([p[c] for p in points]) for c in COLUMNS]
-            if name == "start":
-                cells[COLUMNS.index("gain_accuracy")] = ""
-            lines.append(f"| {name} | {len(points)} | " + " | ".join(cells) + " |")
-        else:
-            lines.append(f"| {name} | not run |" + " |" * len(COLUMNS))
-    return "\n".join(lines)
+    found = [("start", start)] + [(title_of(run), [r["curve"][-1] for r in records if r["run"] == run]) for run in RUNS]
+    rows = []
+    for name, points in found:
+        cells = [spread([p[c] for p in points]) if points else "" for c in COLUMNS]
+        if name == "start":
+            cells[COLUMNS.index("gain_accuracy")] = ""
+        rows.append([name, str(len(points) or "not run"), *cells])
+    header = ["run", "seeds", "accuracy", "margin", "chosen", "rejected", "accuracy of the gain", "NLL"]
+    return f"{sizes}\n\n{table(header, rows)}"
 
 
 def costs_table(folder: Path) -> str:
     """Forward passes, time and memory of a step for every model that was measured."""
-    heads = "model", "step", "forward passes", "median, ms", "least, ms", "least, times ORPO's", "weights, MiB"
-    lines = ["| " + " | ".join(heads) + " | working memory, MiB |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    stamps = []
+    rows, stamps = [], []
     for path in sorted(folder.glob("costs-*.json")):
         record = json.loads(path.read_text())
-        stamps.append(f"{record['pairs']} pairs on {record['stamp']['device']}, {record['stamp']['threads']} thread(s)")
+        stamps.append("{pairs} pairs on {stamp[device]}, {stamp[threads]} thread(s)".format(**record))
         base = record["kinds"]["orpo"]["least"]
         for kind, f in record["kinds"].items():
-            lines.append(
-                f"| {record['model']} | {kind} | {f['forward passes']} | {1e3 * f['median']:.0f} | "
-                f"{1e3 * f['least']:.0f} | {f['least'] / base:.2f} | {f['weights MiB']:.1f} | {f['working MiB']:.1f} |"
-            )
-    return "\n".join([*lines, "", *dict.fromkeys(stamps)]) if stamps else "Not measured."
+            times = f"{1e3 * f['median']:.0f}", f"{1e3 * f['least']:.0f}", f"{f['least'] / base:.2f}"
+            memory = f"{f['weights MiB']:.1f}", f"{f['working MiB']:.1f}"
+            rows.append([record["model"], kind, str(f["forward passes"]), *times, *memory])
+    header = ["model", "step", "forward passes", "median, ms", "least, ms", "least, times ORPO's", "weights, MiB"]
+    return "\n".join([table([*header, "working memory, MiB"], rows), "", *dict.fromkeys(stamps)])
 
 
 def ratios_table(folder: Path) -> str:
     """Spread of both ratios, from ``ratios.json``."""
     path = folder / "ratios.json"
-    if not path.exists():
-        return "Not sampled."
-    lines = ["| | standard deviation | 5 % | 25 % | median | 75 % | 95 % |", "|---|---|---|---|---|---|---|"]
-    for name, f in json.loads(path.read_text()).items():
-        lines.append(
-            f"| {name} | {f['standard deviation']:.2f} | " + " | ".join(f"{q:.2f}" for q in f["quantiles"]) + " |"
-        )
-    return "\n".join(lines)
+    found = json.loads(path.read_text()) if path.exists() else {}
+    rows = [[name, *(f"{v:.2f}" for v in (f["standard deviation"], *f["quantiles"]))] for name, f in found.items()]
+    return table(["", "standard deviation", "5 %", "25 %", "median", "75 %", "95 %"], rows)
 
 
 def of_one_plan(name: str, folder: Path) -> list[dict]:
@@ -107,25 +94,26 @@ def sections(folder: Path = RESULTS) -> dict[str, str]:
     }
 
 
-def page(text: str, folder: Path = RESULTS) -> str:
-    """`text` with every marked section written anew.
+def with_blocks(page: str, written: Mapping[str, str]) -> str:
+    """The page with its blocks replaced.
 
     Raises:
-        ValueError: a section has no markers in `text`.
+        ValueError: it lacks the marks of one.
     """
-    for name, body in sections(folder).items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
-        if not re.search(pattern, text, re.S):
-            raise ValueError(f"the page has no section between <!-- {name} --> and <!-- end of {name} -->")
-        text = re.sub(pattern, lambda m, body=body: f"{m[1]}\n{body}\n\n{m[2]}", text, flags=re.S)
-    return text
+    for name, text in written.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        if begin not in page or end not in page:
+            raise ValueError(f"the page lacks {begin} or {end}")
+        whole = f"{begin}\n{text}\n{end}"
+        page = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _, whole=whole: whole, page, flags=re.S)
+    return page
 
 
 def main(folder: Path = RESULTS) -> None:
     series = {title: of_one_plan(name, folder) for name, title in SERIES.items()}
     for name, runs in PICTURES.items():
         print(draw_curves(series, runs, folder / name))
-    PAGE.write_text(page(PAGE.read_text(), folder))
+    PAGE.write_text(with_blocks(PAGE.read_text(), sections(folder)))
     print(PAGE)
 
 

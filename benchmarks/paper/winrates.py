@@ -2,7 +2,6 @@
 
     python -m benchmarks.paper.winrates                   the demonstration's models, seeds 0, 1 and 2
     python -m benchmarks.paper.winrates --models sft=FOLDER dpo=FOLDER orpo=FOLDER --reward FOLDER --data PAIRS
-    python -m benchmarks.paper.winrates --count_cut --output FILE      answers stored before it was noted which ended
 
 The first trains everything: the three models and a reward model from one checkpoint each seed, and stores answers and
 rewards in results/winrates.jsonl, from which the page and Table 4 (benchmarks.paper.diversity) are made. The second
@@ -24,9 +23,8 @@ import torch
 
 from orpo.data.formats import PairText, UnusableRow, pair_text
 from orpo.data.sources import load_pairs
-from orpo.demo.data import FRAMES, make_pairs
+from orpo.demo.data import FRAMES
 from orpo.demo.experiment import DemoSettings, load, one_thread
-from orpo.demo.model import tokenizer_of
 from orpo.generation import Answer, answer_tokens
 from orpo.generation import load as load_policy
 from orpo.model.load import load_tokenizer
@@ -119,27 +117,6 @@ def cut_marks(answers: Sequence[Sequence[Answer]], limit: int) -> dict[str, Any]
         "cut": [[int(answer.cut) for answer in answered] for answered in answers],
         "cut_counted_by": "end token",
     }
-
-
-def count_cut(records: Sequence[dict]) -> list[dict]:
-    """The demonstration's `records` with marks where they have none, by tokenizing the texts of the answers again.
-
-    An answer counts as cut where its text has MAX_NEW_TOKENS tokens or more. The text does not say which tokens it was
-    sampled as, so an answer near the limit can be counted wrongly, either way.
-    """
-    tokenizer = tokenizer_of(make_pairs(held_out=DemoSettings.held_out)[0])
-    marked = []
-    for record in records:
-        if "cut" not in record:
-            sizes = [
-                [len(ids) for ids in tokenizer(x, add_special_tokens=False)["input_ids"]] for x in record["answers"]
-            ]
-            marks = [[int(size >= MAX_NEW_TOKENS) for size in row] for row in sizes]
-            new = {"max_new_tokens": MAX_NEW_TOKENS, "cut": marks, "cut_counted_by": "tokens of the text"}
-            ends = {name: record[name] for name in ("rewards", "answers")}
-            record = {**{k: v for k, v in record.items() if k not in ends}, **new, **ends}
-        marked.append(record)
-    return marked
 
 
 def run_seed(seed: int, folder: Path, settings: DemoSettings, dpo: DPOSettings, rounds: int) -> list[dict]:
@@ -258,11 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max_prompt_length", type=int, default=1024, help="with --models: longer ones are left out")
     parser.add_argument("--max_length", type=int, default=1024, help="with --models: most tokens that the judge reads")
     parser.add_argument("--batch_size", type=int, default=64, help="with --models: answers sampled at a time")
-    parser.add_argument("--count_cut", action="store_true", help="marks the cut answers in --output, and nothing else")
     options = parser.parse_args(argv)
-    if options.count_cut:
-        _write(count_cut(read(options.output)), options.output)
-        return
     if options.models:
         if options.reward is None or options.data is None or options.output == RESULTS:
             parser.error("--models needs --reward, --data and an --output of its own")
