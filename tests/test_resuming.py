@@ -232,7 +232,7 @@ def test_a_best_checkpoint_that_was_harmed_is_not_loaded(harm, tmp_path, capsys)
     trainer = make_trainer(tmp_path, max_steps=4, **settings)
     if harm == "changed":
         weights = tmp_path / "checkpoint-1/model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
         with pytest.raises(
             ValueError, match=r"the best checkpoint, has a model.safetensors whose checksum .*: load_best_model_at_end"
         ):
