@@ -43,7 +43,7 @@ _EITHER = ("(length_w > 0.0) & (length_l > 0.0)", "(length_w > 0.0) | (length_l 
 
 MUTATIONS = [
     *_in(
-        "logit_stats.py",
+        "gpu/logit_stats.py",
         ("columns past the end count", "(offs_v >= end)[None, :]", "(offs_v > end)[None, :]"),
         ("target left in the sum", "is_target_NV | (offs_v >= end)", "(is_target_NV & False) | (offs_v >= end)"),
         ("missing rescale of the running sum", "sum_N = sum_N * tl.exp(max_N - shift_N)", "sum_N = sum_N"),
@@ -70,7 +70,7 @@ MUTATIONS = [
         ),
     ),
     *_in(
-        "logit_grad.py",
+        "gpu/logit_grad.py",
         ("wrong sign of the softmax", "-tl.exp(z_NV - max_N", "tl.exp(z_NV - max_N"),
         ("softmax of the maximum alone", "max_N[:, None] - log_sum_N[:, None]", "max_N[:, None]"),
         ("softcap's derivative missing", "g_NV *= slope_NV", "g_NV *= 1.0"),
@@ -89,7 +89,7 @@ MUTATIONS = [
         ),
     ),
     *_in(
-        "device_math.py",
+        "gpu/device_math.py",
         ("int32 offset of hidden states", "N - 1).to(tl.int64)", "N - 1)"),
         ("int32 offset of the weight", "V - 1).to(tl.int64)", "V - 1)"),
         (
@@ -123,7 +123,7 @@ MUTATIONS = [
         ("descriptors: rows of the first block", "x_ptr.load([first_n, d])", "x_ptr.load([0, d])"),
     ),
     *_in(
-        "kept_grad.py",
+        "gpu/kept_grad.py",
         (
             "kept: maximum of another tile",
             "maxima_ptr + tile.to(tl.int64) * N + offs_n, mask",
@@ -154,7 +154,7 @@ MUTATIONS = [
         ("blocks: targets of the first rows", "targets_N[first:last]", "targets_N[: last - first]"),
     ),
     *_in(
-        "logit_stats.py",
+        "gpu/logit_stats.py",
         ("kept: targets of the first columns", "targets_N - first if first else targets_N", "targets_N"),
         (
             "kept: maximum before the tile",
@@ -164,7 +164,7 @@ MUTATIONS = [
         ("kept: softcap's derivative missing", "e_NV *= tl.maximum(1.0 - t_NV * t_NV, 0.0)", "e_NV *= 1.0"),
     ),
     *_in(
-        "triton_backend.py",
+        "gpu/stages.py",
         (
             "kept: target's slope missing",
             "target_grad_N *= slope_N.clamp(min=0)",
@@ -172,7 +172,7 @@ MUTATIONS = [
         ),
     ),
     *_in(
-        "odds_ratio.py",
+        "gpu/odds_ratio.py",
         ("missing rescale between splits", "sum_N * tl.exp(max_N - shift_N) + part_sum_N", "sum_N + part_sum_N"),
         ("last split dropped", "for _ in range(splits)", "for _ in range(splits - 1)"),
         ("target's logit without the maximum", "mask=mask, other=0.0) - max_N", "mask=mask, other=0.0)"),
@@ -199,7 +199,7 @@ MUTATIONS = [
         ),
     ),
     *_in(
-        "odds_ratio.py",
+        "gpu/odds_ratio.py",
         (
             "gradient of an answer without a partner",
             "tl.where(present, beta",
@@ -221,7 +221,7 @@ MUTATIONS = [
         ("no floor for a certain rejected answer", "tl.maximum(-expm1(a_l), Q_EPS)", "-expm1(a_l)", 0, _FLOOR),
     ),
     *_in(
-        "device_math.py",
+        "gpu/device_math.py",
         ("bias ignored", "if HAS_BIAS:", "if HAS_BIAS and not HAS_BIAS:"),
         ("softcap's argument not scaled", "softcap * tanh(z_NV / softcap)", "softcap * tanh(z_NV)"),
         ("last group of row blocks too large", "tl.minimum(rows - first, GROUP)", "GROUP"),
@@ -234,7 +234,7 @@ MUTATIONS = [
         ("bias of the first strip", "self.bias_V[first:last]", "self.bias_V[: last - first]"),
     ),
     *_in(
-        "tuning.py",
+        "gpu/tuning.py",
         ("tuning: the slower one", "way = min(ways", "way = max(ways"),
         ("tuning: timed while a graph is captured", "ways[0] if capturing(device) else _find", "_find"),
         ("tuning: timed where results have to repeat", "torch.are_deterministic_algorithms_enabled() or ", ""),

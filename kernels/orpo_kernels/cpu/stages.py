@@ -1,6 +1,6 @@
 """Stages 1 to 3 in torch: the same algorithm as the Triton kernels, for CPU (and for checking them on a GPU).
 
-A strip of logits is one library matmul (torch_logits.py); what is elementwise then runs in place over blocks of rows
+A strip of logits is one library matmul (logits.py); what is elementwise then runs in place over blocks of rows
 that stay in cache.
 
 Letters: N rows, D hidden size, V vocabulary, K columns of a strip.

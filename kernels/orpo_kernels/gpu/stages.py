@@ -1,4 +1,4 @@
-"""Stages 1 to 3 with Triton: the interface of torch_backend.py over logit_stats.py, odds_ratio.py and logit_grad.py.
+"""Stages 1 to 3 with Triton: the interface of cpu/stages.py over logit_stats.py, odds_ratio.py and logit_grad.py.
 
 Letters: N rows, D hidden size, V vocabulary, W columns of a strip.
 """
