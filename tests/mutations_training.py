@@ -14,7 +14,7 @@ _TWO_ANSWERS = "test_metrics_are_means_over_the_pairs_with_two_answers"
 
 TRAINING = [
     *_in(
-        "_core.py",
+        "loss/call.py",
         "test_loss.py",
         ("metrics: means over all pairs", "self.pair_mask.sum().clamp(min=1)", "self.pair_mask.numel()", _TWO_ANSWERS),
         ("metrics: log odds of all pairs", "mean(self.log_odds),", "self.log_odds.mean(),", _TWO_ANSWERS),
@@ -38,7 +38,7 @@ TRAINING = [
         ),
     ),
     *_in(
-        "metrics.py",
+        "trainer/means.py",
         "test_metrics.py",
         (
             "means: nothing times NaN",
@@ -55,7 +55,7 @@ TRAINING = [
         ),
     ),
     *_in(
-        "layout.py",
+        "layouts/layout.py",
         "test_layout.py",
         (
             "shared: a token that differs",
@@ -83,7 +83,7 @@ TRAINING = [
         ),
     ),
     *_in(
-        "batch.py",
+        "layouts/batch.py",
         "test_layout.py",
         (
             "rows: a token is skipped in answers only",
@@ -111,7 +111,7 @@ TRAINING = [
         ),
     ),
     *_in(
-        "guard.py",
+        "runs/non_finite.py",
         "test_metrics.py",
         (
             "guard: chosen answers alone",
@@ -121,7 +121,7 @@ TRAINING = [
         ),
     ),
     *_in(
-        "trainer.py",
+        "trainer/trainer.py",
         "test_trainer.py",
         (
             "guard: not given the gradient's norm",
@@ -149,7 +149,7 @@ TRAINING = [
         ),
     ),
     *_in(
-        "evaluation.py",
+        "trainer/evaluation.py",
         "test_trainer.py",
         (
             "evaluation: nll_weight forgotten",
@@ -165,7 +165,7 @@ TRAINING = [
         ),
     ),
     *_in(
-        "trainer.py",
+        "trainer/trainer.py",
         "test_trainer_ranks.py",
         (
             "router: loss of each rank whole",
@@ -176,7 +176,7 @@ TRAINING = [
         ),
     ),
     *_in(
-        "run_record.py",
+        "runs/record.py",
         "test_checkpoints.py",
         (
             "record: lengths of the data alone",
@@ -192,7 +192,7 @@ TRAINING = [
         ),
     ),
     *_in(
-        "checkpoints.py",
+        "runs/checkpoints.py",
         "test_checkpoints.py",
         (
             "checkpoints: the best one is removed",
@@ -202,7 +202,7 @@ TRAINING = [
         ),
     ),
     *_in(
-        "find_checkpoint.py",
+        "runs/find_checkpoint.py",
         "test_checkpoints.py",
         (
             "checkpoints: an interrupted save is whole",
@@ -218,7 +218,7 @@ TRAINING = [
         ),
     ),
     *_in(
-        "limits.py",
+        "tokens/limits.py",
         "test_data.py",
         (
             "data: BOS is cut off",
@@ -228,7 +228,7 @@ TRAINING = [
         ),
     ),
     *_in(
-        "data.py",
+        "data/prepare.py",
         "test_data.py",
         (
             "data: a pair of max_length is too long",
