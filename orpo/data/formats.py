@@ -6,6 +6,7 @@
   or else the messages that both begin with (as in UltraFeedback-binarized, whose ``prompt`` repeats the first of them).
 * Dialogues (HH-RLHF): ``chosen`` and ``rejected`` strings without a ``prompt``, split after the last
   ``"\\n\\nAssistant:"``.
+* Other strings without a ``prompt``: it is what both begin with, as in TRL, but for a space in front of the difference.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ from orpo.data.unusable import ASSISTANT, EMPTY_ANSWER, NO_PROMPT, PROMPTS_DIFFE
 AS_THEY_ARE = (
     "the prompts are strings, trained as they are although the tokenizer has a chat template: an instruct model wants "
     "conversations; orpo-generate answers prompts without the template too, unless told otherwise (--chat_template)"
+)
+
+IMPLIED = (
+    "there is no column 'prompt': the prompt is what both answers begin with, as in TRL; where it stands in a column "
+    "of another name, rename that"
 )
 
 
@@ -61,7 +67,7 @@ def check_columns(names: Collection[str]) -> None:
             "take the one there is as 'chosen', and add a worse one as 'rejected', a model's own for instance "
             "(orpo-generate)"
         )
-    raise ValueError(f"{what}: rename its columns; 'prompt' is needed too where the answers are no whole dialogues")
+    raise ValueError(f"{what}: rename its columns; 'prompt' is needed too where the answers do not begin with it")
 
 
 def unread_columns(row: Mapping[str, Any]) -> str | None:
@@ -105,7 +111,7 @@ def pair_text(row: Mapping[str, Any], tokenizer: Any) -> PairText:
         kinds = f"{type(chosen).__name__} and {type(rejected).__name__}"
         raise ValueError(f"'chosen' and 'rejected' have to be two strings or two lists of messages, not {kinds}")
     if prompt is None:
-        return _dialogue(chosen, rejected, "prompt" in row)
+        return _without_prompt(chosen, rejected, "prompt" in row)
     if not isinstance(prompt, str):
         raise ValueError(f"'prompt' has to be a string where the answers are strings, not {type(prompt).__name__}")
     _refuse_empty(chosen, rejected)
@@ -129,17 +135,43 @@ def _refuse_empty(*answers: str) -> None:
         raise UnusableRow(EMPTY_ANSWER)
 
 
-def _dialogue(chosen: str, rejected: str, has_column: bool) -> PairText:
-    splits = []
-    for text in (chosen, rejected):
-        head, marker, answer = text.rpartition(ASSISTANT)
-        if not marker:
-            if has_column:
-                raise UnusableRow(NO_PROMPT)
-            raise UnusableRow(UNMARKED, f"there is no column 'prompt', and nothing to split {text[:80]!r} after")
-        splits.append((head + marker, answer))
-    (chosen_prompt, chosen_answer), (rejected_prompt, rejected_answer) = splits
-    if chosen_prompt != rejected_prompt:
+def implies_prompt(row: Mapping[str, Any]) -> bool:
+    """Whether the prompt of `row` is what its two strings begin with, and no marker says where it ends."""
+    sides = (row.get("chosen"), row.get("rejected"))
+    return "prompt" not in row and not any(not isinstance(text, str) or ASSISTANT in text for text in sides)
+
+
+def _without_prompt(chosen: str, rejected: str, has_column: bool) -> PairText:
+    """The pair in two strings that have no prompt of their own."""
+    _refuse_empty(chosen, rejected)
+    marked = [text for text in (chosen, rejected) if ASSISTANT in text]
+    if len(marked) == 2:
+        splits = [len(text.rpartition(ASSISTANT)[0]) + len(ASSISTANT) for text in marked]
+    elif has_column:
+        raise UnusableRow(NO_PROMPT)
+    elif marked:
+        other = rejected if marked == [chosen] else chosen
+        raise UnusableRow(UNMARKED, f"there is no column 'prompt', and nothing to split {other[:80]!r} after")
+    else:
+        splits = [_shared(chosen, rejected)] * 2
+    prompts, answers = zip(*((t[:at], t[at:]) for t, at in zip((chosen, rejected), splits, strict=True)), strict=True)
+    if prompts[0] != prompts[1]:
         raise UnusableRow(PROMPTS_DIFFER)
-    _refuse_empty(chosen_answer, rejected_answer)
-    return PairText(chosen_prompt, chosen_answer, rejected_prompt, rejected_answer, templated=False)
+    if not prompts[0].strip():
+        raise UnusableRow(
+            NO_PROMPT,
+            f"there is no column 'prompt', and {chosen[:40]!r} and {rejected[:40]!r} begin with nothing alike",
+        )
+    _refuse_empty(*answers)
+    return PairText(prompts[0], answers[0], prompts[1], answers[1], templated=False)
+
+
+def _shared(chosen: str, rejected: str) -> int:
+    """Characters of the prompt that both strings begin with."""
+    least = min(len(chosen), len(rejected))
+    shared = next((at for at in range(least) if chosen[at] != rejected[at]), least)
+    if shared == least:
+        # One of them is all prompt: its last character is left for an answer.
+        return shared - 1
+    # A space belongs to the word behind it, as in most vocabularies.
+    return shared - chosen[:shared].endswith(" ")

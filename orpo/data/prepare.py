@@ -17,7 +17,16 @@ from typing import Any
 
 from orpo import __version__
 from orpo.data import conversations, formats, misread, unusable
-from orpo.data.formats import AS_THEY_ARE, PairText, check_columns, pair_text, skips_template, unread_columns
+from orpo.data.formats import (
+    AS_THEY_ARE,
+    IMPLIED,
+    PairText,
+    check_columns,
+    implies_prompt,
+    pair_text,
+    skips_template,
+    unread_columns,
+)
 from orpo.data.repeats import ROWS, repeats_prompt
 from orpo.data.streams import ATTRIBUTE, DropCounter, summarize
 from orpo.data.unusable import EMPTY_ANSWER, EQUAL_ANSWERS, EQUAL_ONCE_CUT, REASONS, REFUSED, UnusableRow
@@ -299,7 +308,12 @@ def _report_first_rows(data: Any, tokenizer: Any, name: str, report: Callable[[s
     """What the first rows show of a data set that trains, but perhaps not as it was meant."""
     rows = list(islice(data, ROWS))
     first = rows[0] if rows else {}
-    said = (AS_THEY_ARE if skips_template(first, tokenizer) else None, repeats_prompt(rows), unread_columns(first))
+    said = (
+        AS_THEY_ARE if skips_template(first, tokenizer) else None,
+        IMPLIED if implies_prompt(first) else None,
+        repeats_prompt(rows),
+        unread_columns(first),
+    )
     for sentence in filter(None, said):
         report(f"{name}: {sentence}")
 
