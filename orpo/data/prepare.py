@@ -11,23 +11,13 @@ import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from orpo import __version__
 from orpo.data import conversations, formats, misread, unusable
-from orpo.data.formats import (
-    AS_THEY_ARE,
-    IMPLIED,
-    PairText,
-    check_columns,
-    implies_prompt,
-    pair_text,
-    skips_template,
-    unread_columns,
-)
-from orpo.data.repeats import ROWS, repeats_prompt
+from orpo.data.first_rows import first_rows_say
+from orpo.data.formats import PairText, check_columns, pair_text
 from orpo.data.streams import ATTRIBUTE, DropCounter, summarize
 from orpo.data.unusable import EMPTY_ANSWER, EQUAL_ANSWERS, EQUAL_ONCE_CUT, REASONS, REFUSED, UnusableRow
 from orpo.tokens import limits, special_tokens
@@ -264,7 +254,8 @@ def prepare_dataset(
         check_columns(columns)
         tokenized = data.map(tokenize, batched=True, with_indices=True, remove_columns=columns)
         report(f"{name}: a stream; rows that cannot train are left out as they come, and counted after each epoch")
-        _report_first_rows(data, tokenizer, name, report)
+        for sentence in first_rows_say(data, tokenizer):
+            report(f"{name}: {sentence}")
         reasons = (*REASONS, *([] if limits.max_length is None else [limits.too_long]))
         counter = DropCounter(name, reasons, escape_special_tokens)
         prepared = tokenized.filter(counter).remove_columns(ACCOUNT)
@@ -297,25 +288,12 @@ def prepare_dataset(
     if written:
         row, token = written[0]
         report(f"{name}: {describe_written(len(written), escape_special_tokens, f'row {row}, {token!r}')}")
-    _report_first_rows(data, tokenizer, name, report)
+    for sentence in first_rows_say(data, tokenizer):
+        report(f"{name}: {sentence}")
     kept = tokenized.filter(_is_kept, num_proc=num_proc, desc=f"Filtering the {name} set") if reasons else tokenized
     prepared = kept.remove_columns(ACCOUNT)
     setattr(prepared, SUMMARY, summary)
     return prepared
-
-
-def _report_first_rows(data: Any, tokenizer: Any, name: str, report: Callable[[str], None]) -> None:
-    """What the first rows show of a data set that trains, but perhaps not as it was meant."""
-    rows = list(islice(data, ROWS))
-    first = rows[0] if rows else {}
-    said = (
-        AS_THEY_ARE if skips_template(first, tokenizer) else None,
-        IMPLIED if implies_prompt(first) else None,
-        repeats_prompt(rows),
-        unread_columns(first),
-    )
-    for sentence in filter(None, said):
-        report(f"{name}: {sentence}")
 
 
 def _is_kept(example: Mapping[str, Any]) -> bool:
