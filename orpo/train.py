@@ -1,10 +1,12 @@
 """Train a causal language model on preference pairs, or run the demonstration.
 
-orpo-train                                                       the demonstration, on what this machine has
-orpo-train --model_name_or_path M --dataset_name pairs.jsonl     a run
-orpo-train --config run.yaml --learning_rate 8e-6                the same from a file, one setting changed
-orpo-train --config smollm2-lora                                 a shipped recipe; --list_recipes names them all
-orpo-train --print-config fsdp2 > fsdp2.yaml                     for accelerate launch --config_file fsdp2.yaml
+    orpo-train                                                       the demonstration, on what this machine has
+    orpo-train --model_name_or_path M --dataset_name pairs.jsonl     a run
+    orpo-train --config run.yaml --learning_rate 8e-6                the same from a file, one setting changed
+    orpo-train --config smollm2-lora                                 a shipped recipe; --list_recipes names them all
+    orpo-train --print-config fsdp2 > fsdp2.yaml                     for accelerate launch --config_file fsdp2.yaml
+
+Every field of ORPOConfig and of transformers' TrainingArguments is an option: --help_all has them.
 """
 
 from __future__ import annotations

@@ -222,6 +222,6 @@ def test_a_state_that_is_no_state_is_a_damaged_checkpoint(state, out):
     (out / "checkpoint-4/trainer_state.json").write_text(state)
     assert find_checkpoint("auto", out) == out / "checkpoint-2"
     with pytest.raises(
-        ValueError, match=r"checkpoint-4 has a trainer_state\.json that is damaged .*checkpoint-2 is whole"
+        ValueError, match=r"checkpoint-4 has a trainer_state\.json that transformers .*checkpoint-2 is whole"
     ):
         find_checkpoint(str(out / "checkpoint-4"), out)

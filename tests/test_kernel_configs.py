@@ -141,19 +141,19 @@ def test_tf32_allowed_by_torchs_newer_setting():
 def test_splits_of_the_vocabulary_fill_the_chip(block_n, cores):
     for rows in (1, 64, 100, 500, 1000, 4096, 8192, 50_000):
         for vocabulary, block_v in ((128256, 256), (50257, 128), (1000, 128), (40, 64)):
-            blocks_n, tiles = -(-rows // block_n), -(-vocabulary // block_v)
+            blocks_n, steps = -(-rows // block_n), -(-vocabulary // block_v)
             splits, columns = tiles.vocabulary_splits(blocks_n, vocabulary, block_v, cores)
             assert columns % block_v == 0 and (splits - 1) * columns < vocabulary <= splits * columns
             programs = blocks_n * splits
             waves = -(-programs // cores)
             # Multiprocessors at work, averaged over the run: of each split's tiles, for as long as the waves take.
-            busy = blocks_n * tiles / (cores * waves * (columns // block_v))
-            if blocks_n * tiles >= 16 * cores:
+            busy = blocks_n * steps / (cores * waves * (columns // block_v))
+            if blocks_n * steps >= 16 * cores:
                 assert busy > 0.85, (rows, vocabulary, splits)
                 assert programs >= 0.9 * cores
             elif vocabulary == 128256:
                 # Whole tiles: no wave that could be spared.
-                assert waves * (columns // block_v) <= math.ceil(blocks_n * tiles / cores)
+                assert waves * (columns // block_v) <= math.ceil(blocks_n * steps / cores)
 
 
 def test_small_batches_reach_every_multiprocessor():

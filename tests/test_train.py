@@ -215,7 +215,7 @@ def test_without_model_and_data_the_demonstration_runs(line, call, monkeypatch, 
 
 def test_help_lists_every_kind_of_option(capsys):
     with pytest.raises(SystemExit):
-        train.main(["--help"])
+        train.main(["--help_all"])
     text = capsys.readouterr().out
     for option in ("--model_name_or_path", "--dataset_name", "--beta", "--learning_rate", "--config", "--lora_r"):
         assert option in text
@@ -226,7 +226,7 @@ def test_help_lists_every_kind_of_option(capsys):
     assert "Not directly used by Trainer" not in said and "anew" in said
 
 
-@pytest.mark.parametrize("line", [["--beta", "0.2"], ["--max-steps=3"], ["--output_di", "x"]])
+@pytest.mark.parametrize("line", [["--beta", "0.2"], ["--max-steps=3"], ["--save_steps", "3"]])
 def test_the_demonstration_takes_no_settings_of_a_run(line, monkeypatch):
     monkeypatch.setattr("orpo.demo.run_demo", lambda **options: pytest.fail("it runs"))
     with pytest.raises(SystemExit, match="is given, but no model and no data set; with neither, the demo"):

@@ -81,5 +81,4 @@ def short_help(parser: argparse.ArgumentParser) -> str:
             default = defaults[name]
             shown = "" if default in (None, False, argparse.SUPPRESS) or default == -1 else f" [{default}]"
             lines.append(f"  --{name}".ljust(34) + text + shown)
-    lines.append("--help_all has every option: all fields of ORPOConfig and of transformers' TrainingArguments.")
     return "\n".join(lines)
