@@ -147,7 +147,7 @@ def test_a_second_node_merges_on_a_disk_of_its_own_alone(shared, adapter, tmp_pa
         return merge_adapter(*places, **options)
 
     @contextmanager
-    def main_process_first(local, desc):
+    def main_process_first(local=True, desc=""):
         if shared and not local:
             # Rank 0, for which this one waits.
             merge_adapter(tmp_path / "sft", tmp_path / "out/base")
