@@ -32,7 +32,7 @@ from orpo_kernels.head import Needs
 from orpo_kernels.kept import TILE
 
 BACKENDS = ("torch", "triton")
-_MODULES = {"torch": "torch_backend", "triton": "triton_backend"}
+_MODULES = {"torch": "cpu.stages", "triton": "gpu.stages"}
 
 # Bytes kept between the logits and their gradient, by default.
 CPU_LOGITS_BUDGET = 512 * 2**20
