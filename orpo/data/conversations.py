@@ -156,7 +156,7 @@ def read_messages(messages: Any, tokenizer: Any) -> Messages:
     """
     out = []
     for message in messages:
-        read = _without_none(message)
+        read = without_none(message)
         if not isinstance(read.get("role"), str) or not ({"content", "tool_calls"} & set(message)):
             raise ValueError(
                 f"a message holds {sorted(message)}, and needs 'role', a string, and 'content'; "
@@ -168,10 +168,11 @@ def read_messages(messages: Any, tokenizer: Any) -> Messages:
     return out
 
 
-def _without_none(value: Any) -> Any:
+def without_none(value: Any) -> Any:
+    """`value` without the names that hold None, in it and in what it is made of."""
     if isinstance(value, Mapping):
-        return {name: _without_none(part) for name, part in value.items() if part is not None}
-    return [_without_none(part) for part in value] if isinstance(value, list) else value
+        return {name: without_none(part) for name, part in value.items() if part is not None}
+    return [without_none(part) for part in value] if isinstance(value, list) else value
 
 
 def _content(content: Any, tokenizer: Any) -> Any:

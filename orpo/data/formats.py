@@ -7,6 +7,8 @@
 * Dialogues (HH-RLHF): ``chosen`` and ``rejected`` strings without a ``prompt``, split after the last
   ``"\\n\\nAssistant:"``.
 * Other strings without a ``prompt``: it is what both begin with, as in TRL, but for a space in front of the difference.
+
+:mod:`orpo.data.columns` makes these of the forms of other projects.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+from orpo.data.columns import OPENAI, read_row
 from orpo.data.conversations import conversation_text, is_conversation
 from orpo.data.images import refuse_images
 from orpo.data.misread import refuse_dates, refuse_messages_as_text
@@ -25,8 +28,8 @@ AS_THEY_ARE = (
 )
 
 IMPLIED = (
-    "there is no column 'prompt': the prompt is what both answers begin with, as in TRL; where it stands in a column "
-    "of another name, rename that"
+    "there is no column 'prompt': the prompt is what both answers begin with, as in TRL; a prompt in a column of "
+    "another name is read with --columns prompt=NAME"
 )
 
 
@@ -53,7 +56,7 @@ def check_columns(names: Collection[str]) -> None:
     Raises:
         ValueError: with what they hold, and what makes pairs of it.
     """
-    if {"chosen", "rejected"} <= set(names):
+    if {"chosen", "rejected"} <= set(names) or set(OPENAI) <= set(names):
         return
     what = f"a data set needs the columns 'chosen' and 'rejected'; this one has {sorted(names)}"
     if {"completion", "label"} <= set(names):
@@ -67,7 +70,10 @@ def check_columns(names: Collection[str]) -> None:
             "take the one there is as 'chosen', and add a worse one as 'rejected', a model's own for instance "
             "(orpo-generate)"
         )
-    raise ValueError(f"{what}: rename its columns; 'prompt' is needed too where the answers do not begin with it")
+    raise ValueError(
+        f"{what}: rename its columns, or say which they are (--columns "
+        "chosen=good,rejected=bad); 'prompt' is needed too where the answers do not begin with it"
+    )
 
 
 def unread_columns(row: Mapping[str, Any]) -> str | None:
@@ -78,7 +84,8 @@ def unread_columns(row: Mapping[str, Any]) -> str | None:
         return None
     return (
         f"the columns {', '.join(names)} are not read: a prompt is what 'prompt' holds, or the messages that both "
-        "answers begin with; a system message belongs among the messages, tools into the column 'chat_template_kwargs'"
+        "answers begin with; a system message is read of a column 'system' (--columns system=NAME), tools of "
+        "'chat_template_kwargs'"
     )
 
 
@@ -92,6 +99,7 @@ def pair_text(row: Mapping[str, Any], tokenizer: Any) -> PairText:
         ValueError: the row has none of the forms above, an image, or something else than its file holds
             (:mod:`orpo.data.misread`).
     """
+    row = read_row(row, tokenizer)
     refuse_images(row)
     check_columns(row.keys())
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]

@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from orpo import __version__
+from orpo.data import columns as data_columns
 from orpo.data import conversations, formats, misread, unusable
-from orpo.data.first_rows import first_rows_say
+from orpo.data.columns import read_row, renamed
+from orpo.data.first_rows import report_first_rows
 from orpo.data.formats import PairText, check_columns, pair_text
+from orpo.data.sources import as_dataset
 from orpo.data.streams import ATTRIBUTE, DropCounter, summarize
 from orpo.data.unusable import EMPTY_ANSWER, EQUAL_ANSWERS, EQUAL_ONCE_CUT, REASONS, REFUSED, UnusableRow
 from orpo.tokens import limits, special_tokens
 from orpo.tokens.limits import Limits
-from orpo.tokens.pretokenized import checked
+from orpo.tokens.pretokenized import COLUMNS, checked
 from orpo.tokens.special_tokens import ALTERED, WrittenOut, describe_written, spare_marks, token_ids, without_marks
 
 # Where a prepared data set keeps the report on it.
@@ -31,7 +34,6 @@ SUMMARY = "orpo_summary"
 # Of each row, until those that cannot train are dropped: why, what else of it, and a special token in its text.
 ACCOUNT = ["dropped", "detail", "written_out"]
 
-COLUMNS = ("chosen_input_ids", "rejected_input_ids", "chosen_prompt_length", "rejected_prompt_length")
 # The columns that hold a row's text.
 TEXTS = ("prompt", "chosen", "rejected")
 
@@ -43,7 +45,8 @@ def code_version() -> str:
     ``datasets`` looks up tokens that it has made before by the attributes of what made them: without this among them, a
     run would train on those that an older version of this package made.
     """
-    files = (__file__, *(part.__file__ for part in (conversations, formats, limits, misread, special_tokens, unusable)))
+    parts = (conversations, data_columns, formats, limits, misread, special_tokens, unusable)
+    files = (__file__, *(part.__file__ for part in parts))
     return hashlib.sha256(__version__.encode() + b"".join(Path(f).read_bytes() for f in files)).hexdigest()
 
 
@@ -60,15 +63,19 @@ class PairTokenizer:
         limits: lengths in tokens.
         escape: whether special tokens written out in the rows' text stay text. Those of the template stay tokens, and
             so do, of strings, a BOS that begins the prompt and an EOS that ends an answer.
+        columns: our name -> the column's, of columns that have other names.
 
     Raises:
         ValueError: with `escape`, the tokenizer cannot keep them text.
     """
 
-    def __init__(self, tokenizer: Any, limits: Limits, escape: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Any, limits: Limits, escape: bool = False, columns: Mapping[str, str] | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.limits = limits
         self.escape = escape
+        self.columns = columns
         self.code = code_version()
         self.written = WrittenOut(tokenizer)
         if escape:
@@ -84,6 +91,7 @@ class PairTokenizer:
         for i in range(size):
             row = {name: column[i] for name, column in rows.items()}
             try:
+                row = read_row(row, self.tokenizer, self.columns)
                 text = pair_text(row, self.tokenizer)
                 found[i] = self._first_written(row, text)
                 if found[i] and self.escape:
@@ -189,33 +197,6 @@ class PairTokenizer:
         return sides
 
 
-def as_dataset(data: Any) -> Any:
-    """`data` as a ``datasets.Dataset`` (or as the ``IterableDataset`` it is).
-
-    Args:
-        data: a Dataset, an IterableDataset, a dict of equally long lists, or a list of dicts.
-    """
-    import datasets
-    import pyarrow as pa
-
-    if isinstance(data, datasets.Dataset) and data.format["type"] not in (None, "custom"):
-        # Rows of numpy and pandas are no strings and lists, by which forms are told; a transform of the user's stays.
-        data = data.with_format(None)
-    if isinstance(data, (datasets.Dataset, datasets.IterableDataset)):
-        return data
-    try:
-        if isinstance(data, Mapping):
-            return datasets.Dataset.from_dict(dict(data))
-        if isinstance(data, (list, tuple)):
-            return datasets.Dataset.from_list(list(data))
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(f"the rows make no table, each column of which holds one type only: {error}") from error
-    raise ValueError(
-        "a data set has to be a datasets.Dataset or IterableDataset, a dict of lists or a list of dicts, "
-        f"not {type(data).__name__}"
-    )
-
-
 def prepare_dataset(
     data: Any,
     tokenizer: Any,
@@ -224,17 +205,20 @@ def prepare_dataset(
     name: str = "train",
     num_proc: int | None = None,
     escape_special_tokens: bool = False,
+    columns: Mapping[str, str] | None = None,
     report: Callable[[str], None] = print,
 ) -> Any:
     """Tokenizes `data` and drops the rows that cannot train, saying how many and why.
 
     Args:
-        data: anything that :func:`as_dataset` takes, in any form of :mod:`orpo.data.formats`, or prepared already.
+        data: anything that :func:`as_dataset` takes, in any form of :mod:`orpo.data.formats` or
+            :mod:`orpo.data.columns`, or prepared already.
         tokenizer: a Hugging Face tokenizer.
         limits: lengths in tokens.
         name: what the report calls this data set.
         num_proc: processes that tokenize. The result is cached by ``datasets`` where the data set lies on disk.
         escape_special_tokens: whether special tokens written out in the rows' text stay text (:class:`PairTokenizer`).
+        columns: our name -> the column's, of columns that have other names.
         report: called with the report, which counts rows from 0. A stream is counted as it is read:
             :class:`orpo.data.streams.StreamReport` says when.
 
@@ -246,29 +230,28 @@ def prepare_dataset(
 
     data = as_dataset(data)
     # A stream that was mapped does not know its columns.
-    if set(COLUMNS) <= set(data.column_names or next(iter(data), {})):
+    names = data.column_names or list(next(iter(data), {}))
+    if set(COLUMNS) <= set(names):
         return checked(data, name)
-    tokenize = PairTokenizer(tokenizer, limits, escape_special_tokens)
-    if isinstance(data, datasets.IterableDataset):
-        columns = data.column_names or list(next(iter(data), {}))
-        check_columns(columns)
-        tokenized = data.map(tokenize, batched=True, with_indices=True, remove_columns=columns)
+    tokenize = PairTokenizer(tokenizer, limits, escape_special_tokens, columns)
+    is_stream = isinstance(data, datasets.IterableDataset)
+    if not is_stream and not len(data):
+        raise ValueError(f"the {name} set holds no rows")
+    check_columns(renamed(dict.fromkeys(names), columns, f"the {name} set").keys())
+    if is_stream:
+        tokenized = data.map(tokenize, batched=True, with_indices=True, remove_columns=names)
         report(f"{name}: a stream; rows that cannot train are left out as they come, and counted after each epoch")
-        for sentence in first_rows_say(data, tokenizer):
-            report(f"{name}: {sentence}")
+        report_first_rows(data, tokenizer, columns, lambda said: report(f"{name}: {said}"))
         reasons = (*REASONS, *([] if limits.max_length is None else [limits.too_long]))
         counter = DropCounter(name, reasons, escape_special_tokens)
         prepared = tokenized.filter(counter).remove_columns(ACCOUNT)
         setattr(prepared, ATTRIBUTE, counter)
         return prepared
-    if not len(data):
-        raise ValueError(f"the {name} set holds no rows")
-    check_columns(data.column_names)
     tokenized = data.map(
         tokenize,
         batched=True,
         with_indices=True,
-        remove_columns=data.column_names,
+        remove_columns=names,
         num_proc=num_proc,
         desc=f"Tokenizing the {name} set",
     )
@@ -288,8 +271,7 @@ def prepare_dataset(
     if written:
         row, token = written[0]
         report(f"{name}: {describe_written(len(written), escape_special_tokens, f'row {row}, {token!r}')}")
-    for sentence in first_rows_say(data, tokenizer):
-        report(f"{name}: {sentence}")
+    report_first_rows(data, tokenizer, columns, lambda said: report(f"{name}: {said}"))
     kept = tokenized.filter(_is_kept, num_proc=num_proc, desc=f"Filtering the {name} set") if reasons else tokenized
     prepared = kept.remove_columns(ACCOUNT)
     setattr(prepared, SUMMARY, summary)

@@ -8,7 +8,7 @@ import json
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,33 @@ def reader_for(path: str | Path) -> str | None:
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     return READERS.get(suffixes[-1]) if suffixes else None
+
+
+def as_dataset(data: Any) -> Any:
+    """`data` as a ``datasets.Dataset`` (or as the ``IterableDataset`` it is).
+
+    Args:
+        data: a Dataset, an IterableDataset, a dict of equally long lists, or a list of dicts.
+    """
+    import datasets
+    import pyarrow as pa
+
+    if isinstance(data, datasets.Dataset) and data.format["type"] not in (None, "custom"):
+        # Rows of numpy and pandas are no strings and lists, by which forms are told; a transform of the user's stays.
+        data = data.with_format(None)
+    if isinstance(data, (datasets.Dataset, datasets.IterableDataset)):
+        return data
+    try:
+        if isinstance(data, Mapping):
+            return datasets.Dataset.from_dict(dict(data))
+        if isinstance(data, (list, tuple)):
+            return datasets.Dataset.from_list(list(data))
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"the rows make no table, each column of which holds one type only: {error}") from error
+    raise ValueError(
+        "a data set has to be a datasets.Dataset or IterableDataset, a dict of lists or a list of dicts, "
+        f"not {type(data).__name__}"
+    )
 
 
 def load_pairs(name: str, split: str = "train", *, config: str | None = None, streaming: bool = False) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+COLUMNS = ("chosen_input_ids", "rejected_input_ids", "chosen_prompt_length", "rejected_prompt_length")
 _REMEDY = "leave out such rows, data.filter(...)"
 
 
@@ -14,7 +15,7 @@ def checked(data: Any, name: str) -> Any:
     """`data` with the column ``length``, tokens of both sequences together. A stream is checked as it is read.
 
     Args:
-        data: a ``datasets.Dataset`` or ``IterableDataset`` with the columns of :data:`orpo.data.prepare.COLUMNS`.
+        data: a ``datasets.Dataset`` or ``IterableDataset`` with the columns of :data:`COLUMNS`.
         name: what errors call it.
 
     Raises:

@@ -11,6 +11,7 @@ from orpo_kernels.settings import LossSettings
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
+from orpo.data.columns import read_columns
 from orpo.layouts.batch import NLL_SPANS, NLLSpan
 from orpo.layouts.layout import LAYOUTS
 from orpo.packages import require
@@ -69,7 +70,7 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
         ValueError: a setting is out of its range, or two contradict each other.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "columns"]
 
     learning_rate: float = _setting(1e-6, "The initial learning rate for AdamW.")
     logging_steps: float = _setting(10, "Log every so many optimizer steps; below 1, a fraction of the run.")
@@ -95,6 +96,9 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
     escape_special_tokens: bool = _setting(
         False,
         "Special tokens written out in the rows' text (</s>) stay text. Default: they become those tokens, as in TRL.",
+    )
+    columns: dict | str | None = _setting(  # noqa: RUF009
+        None, "Columns that have other names in the data: chosen=good,rejected=bad,prompt=question,system=sys."
     )
     disable_dropout: bool = _setting(True, "Switch off dropout in the model.")
     padding_value: int | None = _setting(None, "Token id that fills up a batch. Default: the tokenizer's.")
@@ -142,6 +146,7 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
 
     def __post_init__(self) -> None:
         self._map_older_names()
+        self.columns = read_columns(self.columns)
         name_nothing(self)
         self._resolve_preset()
         self._check()

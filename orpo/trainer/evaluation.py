@@ -16,17 +16,18 @@ from orpo.trainer.adapt import router_coefficient
 from orpo.trainer.means import EVALUATED, WeightedMeans
 
 
-def each_set(data: Any, name: str, function: Any) -> Any:
-    """``function(data, name)``, or of each data set in a dict of them."""
-    if not _are_sets(data):
+def each_set(data: Any, name: str, function: Any, columns: dict[str, str] | None) -> Any:
+    """``function(data, name)``, or of each data set in a dict of them; `columns` says how columns may be named."""
+    if not _are_sets(data, columns):
         return function(data, name)
     if not data:
         raise ValueError(f"the {name} set is an empty dict: give a data set, or several by their names")
     return {key: function(part, f"{name} ({key})") for key, part in data.items()}
 
 
-def _are_sets(data: Any) -> bool:
-    return isinstance(data, dict) and "chosen" not in data
+def _are_sets(data: Any, columns: dict[str, str] | None) -> bool:
+    answers = {"chosen", "preferred_output", *(columns or {}).values()}
+    return isinstance(data, dict) and not answers & data.keys()
 
 
 def check_best_metric(args: Any, data: Any, has_own: bool) -> None:
@@ -74,7 +75,7 @@ class EvaluatingTrainer(Trainer):
             return part
 
         # A name is that of one of the trainer's own.
-        return data if data is None or isinstance(data, str) else each_set(data, name, prepare)
+        return data if data is None or isinstance(data, str) else each_set(data, name, prepare, self.args.columns)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -88,7 +89,7 @@ class EvaluatingTrainer(Trainer):
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """``Trainer.predict``, of pairs in any form: predictions (pairs, 2), mean log-probabilities, chosen first."""
-        if test_dataset is None or _are_sets(test_dataset):
+        if test_dataset is None or _are_sets(test_dataset, self.args.columns):
             given = "None" if test_dataset is None else f"a dict with {', '.join(map(str, test_dataset)) or 'nothing'}"
             raise ValueError(f"predict takes one data set, not {given}: call it for each")
         data = self._prepared(test_dataset, "test")

@@ -16,6 +16,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from orpo.data.first_rows import read_first
 from orpo.data.overlap import report_overlap
 from orpo.data.prepare import prepare_dataset
 from orpo.data.preview import check_stream, check_token_ids, describe_example, first_pair
@@ -49,8 +50,9 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
             An adapter by name is trained further; with `peft_config` it is merged first, in ``output_dir/base``.
         args: the settings.
         data_collator: what makes batches of prepared examples. Default: the layout of ``args.layout``.
-        train_dataset, eval_dataset: pairs in any form of :mod:`orpo.data.formats`, as a ``datasets.Dataset`` or
-            ``IterableDataset``, a dict of lists, or a list of dicts; `eval_dataset` may also be a dict of data sets.
+        train_dataset, eval_dataset: pairs in any form of :mod:`orpo.data.formats` or :mod:`orpo.data.columns`, as a
+            ``datasets.Dataset`` or ``IterableDataset``, a dict of lists, or a list of dicts; `eval_dataset` may also be
+            a dict of data sets.
         processing_class: the tokenizer. Default: the one that belongs to the model's name.
         tokenizer: the older name of `processing_class`.
         peft_config: a PEFT configuration to wrap the model in.
@@ -110,13 +112,14 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
         if processing_class is None:
             processing_class = load_tokenizer(name, trust_remote_code=args.trust_remote_code, **hub_options(options))
         text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        remember_form(text_tokenizer, train_dataset, escape=args.escape_special_tokens)
-        if args.should_log and (note := boundary_note(train_dataset, text_tokenizer)):
+        first = [read_first(train_dataset, text_tokenizer, args.columns)]
+        remember_form(text_tokenizer, first, escape=args.escape_special_tokens)
+        if args.should_log and (note := boundary_note(first, text_tokenizer)):
             print(note)
         self._prepare = self._preparation(args, text_tokenizer)
         train_dataset = self._prepare(train_dataset, "train")
-        eval_dataset = each_set(eval_dataset, "eval", self._prepare)
-        each_set(eval_dataset, "eval", lambda part, _: check_stream(part))
+        eval_dataset = each_set(eval_dataset, "eval", self._prepare, args.columns)
+        each_set(eval_dataset, "eval", lambda part, _: check_stream(part), args.columns)
         check_best_metric(args, eval_dataset, has_own=compute_metrics is not None)
         if args.should_log and train_dataset is not None:
             report_overlap(train_dataset, eval_dataset)
@@ -183,6 +186,7 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
                     name=name,
                     num_proc=args.dataset_num_proc,
                     escape_special_tokens=args.escape_special_tokens,
+                    columns=args.columns,
                     report=report,
                 )
 
