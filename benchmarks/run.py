@@ -4,7 +4,7 @@
     python -m benchmarks.run --group heads               all pieces of a group that are not
     python -m benchmarks.run --group heads --pieces 2    the next two of them
     python -m benchmarks.run --group heads --again       measure anew what is measured
-    python -m benchmarks.report                          afterwards: RESULTS.md, pictures, the README's figures
+    python -m benchmarks.report                          afterwards: RESULTS.md and its picture
 
 For figures to be kept, leave the machine alone. A CPU without instructions for bfloat16 emulates them, and peers take
 minutes a step: `--only float32` leaves these pieces out, the group `bfloat16` has one that is short.
