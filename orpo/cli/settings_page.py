@@ -37,7 +37,7 @@ def settings_table() -> str:
         "transformers' documentation of "
         "[TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments)"
         " and holds here as it stands there, but for `resume_from_checkpoint`: where it is not given, `orpo-train` "
-        "resumes (the README's Checkpoints).",
+        "resumes (Training, Checkpoints).",
     ]
     for title, note, listed in sections:
         text += [f"## {title}", note, _table(listed)]
