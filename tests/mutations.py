@@ -165,6 +165,7 @@ MUTATIONS = [
     ),
     *_in(
         "gpu/stages.py",
+        ("strip: targets of the first strip", "targets_N - first, lse_2N", "targets_N, lse_2N"),
         (
             "kept: target's slope missing",
             "target_grad_N *= slope_N.clamp(min=0)",
