@@ -49,7 +49,7 @@ CHECKS = (
         [
             "--kernels=interpret",
             "tests/test_kernel_tuning.py",
-            "tests/test_kernel_configs.py",
+            "tests/test_kernel_tiles.py",
         ],
     ),
 )

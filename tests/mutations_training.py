@@ -39,7 +39,7 @@ TRAINING = [
     ),
     *_in(
         "trainer/means.py",
-        "test_metrics.py",
+        "test_means.py",
         (
             "means: nothing times NaN",
             "value * weight if weight else torch.zeros_like(value)",
@@ -112,7 +112,7 @@ TRAINING = [
     ),
     *_in(
         "runs/non_finite.py",
-        "test_metrics.py",
+        "test_means.py",
         (
             "guard: chosen answers alone",
             "chosen_logps + rejected_logps]",
@@ -219,7 +219,7 @@ TRAINING = [
     ),
     *_in(
         "tokens/limits.py",
-        "test_data.py",
+        "test_prepare.py",
         (
             "data: BOS is cut off",
             "if ids[0] == bos_token_id:",
@@ -229,7 +229,7 @@ TRAINING = [
     ),
     *_in(
         "data/prepare.py",
-        "test_data.py",
+        "test_prepare.py",
         (
             "data: a pair of max_length is too long",
             "for p, a in sides) > limits.max_length",

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -88,10 +87,3 @@ def test_commands_are_read_as_they_stand(page, tmp_path, monkeypatch):
             words = shlex.split(line, comments=True)
             if words[:1] == ["orpo-train"] and len(words) > 2 and not words[1].startswith("--print"):
                 parse(words[1:])
-
-
-def test_the_links_of_the_package_lead_to_files_that_are_tracked():
-    listing = subprocess.run(["git", "ls-files", "docs"], cwd=ROOT, capture_output=True, text=True)
-    if listing.returncode:
-        pytest.skip("not a git checkout")
-    assert {f"docs/{page.name}" for page in PAGES if page.parent.name == "docs"} <= set(listing.stdout.split())

@@ -224,9 +224,9 @@ def test_a_large_budget_is_not_filled_where_the_sum_of_products_needs_no_wider_c
     skip_where_copied(cpu_logits.compute_dtype(dtype, dtype))
     problem = make_problem(P=24, T=121, D=16, V=4001, dtype=dtype).requiring_grad()
     n, element = problem.rows.rows_N.numel(), cpu_logits.compute_dtype(dtype, dtype).itemsize
-    assert n > 4 * cpu_stages.CHUNK_ROWS
+    assert n > 4 * cpu_logits.CHUNK_ROWS
     _, largest, _ = measure(lambda: loss_of(problem, logits_budget=2**30).backward())
-    tile = n if dtype == torch.bfloat16 else cpu_stages.CHUNK_ROWS
+    tile = n if dtype == torch.bfloat16 else cpu_logits.CHUNK_ROWS
     assert 0.8 * tile * 4001 * element < largest <= tile * 4001 * element
 
 
@@ -253,7 +253,7 @@ def test_evaluation_holds_one_chunk_of_a_tile_and_has_trainings_bits(
     monkeypatch.setattr(cpu_logits, "_BLOCK_BYTES", 2**20)
     problem = make_problem(P=pairs, T=positions, D=16, V=wide, dtype=dtype, softcap=30.0).requiring_grad()
     n = problem.rows.rows_N.numel()
-    assert 2 * cpu_stages.CHUNK_ROWS < n < 3 * cpu_stages.CHUNK_ROWS and n % 3
+    assert 2 * cpu_logits.CHUNK_ROWS < n < 3 * cpu_logits.CHUNK_ROWS and n % 3
     budget = 2**30
     trained = loss_of(problem, logits_budget=budget)
     with torch.no_grad():

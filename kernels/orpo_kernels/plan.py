@@ -50,7 +50,7 @@ _BLOCK_ROWS = 1024
 
 
 class Way(enum.Enum):
-    """See the table above."""
+    """The ways of the table above, in its order."""
 
     STRIPS = enum.auto()
     EXPONENTIALS = enum.auto()
@@ -125,7 +125,7 @@ def make_plan(
 
     Args:
         logits_budget, strip_bytes: as in `LossSettings`; None: the device's default.
-        has_pairs: what the loss is of is known, so that TILES can be turned into its gradients.
+        has_pairs: the rows are those of whole pairs, whose loss the forward computes; TILES need its gradients there.
     """
     device, v = x.device.type, weight_VD.shape[0]
     if strip_bytes is None:

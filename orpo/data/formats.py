@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from orpo.data.columns import OPENAI, read_row
+from orpo.data.columns import OPENAI
 from orpo.data.conversations import conversation_text, is_conversation
 from orpo.data.images import refuse_images
 from orpo.data.misread import refuse_dates, refuse_messages_as_text
@@ -90,7 +90,7 @@ def unread_columns(row: Mapping[str, Any]) -> str | None:
 
 
 def pair_text(row: Mapping[str, Any], tokenizer: Any) -> PairText:
-    """The texts of one row of a data set, whatever its form.
+    """The texts of one row in any of the forms above; others are made these by :func:`orpo.data.columns.read_row`.
 
     A row's ``chat_template_kwargs`` go to the chat template, as in TRL.
 
@@ -99,7 +99,6 @@ def pair_text(row: Mapping[str, Any], tokenizer: Any) -> PairText:
         ValueError: the row has none of the forms above, an image, or something else than its file holds
             (:mod:`orpo.data.misread`).
     """
-    row = read_row(row, tokenizer)
     refuse_images(row)
     check_columns(row.keys())
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]

@@ -83,8 +83,8 @@ def orpo_loss(
             FLOPs instead of 6; with Triton in between where the budget holds a part). A head that needs no gradient has
             every logit computed once (4 N V D), with Triton where the budget holds all or 1024 rows. Default: 1 GiB
             with Triton, 512 MiB on CPU, there none for a head that needs no gradient. On CPU a float32 head keeps about
-            1024 rows, or one pair, of what the budget holds, since more take no less time. The loss differs between
-            budgets by rounding.
+            1024 rows, or one pair, of what the budget holds, since more take no less time; a pair that the budget does
+            not hold goes by strips. The loss differs between budgets by rounding.
         strip_bytes: size of one vocabulary strip of recomputed logits. Default: 128 MiB on accelerators, 32 MiB on CPU,
             where a wider one is no faster.
         backend: "triton", "torch", or None: torch on CPU tensors, in float64 and where triton is not installed, Triton

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from orpo_kernels import strips
+from orpo_kernels.cpu.logits import CHUNK_ROWS
 from orpo_kernels.head import Gradients, Head, Needs
 from orpo_kernels.matmul import WeightedRows, accumulation_dtype, parts, saved_dtype, widened_matmul
 from orpo_kernels.plan import Plan
@@ -118,7 +119,7 @@ def forward(plan: Plan, x_ND: Tensor, rows: Rows, head: Head, settings: dict) ->
 
     # Larger tiles only take longer to touch. But a sum in a wider dtype than the head's gradient, as bfloat16 needs it
     # from the third bin on, would be larger than the logits that smaller tiles save.
-    wanted = stages.CHUNK_ROWS if saved_dtype(head.weight_VD) == dtype else math.inf
+    wanted = CHUNK_ROWS if saved_dtype(head.weight_VD) == dtype else math.inf
     bins = make_bins(rows, plan.tile_rows, wanted)
     sizes = [sum(part.stop - part.start for part in bin_) for bin_ in bins]
     fitting = [size for size in sizes if size <= plan.tile_rows]

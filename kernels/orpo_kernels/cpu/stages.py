@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from orpo_kernels import reference
-from orpo_kernels.cpu.logits import CHUNK_ROWS as CHUNK_ROWS  # bins.py asks the backend for it
 from orpo_kernels.cpu.logits import LogitStrip, chunk_rows, compute_dtype, row_blocks
 from orpo_kernels.head import Head, strip_width, strips
 from orpo_kernels.matmul import accumulation_dtype, add_matmul, converted_parts
