@@ -210,6 +210,30 @@ def test_default_budget_by_device_and_head():
     assert frozen <= 2**25 < trained
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_pair_beyond_the_budget_takes_no_more_than_it(trained):
+    problem = make_problem(2, 128, 16, 2003).requiring_grad()
+    budget, strip = 2**19, 2**18
+    with torch.set_grad_enabled(trained):
+        _, largest, _ = measure(lambda: loss_of(problem, logits_budget=budget, strip_bytes=strip))
+    assert problem.rows.rows_N.numel() / 2 * 2003 * 4 > 3 * budget
+    assert largest <= strip + ROUND
+
+
+def test_what_a_pair_beyond_the_budget_leaves_waits_in_float32_for_a_gradient_scaler():
+    """Gradients of 1e-8 are none in float16, before the scaler's factor is on them."""
+    found = []
+    for budget in (2**30, 2**14):
+        problem = make_problem(2, 40, 16, 203, dtype=torch.float16, bias=True).requiring_grad()
+        assert (problem.rows.rows_N.numel() / 2 * 203 * 4 > budget) == (budget == 2**14)
+        keywords = problem.keywords | {"beta": 1e-5, "nll_weight": 1e-5}
+        loss = orpo_loss(problem.hidden, problem.weight, problem.labels, logits_budget=budget, **keywords).loss
+        (2.0**16 * loss).backward()
+        found.append([problem.hidden.grad, problem.weight.grad, problem.bias.grad])
+    for fits, exceeds in zip(*found, strict=True):
+        assert relative_error(exceeds, fits.double()) < 1e-3
+
+
 @pytest.mark.parametrize("pairs", [4, 16])
 def test_tiles_stay_within_the_budget_whatever_the_batch(pairs):
     problem = make_problem(pairs, T, 16, 2003).requiring_grad()
