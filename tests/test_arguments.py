@@ -6,6 +6,7 @@ from typing import get_type_hints
 
 import pytest
 
+from orpo import train
 from orpo.cli.arguments import DataArguments, ModelArguments, parse
 from orpo.cli.other_names import ELSEWHERE, advice
 from orpo.cli.short_help import GROUPS
@@ -164,11 +165,11 @@ def test_help_fits_a_screen_and_help_all_has_everything(capsys):
     texts = []
     for word in ("--help", "-h", "--help_all"):
         with pytest.raises(SystemExit) as end:
-            parse([word], description="Trains.")
+            train.main([word])
         assert end.value.code == 0
         texts.append(capsys.readouterr().out)
     short, again, whole = texts
-    assert short == again and len(short.splitlines()) <= 60 and short.startswith("Trains.")
+    assert short == again and len(short.splitlines()) <= 60 and short.startswith("Train a causal language model")
     assert all(f"--{name} " in short for options in GROUPS.values() for name in options)
     assert "--adam_beta1" in whole and "[1e-06]" in short and "SUPPRESS" not in short
 

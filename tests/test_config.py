@@ -4,6 +4,7 @@ import dataclasses
 import warnings
 
 import pytest
+from orpo_kernels.settings import LossSettings
 from tiny import make_model
 from transformers import HfArgumentParser
 
@@ -150,3 +151,9 @@ def test_ligers_kernels_leave_the_forward_alone(tmp_path):
     before = model.forward
     apply(model=model, swiglu=False, **config)
     assert model.forward == before
+
+
+def test_each_setting_of_the_loss_reaches_it(tmp_path):
+    given = {"beta": 0.2, "nll_weight": 0.5, "logits_budget": 7, "strip_bytes": 9}
+    args = ORPOConfig(output_dir=str(tmp_path), use_cpu=True, loss_backend="torch", **given)
+    assert args.loss_settings() == LossSettings(**given, backend="torch")

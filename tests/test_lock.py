@@ -12,6 +12,7 @@ import pytest
 from accelerate import PartialState
 from trainers import make_trainer
 
+from orpo.runs import lock
 from orpo.runs.lock import LOCK, _me, _started, check_lock, run_lock
 
 SAVING = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
@@ -94,6 +95,21 @@ def test_a_lock_from_elsewhere_is_taken_over_once_nothing_touches_it(where, tmp_
     with run_lock(tmp_path, PartialState(cpu=True)):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
     assert "was left locked by process 7 on" in capsys.readouterr().out
+
+
+def test_a_lock_that_is_touched_between_the_silence_and_its_end_is_waited_for_again(tmp_path, hasty, monkeypatch):
+    locked_elsewhere(tmp_path, {"host": "node-3"})
+    waits, wait = [], lock._wait_for_silence
+
+    def touched_after(folder, *owners):
+        waits.append(wait(folder, *owners))
+        if len(waits) == 1:
+            os.utime(folder / LOCK, (5, 5))
+        return waits[-1]
+
+    monkeypatch.setattr(lock, "_wait_for_silence", touched_after)
+    with run_lock(tmp_path, PartialState(cpu=True)):
+        assert len(waits) == 2 and waits[1] == 5 * 10**9
 
 
 @pytest.mark.parametrize("where", ELSEWHERE, ids=["host", "container"])

@@ -61,11 +61,7 @@ GROUPS = {
         "resume_from_checkpoint": "a checkpoint, or false; by default the newest complete one in output_dir",
         "report_to": "tensorboard, wandb, trackio",
     },
-    "Runs as files": {
-        "config": "a YAML file of options, or the name of a recipe",
-        "list_recipes": "name the recipes",
-        "print_config": "print ddp, fsdp2, fsdp2-sharded or zero2 for accelerate launch",
-    },
+    "Runs as files": {"config": "a YAML file of options, or the name of a recipe"},
 }
 
 
