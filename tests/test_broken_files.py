@@ -171,7 +171,7 @@ def test_a_stream_without_usable_rows():
     [
         (
             "{% for m in messages %}{{ m",
-            r"1 row that the chat template refuses .* \(line 1 of the template\)",
+            r"row 0: row that the chat template refuses: .* \(line 1 of the template\)",
         ),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ 1 / 0 }}", "division by zero"),

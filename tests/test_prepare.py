@@ -228,11 +228,14 @@ def test_what_the_template_refuses_is_dropped_with_its_own_words():
         {"chosen": chat("q", "a"), "rejected": chat("q", "b")},
         {"chosen": chat("be kind", "q", "a", first="system"), "rejected": chat("be kind", "q", "b", first="system")},
     ]
-    prepared, lines = prepare(rows, make_tokenizer(chat_template=STRICT))
+    prepared, lines = prepare(rows, make_tokenizer(chat_template=STRICT), max_bad_rows=0.5)
     assert prepared["pair_id"] == [0]
-    assert lines == ["train: kept 1 of 2: 1 row that the chat template refuses (row 1, System role not supported)"]
+    assert lines == [
+        "train: kept 1 of 2: 1 row that the chat template refuses (row 1, System role not supported; it holds "
+        "chosen: messages, rejected: messages)"
+    ]
     with pytest.raises(ValueError, match=r"no row .* System role not supported"):
-        prepare(rows[1:], make_tokenizer(chat_template=STRICT))
+        prepare(rows[1:], make_tokenizer(chat_template=STRICT), max_bad_rows=1)
     stream, _ = prepare(datasets.Dataset.from_list(rows).to_iterable_dataset(), make_tokenizer(chat_template=STRICT))
     with pytest.warns(UserWarning, match="train: row that the chat template refuses: System role not supported"):
         assert [example["pair_id"] for example in stream] == [0]
@@ -240,7 +243,7 @@ def test_what_the_template_refuses_is_dropped_with_its_own_words():
 
 def test_a_template_that_leaves_answers_out_trains_nothing():
     with pytest.raises(
-        ValueError, match=r"no row .* 1 answer that the chat template leaves out \(row 0, role 'assistant'\)"
+        ValueError, match=r"row 0: answer that the chat template leaves out: role 'assistant'; it holds chosen: mess"
     ):
         prepare([{"chosen": chat("q", "a"), "rejected": chat("q", "b")}], make_tokenizer(chat_template=MUTE))
 
@@ -249,7 +252,9 @@ def test_a_row_that_is_no_pair_is_named():
     image = [{"type": "image"}, {"type": "text", "text": "what is this?"}]
     row = {side: chat(image, [{"type": "text", "text": side}]) for side in ("chosen", "rejected")}
     tokenizer = make_tokenizer(chat_template=CHATML)
-    with pytest.raises(ValueError, match=r"part of type 'image': only text(.|\n)*in row 0, counted from 0"):
+    with pytest.raises(
+        ValueError, match=r"row 0: malformed row: .*part of type 'image': only text.*; it holds chosen: mess"
+    ):
         prepare([row], tokenizer)
 
 
@@ -347,9 +352,10 @@ def test_tokens_that_an_older_version_made_are_not_taken_for_ours(own_cache, tmp
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}))
     calls = []
     monkeypatch.setattr(PairTokenizer, "_fit", lambda self, sides: calls.append(1) or sides)
-    for version, expected in (("old", 1), ("old", 1), ("new", 2)):
+    for version, expected in (("old", 2), ("old", 3), ("new", 5)):
         monkeypatch.setattr("orpo.data.prepare.code_version", lambda version=version: version)
         prepare(load_pairs(str(tmp_path / "pairs.jsonl")))
+        # Once for the first row, which is looked at each time.
         assert len(calls) == expected, version
     monkeypatch.undo()
     assert PairTokenizer(make_tokenizer(), UNLIMITED).code == code_version() and len(code_version()) == 64

@@ -143,11 +143,12 @@ def test_other_rows_have_the_tokens_they_had(content):
 def test_a_row_whose_text_the_template_alters_is_dropped(change):
     template = CHATML.replace("m['content']", change)
     rows = [chat_row("a", "b", "c"), chat_row("hello ab</s>", "b", "c")]
-    data, lines = prepare(rows, make_tokenizer(chat_template=template), escape_special_tokens=True)
+    tokenizer = make_tokenizer(chat_template=template)
+    data, lines = prepare(rows, tokenizer, escape_special_tokens=True, max_bad_rows=0.5)
     assert data["pair_id"] == [0]
     assert lines == [
         "train: kept 1 of 2: 1 row that the chat template refuses (row 1, it alters special tokens written out in the "
-        "text, which escape_special_tokens would keep)"
+        "text, which escape_special_tokens would keep; it holds prompt: messages, chosen: messages, rejected: messages)"
     ]
     assert prepare(rows, make_tokenizer(chat_template=template))[0]["pair_id"] == [0, 1]
 

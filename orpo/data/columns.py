@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import Any, NamedTuple
 
 from orpo.data.conversations import is_conversation, without_none
+from orpo.data.unusable import FileFault
 
 Row = Mapping[str, Any]
 
@@ -72,18 +74,31 @@ def renamed(row: Row, columns: Mapping[str, str] | None, what: str = "a row") ->
     """`row` by our names: `columns` says which column has which. A column whose name is taken so is left out.
 
     Raises:
-        ValueError: `row`, called `what`, has no such column.
+        FileFault: `row`, called `what`, has no such column.
     """
     if not columns:
         return row
     for ours, theirs in columns.items():
         if theirs not in row:
-            raise ValueError(
+            raise FileFault(
                 f"columns says that {ours!r} is the column {theirs!r}, which {what} does not have; it has "
                 f"{', '.join(map(repr, row))}"
             )
     left = {name: value for name, value in row.items() if name not in columns and name not in columns.values()}
     return left | {ours: row[theirs] for ours, theirs in columns.items()}
+
+
+def each_pair(row: Row) -> list[Row]:
+    """`row`, by our names, once for each pair in it: where ``chosen`` or ``rejected`` hold several answers, a list of
+    strings, of messages' lists or of both, each better one beside each worse one."""
+    if not any(_are_several(row.get(side)) for side in SIDES):
+        return [row]
+    answers = [value if _are_several(value := row.get(side)) else [value] for side in SIDES]
+    return [{**row, **dict(zip(SIDES, pair, strict=True))} for pair in product(*answers)]
+
+
+def _are_several(answers: Any) -> bool:
+    return isinstance(answers, list) and any(isinstance(answer, str | list) for answer in answers)
 
 
 def read_row(row: Row, tokenizer: Any, columns: Mapping[str, str] | None = None) -> Row:

@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from orpo.data.columns import describe_forms, read_row, renamed
+from orpo.data.columns import describe_forms, each_pair, read_row, renamed
 from orpo.data.formats import AS_THEY_ARE, IMPLIED, implies_prompt, skips_template, unread_columns
 from orpo.data.repeats import ROWS, repeats_prompt
 from orpo.data.sources import as_dataset
+from orpo.data.unusable import FileFault
 from orpo.tokens.pretokenized import COLUMNS
-from orpo.tokens.prompts import first_row
+
+Row = Mapping[str, Any]
 
 
-def read_first(data: Any, tokenizer: Any, columns: Mapping[str, str] | None = None) -> Mapping[str, Any]:
+def read_first(data: Any, tokenizer: Any, columns: Mapping[str, str] | None = None) -> Row:
     """The first row of `data` in one of our forms; of prepared data as it is, and empty where there is none."""
     if data is None:
         return {}
-    row = first_row(data if isinstance(data, Mapping | list | tuple) else as_dataset(data))
-    return row if not row or set(COLUMNS) <= row.keys() else _read(row, 0, tokenizer, columns)
+    if isinstance(data, Mapping):
+        rows = [dict(zip(data, values, strict=True)) for values in islice(zip(*data.values(), strict=False), ROWS)]
+    else:
+        # A list is not made a table for its first rows.
+        rows = list(islice(data if isinstance(data, list | tuple) else as_dataset(data), ROWS))
+    if not rows or set(COLUMNS) <= rows[0].keys():
+        return rows[0] if rows else {}
+    return next((row for _, row in _readable(rows, tokenizer, columns)), {})
 
 
-def _read(row: Mapping[str, Any], number: int, tokenizer: Any, columns: Mapping[str, str] | None) -> Mapping[str, Any]:
-    try:
-        return read_row(row, tokenizer, columns)
-    except ValueError as error:
-        error.add_note(f"in row {number}, counted from 0")
-        raise
+def _readable(rows: Iterable[Row], tokenizer: Any, columns: Mapping[str, str] | None) -> Iterator[tuple[Row, Row]]:
+    """(the row by our names, the row in one of our forms) of the first pair of each of `rows` that has such a form."""
+    for number, row in enumerate(rows):
+        try:
+            given = each_pair(renamed(row, columns))[0]
+            yield given, read_row(given, tokenizer)
+        except FileFault as error:
+            error.add_note(f"in row {number}, counted from 0")
+            raise
+        except ValueError:
+            # Counted with its reason, and left out, where the rows are tokenized.
+            continue
 
 
 def report_first_rows(
@@ -40,15 +54,13 @@ def report_first_rows(
         tokenizer: of the model.
         columns: our name -> the column's, of columns that have other names.
         report: called with each sentence.
-
-    Raises:
-        ValueError: one of the rows has no place among the texts that are trained.
     """
-    given = list(islice(data, ROWS))
-    rows = [_read(row, i, tokenizer, columns) for i, row in enumerate(given)]
-    first = rows[0] if rows else {}
+    read = list(_readable(islice(data, ROWS), tokenizer, columns))
+    if not read:
+        return
+    (given, first), rows = read[0], [row for _, row in read]
     said = (
-        describe_forms(renamed(given[0], columns)) if given else None,
+        describe_forms(given),
         AS_THEY_ARE if skips_template(first, tokenizer) else None,
         IMPLIED if implies_prompt(first) else None,
         repeats_prompt(rows),

@@ -20,7 +20,16 @@ from orpo.data.columns import OPENAI
 from orpo.data.conversations import conversation_text, is_conversation
 from orpo.data.images import refuse_images
 from orpo.data.misread import refuse_dates, refuse_messages_as_text
-from orpo.data.unusable import ASSISTANT, EMPTY_ANSWER, NO_PROMPT, PROMPTS_DIFFER, UNMARKED, UnusableRow
+from orpo.data.unusable import (
+    ASSISTANT,
+    EMPTY_ANSWER,
+    MISSING,
+    NO_PROMPT,
+    PROMPTS_DIFFER,
+    UNMARKED,
+    FileFault,
+    UnusableRow,
+)
 
 AS_THEY_ARE = (
     "the prompts are strings, trained as they are although the tokenizer has a chat template: an instruct model wants "
@@ -54,23 +63,23 @@ def check_columns(names: Collection[str]) -> None:
     """Refuses columns that hold no pairs.
 
     Raises:
-        ValueError: with what they hold, and what makes pairs of it.
+        FileFault: with what they hold, and what makes pairs of it.
     """
     if {"chosen", "rejected"} <= set(names) or set(OPENAI) <= set(names):
         return
     what = f"a data set needs the columns 'chosen' and 'rejected'; this one has {sorted(names)}"
     if {"completion", "label"} <= set(names):
-        raise ValueError(
+        raise FileFault(
             f"{what}: completions marked good or bad one by one, as KTO trains on. ORPO compares two answers to one "
             "prompt: make a row of each prompt that has both, with the good one as 'chosen', the bad one as 'rejected'"
         )
     if {"completion", "messages", "conversations", "text"} & set(names):
-        raise ValueError(
+        raise FileFault(
             f"{what}: one text a row, as fine-tuning (SFT) trains on. ORPO compares two answers to one prompt: "
             "take the one there is as 'chosen', and add a worse one as 'rejected', a model's own for instance "
             "(orpo-generate)"
         )
-    raise ValueError(
+    raise FileFault(
         f"{what}: rename its columns, or say which they are (--columns "
         "chosen=good,rejected=bad); 'prompt' is needed too where the answers do not begin with it"
     )
@@ -96,8 +105,8 @@ def pair_text(row: Mapping[str, Any], tokenizer: Any) -> PairText:
 
     Raises:
         UnusableRow: the row is of one of the forms above and cannot train; :mod:`orpo.data.unusable` names the reasons.
-        ValueError: the row has none of the forms above, an image, or something else than its file holds
-            (:mod:`orpo.data.misread`).
+        FileFault: the file was misread (:mod:`orpo.data.misread`), or has no such columns.
+        ValueError: the row has none of the forms above, or an image.
     """
     refuse_images(row)
     check_columns(row.keys())
@@ -105,7 +114,7 @@ def pair_text(row: Mapping[str, Any], tokenizer: Any) -> PairText:
     refuse_dates([prompt, chosen, rejected, row.get("chat_template_kwargs")])
     refuse_messages_as_text(prompt, chosen, rejected)
     if chosen is None or rejected is None:
-        raise UnusableRow(EMPTY_ANSWER)
+        raise UnusableRow(MISSING, f"{'chosen' if chosen is None else 'rejected'!r} is null")
     if is_conversation(chosen) and is_conversation(rejected):
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError(
@@ -155,7 +164,7 @@ def _without_prompt(chosen: str, rejected: str, has_column: bool) -> PairText:
     if len(marked) == 2:
         splits = [len(text.rpartition(ASSISTANT)[0]) + len(ASSISTANT) for text in marked]
     elif has_column:
-        raise UnusableRow(NO_PROMPT)
+        raise UnusableRow(MISSING, "'prompt' is null")
     elif marked:
         other = rejected if marked == [chosen] else chosen
         raise UnusableRow(UNMARKED, f"there is no column 'prompt', and nothing to split {other[:80]!r} after")

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from datetime import date, time
 from typing import Any
 
+from orpo.data.unusable import FileFault
+
 # As json.dumps and Python's str() write messages; the names are those that messages have here and in ShareGPT.
 _WRITTEN = re.compile(r"""\s*\[?\s*\{.*(['"])(role|from)\1\s*:.*\}\s*\]?\s*""", re.DOTALL)
 _CONTENT = re.compile(r"""(['"])(content|value)\1\s*:""")
@@ -25,11 +27,11 @@ def refuse_messages_as_text(prompt: Any, *answers: Any) -> None:
     An answer may well be JSON; that all of a row are messages means that the row is a conversation.
 
     Raises:
-        ValueError: with the text, and how to read it.
+        FileFault: with the text, and how to read it.
     """
     if are_messages(prompt) or (answers and all(map(are_messages, answers))):
         text = prompt if are_messages(prompt) else answers[0]
-        raise ValueError(
+        raise FileFault(
             f"a text is messages written out, {text!r:.60}, and would be taken as it stands: make lists of these "
             "columns, with json.loads (ast.literal_eval where Python wrote them), and save the rows as JSON lines"
         )
@@ -39,10 +41,10 @@ def refuse_dates(value: Any) -> None:
     """Refuses dates and times in `value`, or in the lists and mappings that it is made of.
 
     Raises:
-        ValueError: with the first of them, and what keeps text as it is.
+        FileFault: with the first of them, and what keeps text as it is.
     """
     if isinstance(value, date | time):
-        raise ValueError(
+        raise FileFault(
             f"a row holds {value!r} where text belongs. Where the file is JSON, all texts of a column look like dates, "
             "and its reader has made dates of them, whose spelling is lost: save the rows as parquet or CSV, whose "
             "text stays text"

@@ -9,20 +9,32 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from orpo import __version__
+from orpo.data import bad_rows, conversations, formats, misread, unusable
 from orpo.data import columns as data_columns
-from orpo.data import conversations, formats, misread, unusable
-from orpo.data.columns import read_row, renamed
-from orpo.data.first_rows import report_first_rows
+from orpo.data.account import ACCOUNT, read_account, what_is_cut
+from orpo.data.bad_rows import refuse_bad_rows, what_it_holds
+from orpo.data.columns import each_pair, read_row, renamed
+from orpo.data.first_rows import ROWS, report_first_rows
 from orpo.data.formats import PairText, check_columns, pair_text
 from orpo.data.sources import as_dataset
-from orpo.data.streams import ATTRIBUTE, DropCounter, summarize
-from orpo.data.unusable import EMPTY_ANSWER, EQUAL_ANSWERS, EQUAL_ONCE_CUT, REASONS, REFUSED, UnusableRow
+from orpo.data.streams import ATTRIBUTE, DropCounter
+from orpo.data.unusable import (
+    BAD,
+    EMPTY_ANSWER,
+    EQUAL_ANSWERS,
+    EQUAL_ONCE_CUT,
+    MALFORMED,
+    REASONS,
+    REFUSED,
+    FileFault,
+    UnusableRow,
+)
 from orpo.tokens import limits, special_tokens
 from orpo.tokens.limits import Limits
 from orpo.tokens.pretokenized import COLUMNS, checked
@@ -30,9 +42,6 @@ from orpo.tokens.special_tokens import ALTERED, WrittenOut, describe_written, sp
 
 # Where a prepared data set keeps the report on it.
 SUMMARY = "orpo_summary"
-
-# Of each row, until those that cannot train are dropped: why, what else of it, and a special token in its text.
-ACCOUNT = ["dropped", "detail", "written_out"]
 
 # The columns that hold a row's text.
 TEXTS = ("prompt", "chosen", "rejected")
@@ -45,7 +54,7 @@ def code_version() -> str:
     ``datasets`` looks up tokens that it has made before by the attributes of what made them: without this among them, a
     run would train on those that an older version of this package made.
     """
-    parts = (conversations, data_columns, formats, limits, misread, special_tokens, unusable)
+    parts = (bad_rows, conversations, data_columns, formats, limits, misread, special_tokens, unusable)
     files = (__file__, *(part.__file__ for part in parts))
     return hashlib.sha256(__version__.encode() + b"".join(Path(f).read_bytes() for f in files)).hexdigest()
 
@@ -82,16 +91,21 @@ class PairTokenizer:
             self.written.check_escaping(tokenizer)
 
     def __call__(self, rows: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        """A batch of rows as columns -> the prepared columns, ``dropped`` (the reason, or ""), ``detail`` of it, and
-        ``written_out``, the first special token in the row's text, or ""."""
-        size = len(indices)
+        """A batch of rows as columns -> the prepared columns, ``dropped`` (the reason, or ""), ``detail`` of it,
+        ``written_out``, the first special token in the row's text, or "", and ``cut``. One entry for each pair."""
+        given: list[Mapping[str, Any]] = []
+        numbers: list[int] = []
+        for i, number in enumerate(indices):
+            pairs = each_pair(renamed({name: column[i] for name, column in rows.items()}, self.columns))
+            given += pairs
+            numbers += [number] * len(pairs)
+        size = len(given)
         texts: list[PairText | None] = []
-        dropped, details, found = [""] * size, [""] * size, [""] * size
+        dropped, details, found, cut = [""] * size, [""] * size, [""] * size, [0] * size
         escaped: dict[int, Iterator[list[int]]] = {}
-        for i in range(size):
-            row = {name: column[i] for name, column in rows.items()}
+        for i, row in enumerate(given):
             try:
-                row = read_row(row, self.tokenizer, self.columns)
+                row = read_row(row, self.tokenizer)
                 text = pair_text(row, self.tokenizer)
                 found[i] = self._first_written(row, text)
                 if found[i] and self.escape:
@@ -99,10 +113,14 @@ class PairTokenizer:
                 texts.append(text)
             except UnusableRow as unusable:
                 texts.append(None)
-                dropped[i], details[i] = unusable.reason, unusable.detail
-            except ValueError as error:
-                error.add_note(f"in row {indices[i]}, counted from 0")
+                holds = what_it_holds(given[i]) if unusable.reason in BAD else ""
+                dropped[i], details[i] = unusable.reason, "; ".join(filter(None, (unusable.detail, holds)))
+            except FileFault as error:
+                error.add_note(f"in row {numbers[i]}, counted from 0")
                 raise
+            except ValueError as error:
+                texts.append(None)
+                dropped[i], details[i] = MALFORMED, f"{error}; {what_it_holds(given[i])}"
         flat = [t for i, text in enumerate(texts) if text and i not in escaped for t in self._parts(text)]
         ids = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
         out: dict[str, list[Any]] = {name: [] for name in COLUMNS}
@@ -113,6 +131,7 @@ class PairTokenizer:
                 sides = [self._side(next(own), next(own), text.templated, t) for t in (text.chosen, text.rejected)]
                 try:
                     pair = self._fit(sides)
+                    cut[i] = what_is_cut(sides, pair)
                 except UnusableRow as unusable:
                     dropped[i], details[i] = unusable.reason, unusable.detail
             (chosen_prompt, chosen), (rejected_prompt, rejected) = pair or (([], []), ([], []))
@@ -122,8 +141,8 @@ class PairTokenizer:
             out["rejected_prompt_length"].append(len(rejected_prompt))
         # transformers groups batches by this column, where `train_sampling_strategy` asks for it.
         length = [len(c) + len(r) for c, r in zip(out["chosen_input_ids"], out["rejected_input_ids"], strict=True)]
-        account = dict(zip(ACCOUNT, (dropped, details, found), strict=True))
-        return {**out, "pair_id": list(indices), "length": length, **account}
+        account = dict(zip(ACCOUNT, (dropped, details, found, cut), strict=True))
+        return {**out, "pair_id": numbers, "length": length, **account}
 
     def _first_written(self, row: Mapping[str, Any], text: PairText) -> str:
         """The first special token that `row` itself holds, and not its template; or ""."""
@@ -184,6 +203,8 @@ class PairTokenizer:
         limits = self.limits
         if sides[0] == sides[1]:
             raise UnusableRow(EQUAL_ANSWERS)
+        for reason in filter(None, (limits.dropped_for(len(p), len(a)) for p, a in sides)):
+            raise UnusableRow(reason)
         sides = [(prompt, answer[: limits.max_completion_length]) for prompt, answer in sides]
         if limits.max_length is not None and max(len(p) + len(a) for p, a in sides) > limits.max_length:
             sides = [(limits.cut_prompt(p, self.tokenizer.bos_token_id), a) for p, a in sides]
@@ -206,6 +227,7 @@ def prepare_dataset(
     num_proc: int | None = None,
     escape_special_tokens: bool = False,
     columns: Mapping[str, str] | None = None,
+    max_bad_rows: float = 0.01,
     report: Callable[[str], None] = print,
 ) -> Any:
     """Tokenizes `data` and drops the rows that cannot train, saying how many and why.
@@ -219,12 +241,13 @@ def prepare_dataset(
         num_proc: processes that tokenize. The result is cached by ``datasets`` where the data set lies on disk.
         escape_special_tokens: whether special tokens written out in the rows' text stay text (:class:`PairTokenizer`).
         columns: our name -> the column's, of columns that have other names.
+        max_bad_rows: the largest share of rows that may be malformed, :data:`orpo.data.unusable.BAD`, and left out.
         report: called with the report, which counts rows from 0. A stream is counted as it is read:
             :class:`orpo.data.streams.StreamReport` says when.
 
     Raises:
-        ValueError: `data` has no form that we know, or no row is left. Of a stream :func:`orpo.data.preview.first_pair`
-            says so.
+        ValueError: `data` has no form that we know, too many of its rows are malformed, or no row is left. Of a stream
+            :func:`orpo.data.preview.first_pair` says so.
     """
     import datasets
 
@@ -238,12 +261,12 @@ def prepare_dataset(
     if not is_stream and not len(data):
         raise ValueError(f"the {name} set holds no rows")
     check_columns(renamed(dict.fromkeys(names), columns, f"the {name} set").keys())
+    _check_first_rows(tokenize, data, name, max_bad_rows)
     if is_stream:
         tokenized = data.map(tokenize, batched=True, with_indices=True, remove_columns=names)
         report(f"{name}: a stream; rows that cannot train are left out as they come, and counted after each epoch")
         report_first_rows(data, tokenizer, columns, lambda said: report(f"{name}: {said}"))
-        reasons = (*REASONS, *([] if limits.max_length is None else [limits.too_long]))
-        counter = DropCounter(name, reasons, escape_special_tokens)
+        counter = DropCounter(name, (*REASONS, *limits.reasons), escape_special_tokens, max_bad_rows)
         prepared = tokenized.filter(counter).remove_columns(ACCOUNT)
         setattr(prepared, ATTRIBUTE, counter)
         return prepared
@@ -255,24 +278,13 @@ def prepare_dataset(
         num_proc=num_proc,
         desc=f"Tokenizing the {name} set",
     )
-    reasons: Counter[str] = Counter()
-    first: dict[str, str] = {}
-    written: list[tuple[int, str]] = []
-    for row, (reason, detail, token) in enumerate(zip(*(tokenized[column] for column in ACCOUNT), strict=True)):
-        if token and not reason:
-            written.append((row, token))
-        if reason:
-            reasons[reason] += 1
-            first.setdefault(reason, f"row {row}, {detail}" if detail else f"row {row}")
-    summary = summarize(name, len(data), reasons, first)
-    if reasons.total() == len(data):
-        raise ValueError(f"no row of the {name} set can train: {summary}")
+    summary, dropped, written = read_account(tokenized, name, len(data), max_bad_rows)
     report(summary)
     if written:
         row, token = written[0]
         report(f"{name}: {describe_written(len(written), escape_special_tokens, f'row {row}, {token!r}')}")
     report_first_rows(data, tokenizer, columns, lambda said: report(f"{name}: {said}"))
-    kept = tokenized.filter(_is_kept, num_proc=num_proc, desc=f"Filtering the {name} set") if reasons else tokenized
+    kept = tokenized.filter(_is_kept, num_proc=num_proc, desc=f"Filtering the {name} set") if dropped else tokenized
     prepared = kept.remove_columns(ACCOUNT)
     setattr(prepared, SUMMARY, summary)
     return prepared
@@ -280,3 +292,14 @@ def prepare_dataset(
 
 def _is_kept(example: Mapping[str, Any]) -> bool:
     return not example["dropped"]
+
+
+def _check_first_rows(tokenize: PairTokenizer, data: Any, name: str, max_bad_rows: float) -> None:
+    """Refuses a data set none of whose first rows can be read, before all of it is tokenized."""
+    said: list[str] = []
+    for number, row in enumerate(islice(data, ROWS)):
+        made = tokenize({column: [value] for column, value in row.items()}, [number])
+        if any(reason not in BAD for reason in made["dropped"]):
+            return
+        said.append(f"row {number}: {made['dropped'][0]}: {made['detail'][0]}")
+    refuse_bad_rows(f"{name}, the first rows", len(said), max(len(said), 1), max_bad_rows, said)

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from orpo.data.account import CUT, is_cut, summarize
+from orpo.data.bad_rows import LEAST_ROWS, refuse_bad_rows
+from orpo.data.unusable import BAD
 from orpo.tokens.special_tokens import describe_written
 
 ATTRIBUTE = "orpo_drop_counter"
@@ -27,31 +30,56 @@ class DropCounter:
         name: what the report calls the data set.
         reasons: every reason for which a row can be dropped.
         escaped: whether special tokens in the rows' text stay text.
+        max_bad_rows: the largest share of malformed rows, of what one worker has read, once that says something.
         workers: processes that read the stream at once, at most.
+
+    Raises:
+        ValueError: when it is called, more rows than `max_bad_rows` are malformed.
     """
 
-    def __init__(self, name: str, reasons: Sequence[str], escaped: bool = False, workers: int = 256) -> None:
-        self.name, self.reasons, self.escaped = name, ("", *reasons), escaped
+    def __init__(
+        self,
+        name: str,
+        reasons: Sequence[str],
+        escaped: bool = False,
+        max_bad_rows: float = 1.0,
+        workers: int = 256,
+    ) -> None:
+        self.name, self.reasons, self.escaped, self.max_bad_rows = name, ("", *reasons), escaped, max_bad_rows
+        self.bad = [i for i, reason in enumerate(self.reasons) if reason in BAD]
+        self.first_bad: list[str] = []
+        self.cut_WC = torch.zeros(workers, len(CUT), dtype=torch.int64).share_memory_()
         self.written_W = torch.zeros(workers, dtype=torch.int64).share_memory_()
         self.counts_WR = torch.zeros(workers, len(self.reasons), dtype=torch.int64).share_memory_()
 
     def __call__(self, example: Mapping[str, Any]) -> bool:
+        reason = example["dropped"]
         if example["detail"]:
             # Once for each text, and from the process that reads: the counts alone are shared.
-            warnings.warn(f"{self.name}: {example['dropped']}: {example['detail']}", stacklevel=2)
+            warnings.warn(f"{self.name}: {reason}: {example['detail']}", stacklevel=2)
         info = torch.utils.data.get_worker_info()
         worker = 0 if info is None else info.id
-        self.counts_WR[worker, self.reasons.index(example["dropped"])] += 1
+        self.counts_WR[worker, self.reasons.index(reason)] += 1
+        if reason in BAD:
+            self.first_bad.append(f"row {example['pair_id']}: {reason}: {example['detail']}")
+            read, bad = int(self.counts_WR[worker].sum()), int(self.counts_WR[worker, self.bad].sum())
+            if read >= LEAST_ROWS:
+                refuse_bad_rows(
+                    f"{self.name}, a stream, so far as it was read", bad, read, self.max_bad_rows, self.first_bad
+                )
+        if not reason:
+            self.cut_WC[worker] += torch.tensor([is_cut(example["cut"], part) for part in CUT])
         self.written_W[worker] += bool(example["written_out"] and not example["dropped"])
-        return not example["dropped"]
+        return not reason
 
-    def take(self) -> tuple[int, Counter[str]]:
-        """(rows read, rows dropped by reason) since the last call."""
-        counts = self.counts_WR.sum(0).tolist()
+    def take(self) -> tuple[int, Counter[str], Counter[str]]:
+        """(rows read, rows dropped by reason, what is cut of those kept) since the last call."""
+        counts, cut = self.counts_WR.sum(0).tolist(), self.cut_WC.sum(0).tolist()
         self.counts_WR.zero_()
+        self.cut_WC.zero_()
         self.written_W.zero_()
         dropped = Counter({reason: n for reason, n in zip(self.reasons, counts, strict=True) if reason and n})
-        return sum(counts), dropped
+        return sum(counts), dropped, Counter(dict(zip(CUT, cut, strict=True)))
 
 
 class StreamReport(TrainerCallback):
@@ -64,11 +92,11 @@ class StreamReport(TrainerCallback):
     def _print(counters: Sequence[DropCounter], args: Any) -> None:
         for counter in counters:
             written = int(counter.written_W.sum())
-            rows, dropped = counter.take()
+            rows, dropped, cut = counter.take()
             if written and args.should_log:
                 print(f"{counter.name}, a stream: {describe_written(written, counter.escaped)}")
             if rows and args.should_log:
-                print(summarize(f"{counter.name}, a stream, so far as it was read", rows, dropped))
+                print(summarize(f"{counter.name}, a stream, so far as it was read", rows, dropped, cut))
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         # The first pair was read before, to be shown.
@@ -101,28 +129,3 @@ def counters(data: Any) -> list[DropCounter]:
     """The counters of a prepared data set, or of a dict of them; none for data sets that are counted already."""
     parts = data.values() if isinstance(data, dict) else [data]
     return [getattr(part, ATTRIBUTE) for part in parts if hasattr(part, ATTRIBUTE)]
-
-
-def summarize(name: str, total: int, reasons: Counter[str], first: Mapping[str, str] | None = None) -> str:
-    """For example "train: kept 1,771 of 1,800: 4 empty answers (first: row 7), 25 prompts of 512 tokens or more".
-
-    Args:
-        name: of the data set.
-        total: its rows.
-        reasons: rows dropped by reason.
-        first: what to say of the first row that each reason dropped; not every reason has to be there.
-    """
-    text = f"{name}: kept {total - reasons.total():,} of {total:,}"
-    if not reasons:
-        return text
-    parts = []
-    for reason, n in reasons.most_common():
-        known = (first or {}).get(reason)
-        where = "" if known is None else f" ({known})" if n == 1 else f" (first: {known})"
-        parts.append(f"{n:,} {reason if n == 1 else _plural(reason)}{where}")
-    return f"{text}: {', '.join(parts)}"
-
-
-def _plural(reason: str) -> str:
-    first, _, rest = reason.partition(" ")
-    return f"{reason}s" if first == "empty" else f"{first}s {rest}"

@@ -16,9 +16,17 @@ NO_CONTENT = "conversation with a message that holds nothing"
 REFUSED = "row that the chat template refuses"
 LEFT_OUT = "answer that the chat template leaves out"
 OTHER_ROLE = "answer in another role than the generation prompt opens"
+MISSING = "row with null where a text belongs"
+MALFORMED = "malformed row"
 
-# Every reason but that of a prompt that is too long, which names the limit.
+# What no row of a sound file is: `max_bad_rows` says how many of these a run takes. The others are left out, however
+# many they are.
+BAD = frozenset({MISSING, MALFORMED, UNMARKED, NO_CONTENT, REFUSED, LEFT_OUT, OTHER_ROLE})
+
+# Every reason but those of a row that is too long, which name the limit.
 REASONS = (
+    MALFORMED,
+    MISSING,
     EMPTY_ANSWER,
     EQUAL_ANSWERS,
     EQUAL_ONCE_CUT,
@@ -31,6 +39,10 @@ REASONS = (
     LEFT_OUT,
     OTHER_ROLE,
 )
+
+
+class FileFault(ValueError):
+    """What is wrong with all rows of a data set, and not with one of them: nothing is left out for it."""
 
 
 class UnusableRow(Exception):

@@ -93,6 +93,13 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
     max_prompt_length: int | None = _setting(None, "Prompts of pairs that are too long are cut to this many tokens.")
     max_completion_length: int | None = _setting(None, "Most tokens of an answer.")
     truncation_mode: str = _setting("keep_end", "The part of a cut prompt that stays: keep_end or keep_start.")
+    truncation: str = _setting(
+        "cut",
+        "What becomes of a pair that is too long: cut, or drop, which leaves it out, so that answers keep an end.",
+    )
+    max_bad_rows: float = _setting(
+        0.01, "Largest share of rows that may be malformed: such rows are named and left out, more of them end the run."
+    )
     escape_special_tokens: bool = _setting(
         False,
         "Special tokens written out in the rows' text (</s>) stay text. Default: they become those tokens, as in TRL.",
@@ -181,7 +188,9 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
     @property
     def limits(self) -> Limits:
         """How long a sequence may be."""
-        return Limits(self.max_length, self.max_prompt_length, self.max_completion_length, self.truncation_mode)
+        return Limits(
+            self.max_length, self.max_prompt_length, self.max_completion_length, self.truncation_mode, self.truncation
+        )
 
     def nll(self, eos_token_id: int | None) -> NLLSpan:
         """Which tokens of the chosen sequence the NLL scores."""
@@ -242,6 +251,8 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
                     f"{name} is {getattr(self, name)!r}; it has to be one of {', '.join(map(str, allowed))}"
                 )
         check_ranges(self)
+        if not 0 <= self.max_bad_rows <= 1:
+            raise ValueError(f"max_bad_rows is {self.max_bad_rows}; it is a share of rows, from 0 to 1")
         if self.beta > 100 * self.nll_weight > 0:
             warnings.warn(
                 f"beta is {self.beta} and nll_weight {self.nll_weight}: next to the odds-ratio term the NLL hardly "

@@ -1,0 +1,56 @@
+"""Rows that no sound file holds: what is said of one, and how many of them a run takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from orpo.data.conversations import is_conversation
+
+# What is said of each, where there are too many.
+SHOWN = 3
+
+# Of a stream: fewer rows say nothing of a share.
+LEAST_ROWS = 1000
+
+_KINDS = ((str, "text"), (bool, "true or false"), (int | float, "a number"), (Mapping, "an object"))
+
+
+def what_it_holds(row: Mapping[str, Any]) -> str:
+    """The columns of `row` and the kind of what is in each."""
+    return f"it holds {', '.join(f'{name}: {_kind(value)}' for name, value in row.items())}"
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if not value:
+            return "an empty list"
+        return "messages" if is_conversation(value) else f"a list that begins with {_kind(value[0])}"
+    return next((words for kind, words in _KINDS if isinstance(value, kind)), type(value).__name__)
+
+
+def refuse_bad_rows(name: str, bad: int, rows: int, most: float, first: Sequence[str]) -> None:
+    """Refuses a data set more than `most` of whose rows are bad.
+
+    Args:
+        name: what the error calls the data set.
+        bad: how many of its rows are.
+        rows: how many were looked at.
+        most: the largest share that a run takes, ``max_bad_rows``.
+        first: what is said of the first of them.
+
+    Raises:
+        ValueError: with the share and `first`.
+    """
+    if bad <= most * rows:
+        return
+    share = f"{100 * bad / rows:.3g} %"
+    which = "".join(f"\n  {said}" for said in first[:SHOWN])
+    more = f"\n  and {bad - len(first[:SHOWN]):,} more" if bad > len(first[:SHOWN]) else ""
+    raise ValueError(
+        f"{name}: {bad:,} of {rows:,} rows cannot be read ({share}; max_bad_rows allows {100 * most:.3g} %), counted "
+        f"from 0:{which}{more}\nmend these rows, or leave them out: --max_bad_rows {math.ceil(100 * bad / rows) / 100}"
+    )
