@@ -324,12 +324,6 @@ def test_limits_that_make_no_sense(options, message):
         Limits(**options)
 
 
-def test_rows_of_several_types_are_refused():
-    rows = [{"prompt": "a", "chosen": answer, "rejected": "c"} for answer in ("b", 3)]
-    with pytest.raises(ValueError, match="each column of which holds one type only"):
-        as_dataset(rows)
-
-
 def test_other_containers_are_refused():
     with pytest.raises(ValueError, match="a dict of lists or a list of dicts, not int"):
         as_dataset(3)

@@ -148,7 +148,7 @@ def test_a_row_whose_text_the_template_alters_is_dropped(change):
     assert data["pair_id"] == [0]
     assert lines == [
         "train: kept 1 of 2: 1 row that the chat template refuses (row 1, it alters special tokens written out in the "
-        "text, which escape_special_tokens would keep; it holds prompt: messages, chosen: messages, rejected: messages)"
+        "text, which escape_special_tokens would keep; it holds chosen: messages, rejected: messages)"
     ]
     assert prepare(rows, make_tokenizer(chat_template=template))[0]["pair_id"] == [0, 1]
 

@@ -41,7 +41,7 @@ def read_account(tokenized: Any, name: str, rows: int, max_bad_rows: float) -> t
         max_bad_rows: the largest share of malformed pairs.
 
     Returns:
-        the summary, how many are left out, and (row, special token) of each pair that is kept with one written out in its text.
+        the summary, how many are left out, and (row, special token) of each pair that is kept with one in its text.
 
     Raises:
         ValueError: more are malformed, or none is left.

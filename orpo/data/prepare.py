@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -253,7 +253,7 @@ def prepare_dataset(
 
     data = as_dataset(data)
     # A stream that was mapped does not know its columns.
-    names = data.column_names or list(next(iter(data), {}))
+    names = data.column_names or list(dict.fromkeys(name for row in islice(data, ROWS) for name in row))
     if set(COLUMNS) <= set(names):
         return checked(data, name)
     tokenize = PairTokenizer(tokenizer, limits, escape_special_tokens, columns)
@@ -261,7 +261,7 @@ def prepare_dataset(
     if not is_stream and not len(data):
         raise ValueError(f"the {name} set holds no rows")
     check_columns(renamed(dict.fromkeys(names), columns, f"the {name} set").keys())
-    _check_first_rows(tokenize, data, name, max_bad_rows)
+    _check_first_rows(tokenize, data, names, name, max_bad_rows)
     if is_stream:
         tokenized = data.map(tokenize, batched=True, with_indices=True, remove_columns=names)
         report(f"{name}: a stream; rows that cannot train are left out as they come, and counted after each epoch")
@@ -294,11 +294,11 @@ def _is_kept(example: Mapping[str, Any]) -> bool:
     return not example["dropped"]
 
 
-def _check_first_rows(tokenize: PairTokenizer, data: Any, name: str, max_bad_rows: float) -> None:
+def _check_first_rows(tokenize: PairTokenizer, data: Any, names: Sequence[str], name: str, max_bad_rows: float) -> None:
     """Refuses a data set none of whose first rows can be read, before all of it is tokenized."""
     said: list[str] = []
     for number, row in enumerate(islice(data, ROWS)):
-        made = tokenize({column: [value] for column, value in row.items()}, [number])
+        made = tokenize({column: [row.get(column)] for column in names}, [number])
         if any(reason not in BAD for reason in made["dropped"]):
             return
         said.append(f"row {number}: {made['dropped'][0]}: {made['detail'][0]}")

@@ -7,13 +7,22 @@ import hashlib
 import json
 import logging
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from orpo.data.file_check import LINES_OF_A_STREAM, OPENERS, check_file
+from orpo.data.mixed_forms import (
+    as_json_columns,
+    decode_columns,
+    encode_columns,
+    is_json_lines,
+    json_rows,
+    mixed_columns,
+)
 from orpo.hub import check_hub_name
 from orpo.packages import require
 
@@ -53,7 +62,11 @@ def as_dataset(data: Any) -> Any:
         if isinstance(data, (list, tuple)):
             return datasets.Dataset.from_list(list(data))
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(f"the rows make no table, each column of which holds one type only: {error}") from error
+        try:
+            return as_json_columns(data)
+        except (TypeError, ValueError):
+            # What JSON does not know, or lists of another length: the first error says more.
+            raise ValueError(f"the rows make no table, each column of which holds one type only: {error}") from error
     raise ValueError(
         "a data set has to be a datasets.Dataset or IterableDataset, a dict of lists or a list of dicts, "
         f"not {type(data).__name__}"
@@ -99,6 +112,10 @@ def load_pairs(name: str, split: str = "train", *, config: str | None = None, st
         arguments = {"path": str(path) if path.is_dir() else name, "name": config}
     _check_files(path, streaming)
     kind = arguments["path"] if path.is_file() else "a data set"
+    if streaming and split == "train" and arguments["path"] == "json" and is_json_lines(path):
+        # By itself, as the rows stand: the reader of streams decides by the first rows what later ones hold.
+        deque(islice(json_rows(path), LINES_OF_A_STREAM), maxlen=0)
+        return datasets.IterableDataset.from_generator(json_rows, gen_kwargs={"path": path})
     if path.exists() and not streaming:
         # Read before, a file is known by its path and time alone: one that was copied over it with its time kept, or
         # replaced within the clock's resolution, would train the rows of the one before.
@@ -109,11 +126,12 @@ def load_pairs(name: str, split: str = "train", *, config: str | None = None, st
                 builder = datasets.load_dataset_builder(**arguments)
                 _tell_unread(path, builder)
                 arguments |= _as_text(builder)
+            encoded = [] if streaming else _encode_mixed(path, arguments)
             data = datasets.load_dataset(**arguments, split=split, streaming=streaming)
             if streaming and path.exists():
                 # A stream meets what is wrong with its file when it is read.
                 next(iter(data))
-            return data
+            return decode_columns(data, encoded) if encoded else data
     except (StopIteration, datasets.exceptions.DatasetGenerationError) as error:
         # What went wrong in the file is the cause, behind a sentence that says nothing.
         reason = _broken_line(path) or error.__cause__ or "no row was found"
@@ -141,6 +159,25 @@ def _check_files(path: Path, streaming: bool) -> None:
             require("zstandard", f"{file}, compressed with zstd,")
         elif reader in ("json", "csv"):
             check_file(file, is_json=reader == "json", most_lines=LINES_OF_A_STREAM if streaming else None)
+
+
+def _encode_mixed(path: Path, arguments: dict[str, Any]) -> list[str]:
+    """The columns of JSON lines whose rows do not agree on what they hold; `arguments` then read a copy of `path`, in
+    which all of them are text."""
+    found = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
+    files = [file for file in found if file.is_file() and reader_for(file) == "json" and is_json_lines(file)]
+    names = mixed_columns(files)
+    if names:
+        folder = Path(arguments["cache_dir"], "encoded")
+        copies = {file: folder / (file.relative_to(path) if path.is_dir() else file.name) for file in files}
+        copies = {file: copy.with_suffix(".jsonl") for file, copy in copies.items()}
+        for file, copy in copies.items():
+            encode_columns(file, names, copy)
+        if path.is_dir():
+            arguments["path"] = str(folder)
+        else:
+            arguments["data_files"] = glob.escape(str(copies[path]))
+    return names
 
 
 def _tell_unread(folder: Path, builder: Any) -> None:
