@@ -10,7 +10,7 @@ from datasets import Dataset
 from record_trl_trace import EVALUATED, RUNS, SETTINGS, TRACE, trace_model, trace_pairs, trace_tokenizer
 from tiny import CHATML, ROWS, SEVEN, make_model, make_tokenizer, reference_loss
 from trainers import logged, make_args, make_trainer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from orpo import ORPOConfig, ORPOTrainer
 from orpo.runs.non_finite import NonFiniteError
@@ -404,3 +404,13 @@ def test_what_is_left_of_a_stream_is_no_part_of_the_next_step(tmp_path):
         trainer.train()
         runs.append([logged(trainer, name) for name in ("loss", "grad_norm", "nll_loss")])
     assert len(runs[0][0]) == 4 and runs[0] == runs[1]
+
+
+def test_what_the_trainer_changes_of_transformers_has_one_home():
+    """Each method of Trainer is overridden once: who reads it need not follow it through the bases."""
+    own = ORPOTrainer.__mro__[: ORPOTrainer.__mro__.index(Trainer)]
+    homes = {name: [c.__name__ for c in own if name in vars(c)] for c in own for name in vars(c)}
+    assert len(own) == 5 and homes["train"] == ["ORPOTrainer"]
+    # What every class has, and __init__, which each of them adds to.
+    ours = {name: found for name, found in homes.items() if not name.startswith("__")}
+    assert not {name: found for name, found in ours.items() if len(found) > 1}

@@ -9,7 +9,7 @@ from typing import Any
 from orpo.data.columns import describe_forms, each_pair, read_row, renamed
 from orpo.data.formats import AS_THEY_ARE, IMPLIED, implies_prompt, skips_template, unread_columns
 from orpo.data.repeats import ROWS, repeats_prompt
-from orpo.data.sources import as_dataset
+from orpo.data.sources import as_dataset, refuse_splits
 from orpo.data.unusable import FileFault
 from orpo.tokens.pretokenized import COLUMNS
 
@@ -20,6 +20,7 @@ def read_first(data: Any, tokenizer: Any, columns: Mapping[str, str] | None = No
     """The first row of `data` in one of our forms; of prepared data as it is, and empty where there is none."""
     if data is None:
         return {}
+    refuse_splits(data)
     if isinstance(data, Mapping):
         rows = [dict(zip(data, values, strict=True)) for values in islice(zip(*data.values(), strict=False), ROWS)]
     else:

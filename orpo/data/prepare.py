@@ -22,6 +22,7 @@ from orpo.data.bad_rows import refuse_bad_rows, what_it_holds
 from orpo.data.columns import each_pair, read_row, renamed
 from orpo.data.first_rows import ROWS, report_first_rows
 from orpo.data.formats import PairText, check_columns, pair_text
+from orpo.data.prepared import check_prepared, mark
 from orpo.data.sources import as_dataset
 from orpo.data.streams import ATTRIBUTE, DropCounter
 from orpo.data.unusable import (
@@ -37,7 +38,7 @@ from orpo.data.unusable import (
 )
 from orpo.tokens import limits, special_tokens
 from orpo.tokens.limits import Limits
-from orpo.tokens.pretokenized import COLUMNS, checked
+from orpo.tokens.pretokenized import COLUMNS
 from orpo.tokens.special_tokens import ALTERED, WrittenOut, describe_written, spare_marks, token_ids, without_marks
 
 # Where a prepared data set keeps the report on it.
@@ -255,7 +256,7 @@ def prepare_dataset(
     # A stream that was mapped does not know its columns.
     names = data.column_names or list(dict.fromkeys(name for row in islice(data, ROWS) for name in row))
     if set(COLUMNS) <= set(names):
-        return checked(data, name)
+        return check_prepared(data, tokenizer, limits, name, report)
     tokenize = PairTokenizer(tokenizer, limits, escape_special_tokens, columns)
     is_stream = isinstance(data, datasets.IterableDataset)
     if not is_stream and not len(data):
@@ -287,6 +288,7 @@ def prepare_dataset(
     kept = tokenized.filter(_is_kept, num_proc=num_proc, desc=f"Filtering the {name} set") if dropped else tokenized
     prepared = kept.remove_columns(ACCOUNT)
     setattr(prepared, SUMMARY, summary)
+    mark(prepared, tokenizer, limits)
     return prepared
 
 

@@ -179,6 +179,11 @@ def base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def embeddings(model: nn.Module) -> int:
+    """How many tokens a model, or the one inside a PEFT model, has embeddings for."""
+    return base_model(model).get_input_embeddings().weight.shape[0]
+
+
 # The patched forwards reach their state through self, never through a closure: a deep copy of the model would otherwise
 # run the model that it was copied from.
 def _patch_model(model: nn.Module, fused: FusedHead) -> None:

@@ -41,8 +41,11 @@ class CheckpointingTrainer(Trainer):
     They are written to ``output_dir/_incomplete`` and moved when every process has written its part, and only then are
     older ones removed for ``save_total_limit``: a run that is killed at any time leaves the checkpoint before. This
     guards against the end of processes, not of the machine: nothing is forced out of the system's file cache.
+
+    The class that derives from it has ``train`` and ``save_model``, which call what is here, and makes ``_guard``.
     """
 
+    _guard: NonFiniteGuard
     _saving = False
     # Whether SIGTERM ended the last `train`, with enable_jit_checkpoint: what is trained is not finished.
     interrupted = False
@@ -52,10 +55,9 @@ class CheckpointingTrainer(Trainer):
         self.add_callback(DiskSpace())
         if (callback := self.pop_callback(JITCheckpointCallback)) is not None:
             self.add_callback(SaveOnSigterm(self, callback))
-        self._guard = NonFiniteGuard(self.args.process_index)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """``Trainer.train``, resumed from what :func:`find_checkpoint` finds.
+    def _train_in_folder(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """``Trainer.train``, alone in ``output_dir`` and resumed from what :func:`find_checkpoint` finds.
 
         Raises:
             ValueError: there is no such checkpoint, it is of a run with settings that this one does not have, or
@@ -84,11 +86,6 @@ class CheckpointingTrainer(Trainer):
                     error.add_note(note)
                 raise
         return output
-
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """``Trainer``'s; with ``auto_find_batch_size`` it is begun anew after one that ran out of memory."""
-        self._guard = NonFiniteGuard(self.args.process_index)
-        return super()._inner_training_loop(*args, **kwargs)
 
     def _choose_checkpoint(self, wanted: str | bool | None) -> str | None:
         folder = Path(self.args.output_dir)
@@ -194,7 +191,7 @@ class CheckpointingTrainer(Trainer):
         for path in removable[: max(len(complete) - max(limit, len(kept)), 0)]:
             shutil.rmtree(path, ignore_errors=True)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def _save_whole_model(self, output_dir: str | None, _internal_call: bool) -> None:
         """``Trainer.save_model``, which writes no model under FSDP with a sharded state dict; this one does.
 
         A checkpoint keeps the shards alone.

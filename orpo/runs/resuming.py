@@ -134,12 +134,9 @@ class ResumingTrainer(Trainer):
                 "that a resumed run does not have: leave it True, or set ignore_data_skip to go on with other rows"
             )
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """``Trainer``'s, but nothing of a training that took no step, whose loss would be 0."""
-        if "train_loss" in logs and self.state.global_step == self._initial_global_step:
-            del logs["train_loss"]
-        else:
-            super().log(logs, start_time)
+    def _took_no_step(self) -> bool:
+        """Whether the training that ends has taken no step: it resumed a run that was at its end."""
+        return self.state.global_step == self._initial_global_step
 
     def _load_best_model(self) -> None:
         """``Trainer``'s; an adapter with a name of its own lies in a folder of that name, where it does not look."""

@@ -10,7 +10,7 @@ import torch
 from orpo_kernels.cpu import logits as cpu_logits
 from torch import nn
 
-from orpo.model.attach import attach_orpo_loss, base_model
+from orpo.model.attach import attach_orpo_loss, base_model, embeddings
 from orpo.packages import require
 from orpo.trainer.config import ORPOConfig
 
@@ -22,7 +22,7 @@ def pad_token_id(args: ORPOConfig, tokenizer: Any, model: nn.Module | None = Non
         ValueError: ``padding_value`` is none of them.
     """
     # A pad token that was added to the tokenizer alone has no embedding: looked up, it ends a GPU's process.
-    known = math.inf if model is None else base_model(model).get_input_embeddings().weight.shape[0]
+    known = math.inf if model is None else embeddings(model)
     if args.padding_value is not None and not 0 <= args.padding_value < known:
         raise ValueError(f"padding_value is {args.padding_value}, and the model has {known} embeddings")
     for value in (args.padding_value, tokenizer.pad_token_id, tokenizer.eos_token_id):

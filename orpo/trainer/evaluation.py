@@ -11,7 +11,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from orpo.data.preview import check_stream, check_token_ids
 from orpo.layouts.batch import pair_batch, without_repeats
-from orpo.model.attach import base_model
+from orpo.model.attach import embeddings
 from orpo.trainer.adapt import router_coefficient
 from orpo.trainer.means import EVALUATED, WeightedMeans
 
@@ -71,7 +71,7 @@ class EvaluatingTrainer(Trainer):
         def prepare(part: Any, name: str) -> Any:
             part = self._prepare(part, name)
             check_stream(part)
-            check_token_ids(part, base_model(self.model).get_input_embeddings().weight.shape[0])
+            check_token_ids(part, embeddings(self.model))
             return part
 
         # A name is that of one of the trainer's own.

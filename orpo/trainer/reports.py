@@ -12,7 +12,10 @@ from orpo.trainer.samples import EvalSamples
 
 
 class ReportingTrainer(Trainer):
-    """``Trainer`` that writes a model card about ORPO, samples answers, and stops early, as its ``args`` say."""
+    """``Trainer`` that writes a model card about ORPO, samples answers, and stops early, as its ``args`` say.
+
+    The class that derives from it has ``_save_whole_model``, of :class:`orpo.runs.checkpoints.CheckpointingTrainer`.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -25,8 +28,12 @@ class ReportingTrainer(Trainer):
             self.add_callback(EvalSamples(self))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """``Trainer``'s, with the model card beside the weights."""
-        super().save_model(output_dir, _internal_call)
+        """``Trainer``'s, with the model card beside the weights.
+
+        Raises:
+            orpo.runs.non_finite.NonFiniteError: a weight that was trained is NaN or infinite.
+        """
+        self._save_whole_model(output_dir, _internal_call)
         if not _internal_call and self.is_world_process_zero():
             self._write_card(output_dir or self.args.output_dir)
 

@@ -7,14 +7,50 @@ from typing import Any
 
 from torch import nn
 
+from orpo.hub import hub_options
 from orpo.model.adapters import adapter_folder, load_adapter, naming_base_of, read_config
-from orpo.model.load import check_model, find_dtype, load_model
+from orpo.model.load import check_model, find_dtype, load_model, load_tokenizer
 from orpo.model.merging import is_merged, merge_adapter
-from orpo.trainer.adapt import prepare_quantized
+from orpo.trainer.adapt import adapt, prepare_quantized
 from orpo.trainer.config import ORPOConfig
 
 # In output_dir: what a new adapter names as its base has to be somewhere.
 MERGED = "base"
+
+
+def check_model_argument(model: Any, args: ORPOConfig) -> str:
+    """The name by which the tokenizer of `model`, a name itself or a loaded one, is looked for; "" where it has none.
+
+    Raises:
+        ImportError, ValueError: as :func:`check_start`; ``model_init_kwargs`` is given beside a loaded model.
+    """
+    if isinstance(model, str):
+        return check_start(model, args)
+    if args.model_init_kwargs:
+        raise ValueError("model_init_kwargs is given, but the model is loaded already")
+    return getattr(getattr(model, "config", None), "_name_or_path", "")
+
+
+def find_tokenizer(given: Any, name: str, args: ORPOConfig) -> Any:
+    """The tokenizer or processor `given`, or the one that belongs to the model called `name`.
+
+    Raises:
+        ValueError: as :func:`orpo.model.load.load_tokenizer`.
+    """
+    if given is not None:
+        return given
+    return load_tokenizer(name, trust_remote_code=args.trust_remote_code, **hub_options(args.model_init_kwargs or {}))
+
+
+def start_model(model: Any, args: ORPOConfig, peft_config: Any) -> nn.Module | None:
+    """`model`, loaded where it is a name, as it is trained; None where ``model_init`` will make it.
+
+    Raises:
+        ImportError, ValueError: as :func:`load_start` and :func:`orpo.trainer.adapt.adapt`.
+    """
+    if isinstance(model, str):
+        model = load_start(model, args, peft_config)
+    return None if model is None else adapt(model, args, peft_config)
 
 
 def check_start(name: str, args: ORPOConfig) -> str:

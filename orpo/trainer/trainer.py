@@ -16,30 +16,27 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from orpo.data.first_rows import read_first
-from orpo.data.overlap import report_overlap
-from orpo.data.prepare import prepare_dataset
-from orpo.data.preview import check_stream, check_token_ids, describe_example, first_pair
+from orpo.data.preview import check_token_ids, describe_example, first_pair
 from orpo.data.streams import StreamReport, counters
-from orpo.hub import hub_options
 from orpo.layouts.batch import Counts, pair_batch
 from orpo.layouts.layout import make_layout
-from orpo.model.attach import LossCall, base_model
-from orpo.model.load import load_tokenizer
+from orpo.model.attach import LossCall, embeddings
 from orpo.model.probe import check_fused_logps, choose_layout
 from orpo.ranks import agreed, prepare_ranks
 from orpo.runs.checkpoints import CheckpointingTrainer
-from orpo.runs.disk import check_writable
+from orpo.runs.non_finite import NonFiniteGuard
 from orpo.runs.resuming import ResumingTrainer
-from orpo.tokens.prompts import boundary_note, remember_form
 from orpo.trainer.adapt import adapt, pad_token_id, router_coefficient
+from orpo.trainer.call import check_call
 from orpo.trainer.config import ORPOConfig
 from orpo.trainer.diagnose import gradient_norms, pair_statistics, refuse_cut_gradients
-from orpo.trainer.evaluation import EvaluatingTrainer, check_best_metric, each_set
+from orpo.trainer.evaluation import EvaluatingTrainer
 from orpo.trainer.means import WeightedMeans
+from orpo.trainer.pairs import preparation, prepare_sets, read_forms
+from orpo.trainer.positions import check_positions
 from orpo.trainer.reports import ReportingTrainer
 from orpo.trainer.sanity import RunawayLoss, refuse_frozen, refuse_no_gradient, refuse_no_step
-from orpo.trainer.start import check_start, load_start
+from orpo.trainer.start import check_model_argument, find_tokenizer, start_model
 
 
 class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, CheckpointingTrainer):
@@ -85,51 +82,22 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
         *,
         tokenizer: Any = None,
     ) -> None:
-        args = ORPOConfig() if args is None else args
-        if not isinstance(args, ORPOConfig):
-            given = f"{type(args).__module__.partition('.')[0]}.{type(args).__name__}"
-            raise ValueError(
-                f"args has to be an orpo.ORPOConfig, not {given}: from orpo import ORPOConfig, which takes the same "
-                "arguments"
-            )
-        if tokenizer is not None and processing_class is not None:
-            raise ValueError("tokenizer is the older name of processing_class: give one of them, not both")
-        if train_dataset is None and eval_dataset is None:
-            raise ValueError("neither train_dataset nor eval_dataset is given; there is nothing to train on")
-        if train_dataset is not None and args.should_save:
-            check_writable(args.output_dir)
-        if args.n_gpu > 1:
-            # torch's DataParallel would cut the row arrays in pieces.
-            args._n_gpu = 1
-        name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
-        options = args.model_init_kwargs or {}
-        if isinstance(model, str):
-            name = check_start(model, args)
-        elif options:
-            raise ValueError("model_init_kwargs is given, but the model is loaded already")
+        args = check_call(args, train_dataset, eval_dataset, processing_class, tokenizer)
+        name = check_model_argument(model, args)
         # The data before the weights, which may take minutes to load: a wrong column is known in a second.
-        processing_class = tokenizer if processing_class is None else processing_class
-        if processing_class is None:
-            processing_class = load_tokenizer(name, trust_remote_code=args.trust_remote_code, **hub_options(options))
+        processing_class = find_tokenizer(tokenizer if processing_class is None else processing_class, name, args)
         text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        first = [read_first(train_dataset, text_tokenizer, args.columns)]
-        remember_form(text_tokenizer, first, escape=args.escape_special_tokens)
-        if args.should_log and (note := boundary_note(first, text_tokenizer)):
-            print(note)
-        self._prepare = self._preparation(args, text_tokenizer)
-        train_dataset = self._prepare(train_dataset, "train")
-        eval_dataset = each_set(eval_dataset, "eval", self._prepare, args.columns)
-        each_set(eval_dataset, "eval", lambda part, _: check_stream(part), args.columns)
-        check_best_metric(args, eval_dataset, has_own=compute_metrics is not None)
-        if args.should_log and train_dataset is not None:
-            report_overlap(train_dataset, eval_dataset)
+        read_forms(train_dataset, text_tokenizer, args)
+        self._prepare = preparation(args, text_tokenizer)
+        train_dataset, eval_dataset = prepare_sets(
+            train_dataset, eval_dataset, args, self._prepare, has_own_metrics=compute_metrics is not None
+        )
         self._streams = StreamReport(counters(train_dataset), counters(eval_dataset))
-        if isinstance(model, str):
-            model = load_start(model, args, peft_config)
-        if model is not None:
-            model = adapt(model, args, peft_config)
-        pad_id, nll = pad_token_id(args, text_tokenizer, model), args.nll(text_tokenizer.eos_token_id)
-        layout_options = {"pad_token_id": pad_id, "nll": nll}
+        model = start_model(model, args, peft_config)
+        layout_options = {
+            "pad_token_id": pad_token_id(args, text_tokenizer, model),
+            "nll": args.nll(text_tokenizer.eos_token_id),
+        }
         chooses_layout = data_collator is None
         if chooses_layout:
             data_collator = make_layout("padded", **layout_options)
@@ -151,15 +119,20 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self._forget()
-        if args.diagnose:
-            # accelerate launch leaves args.fsdp and args.deepspeed empty.
-            refuse_cut_gradients(self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        vocabulary = base_model(self.model).get_input_embeddings().weight.shape[0]
-        for data in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
-            check_token_ids(data, vocabulary)
-        prepare_ranks(self.accelerator, self.model)
+        self._check_model()
         layout = agreed(self.accelerator, lambda: self._probe(layout_options if chooses_layout else None))
         self.data_collator = layout or self.data_collator
+
+    def _check_model(self) -> None:
+        """Refuses what the model and the ranks it is trained on are needed to know."""
+        if self.args.diagnose:
+            # accelerate launch leaves args.fsdp and args.deepspeed empty.
+            refuse_cut_gradients(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        for data in (self.train_dataset, *held_out):
+            check_token_ids(data, embeddings(self.model))
+            check_positions(data, self.model, self.args)
+        prepare_ranks(self.accelerator, self.model)
 
     def _probe(self, layout_options: dict[str, Any] | None) -> Any:
         """The layout to train in, or None where there is nothing to choose."""
@@ -172,35 +145,16 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
             print(why)
         return layout
 
-    @staticmethod
-    def _preparation(args: ORPOConfig, tokenizer: Any) -> Callable[[Any, str], Any]:
-        def prepare(data: Any, name: str) -> Any:
-            if data is None:
-                return None
-            report = print if args.should_log else lambda _: None
-            with args.main_process_first(desc=f"tokenizing the {name} set"):
-                return prepare_dataset(
-                    data,
-                    tokenizer,
-                    args.limits,
-                    name=name,
-                    num_proc=args.dataset_num_proc,
-                    escape_special_tokens=args.escape_special_tokens,
-                    columns=args.columns,
-                    max_bad_rows=args.max_bad_rows,
-                    report=report,
-                )
-
-        return prepare
-
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """``Trainer.train``. To resume: True for the newest complete checkpoint, "auto" if there is one, or a folder.
 
         Raises:
-            ValueError: there is no such checkpoint, or it is of a run with settings that this one does not have.
+            ValueError: there is no such checkpoint, it is of a run with settings that this one does not have, or
+                another process trains in ``output_dir``.
+            orpo.runs.non_finite.NonFiniteError: a loss, a gradient or a weight became NaN or infinite.
             orpo.trainer.sanity.NothingTrainsError: no parameter is trained, or every gradient of the first step is 0.
         """
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        output = self._train_in_folder(resume_from_checkpoint, **kwargs)
         self._runaway.flush()
         refuse_no_step(self.state, self._starved)
         return output
@@ -211,6 +165,7 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
         return super()._inner_training_loop(*args, **kwargs)
 
     def _forget(self) -> None:
+        self._guard = NonFiniteGuard(self.args.process_index)
         self._train_means, self._runaway = WeightedMeans(), RunawayLoss(self.args)
         self._saw_gradient = self._has_counted = self._starved = False
 
@@ -315,6 +270,10 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """``Trainer``'s, with TRL's metrics of the steps since the last log."""
+        if "train_loss" in logs and self._took_no_step():
+            # It would be logged as 0.
+            del logs["train_loss"]
+            return
         if "loss" in logs:
             self._guard.flush()
             logs.update(self._train_means.reduce(self._sum_over_ranks, self.args.device))

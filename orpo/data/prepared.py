@@ -1,0 +1,91 @@
+"""Data sets that come prepared: with which tokenizer and limits they were, and whether these are the run's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyarrow.compute as pc
+
+from orpo.tokens.limits import Limits
+from orpo.tokens.pretokenized import checked
+
+# In the data set's own description, which filters, slices and `save_to_disk` keep.
+_MARK = "prepared by fused-orpo: "
+_SIDES = ("chosen", "rejected")
+
+
+def mark(prepared: Any, tokenizer: Any, limits: Limits) -> None:
+    """Leaves in `prepared`, a ``datasets.Dataset``, what :func:`check_prepared` asks for."""
+    made = {"tokenizer": _digest(tokenizer), "max_length": limits.max_length}
+    prepared.info.description = _MARK + json.dumps(made)
+
+
+def check_prepared(data: Any, tokenizer: Any, limits: Limits, name: str, report: Callable[[str], None]) -> Any:
+    """`data`, whose rows come as tokens, checked (:func:`orpo.tokens.pretokenized.checked`); nothing of it is cut.
+
+    Args:
+        report: called with a sentence where the rows were cut to another ``max_length`` than `limits` has.
+
+    Raises:
+        ValueError: a sequence is longer than ``max_length``, or another tokenizer made the tokens, as far as is known.
+    """
+    import datasets
+
+    data = checked(data, name)
+    if isinstance(data, datasets.IterableDataset):
+        return data if limits.max_length is None else data.map(_Refusal(limits.max_length, name), batched=True)
+    made = _made(data)
+    if made and made["tokenizer"] != _digest(tokenizer):
+        raise ValueError(
+            f"the rows of the {name} set come as tokens, which another tokenizer made (or this one with another chat "
+            "template or other special tokens): give the rows of text again, or the tokenizer that they were made with"
+        )
+    if limits.max_length is not None:
+        sizes = [pc.list_value_length(data.with_format("arrow")[f"{side}_input_ids"][:]) for side in _SIDES]
+        _refuse_longer(pc.max_element_wise(*sizes).to_pylist(), limits.max_length, name)
+    if made and made["max_length"] != limits.max_length:
+        report(
+            f"{name}: the rows come as tokens, made with max_length {made['max_length']}, which is {limits.max_length} "
+            "now: what was cut or left out then stays so"
+        )
+    return data
+
+
+class _Refusal:
+    """Refuses rows of a stream that are too long, as they come."""
+
+    def __init__(self, most: int, name: str) -> None:
+        self.most, self.name = most, name
+
+    def __call__(self, rows: Mapping[str, list[Any]]) -> Mapping[str, list[Any]]:
+        both = zip(*(rows[f"{side}_input_ids"] for side in _SIDES), strict=True)
+        _refuse_longer([max(map(len, pair)) for pair in both], self.most, self.name)
+        return rows
+
+
+def _refuse_longer(sizes: list[int], most: int, name: str) -> None:
+    longer = [row for row, size in enumerate(sizes) if size > most]
+    if longer:
+        raise ValueError(
+            f"{len(longer):,} of {len(sizes):,} rows of the {name} set come as more than max_length ({most:,}) tokens, "
+            f"the first is row {longer[0]} with {sizes[longer[0]]:,}: give the rows of text, which are cut, leave these "
+            f"out, or set max_length to {max(sizes)}, the longest"
+        )
+
+
+def _made(data: Any) -> dict[str, Any] | None:
+    description = data.info.description or ""
+    return json.loads(description.removeprefix(_MARK)) if description.startswith(_MARK) else None
+
+
+def _digest(tokenizer: Any) -> str:
+    """Of what decides which tokens a row becomes."""
+    parts = (
+        sorted(tokenizer.get_vocab().items()),
+        tokenizer.special_tokens_map,
+        getattr(tokenizer, "chat_template", None),
+    )
+    return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,87 @@
+"""Sequences longer than a model has positions: refused before training, where some step would fail on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow.compute as pc
+from torch import Tensor, nn
+
+from orpo.data.streams import counters
+from orpo.model.attach import base_model
+from orpo.trainer.config import ORPOConfig
+
+
+def check_positions(data: Any, model: nn.Module, args: ORPOConfig) -> None:
+    """Refuses prepared `data` with sequences that `model`, whose positions are a table, has no position for.
+
+    Models that compute their positions go on beyond those that they were trained on, which is said in a line.
+
+    Args:
+        data: prepared, or None. Of a stream ``max_length`` alone is known.
+        model: with or without adapters.
+        args: whose ``max_length`` it says what to set to.
+
+    Raises:
+        ValueError: with the longest sequence, the model's limit and ``max_length``.
+    """
+    if data is None:
+        return
+    base = base_model(model)
+    table = position_table(base)
+    most = table or getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return
+    if hasattr(data, "data"):
+        longest = _longest(data, in_two=base.config.is_encoder_decoder)
+        what = f"a sequence of {longest:,} tokens"
+    else:
+        longest = args.max_length
+        what = f"{counters(data)[0].name if counters(data) else 'the data'}, a stream, may hold sequences of any length"
+        what = what if longest is None else f"a stream with sequences of up to {longest:,} tokens"
+    if longest is not None and longest <= most:
+        return
+    kind = type(base).__name__
+    if table:
+        raise ValueError(
+            f"max_length is {args.max_length}, and there is {what}; {kind} has a table of {most:,} positions, and none "
+            f"beyond: set max_length to {most} (--max_length {most})"
+        )
+    if longest is not None and args.should_log:
+        print(
+            f"there is {what}, and {kind} was made for {most:,} positions (max_position_embeddings): it computes "
+            "positions beyond, which it may never have seen"
+        )
+
+
+def position_table(model: nn.Module) -> int | None:
+    """How many positions `model` has where they are a table, learned or fixed; None where they are computed."""
+    config = model.config.get_text_config()
+    if config.model_type == "mpt":
+        # ALiBi's slopes for as many tokens.
+        return config.max_seq_len
+    most = getattr(config, "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None
+    for name, module in model.named_modules():
+        leaf = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and ("pos" in leaf or leaf == "wpe") and module.num_embeddings >= most:
+            # RoBERTa counts positions from behind the padding's.
+            return most if module.padding_idx is None else module.num_embeddings - module.padding_idx - 1
+        # Sines and cosines of GPT-J, CodeGen and CTRL, as many as were made at first.
+        for own in ("embed_positions", "pos_encoding"):
+            table = getattr(module, own, None)
+            if isinstance(table, Tensor) and len(table) == most:
+                return most
+    return None
+
+
+def _longest(data: Any, in_two: bool) -> int:
+    """Tokens of the longest sequence; with `in_two`, where an encoder reads the prompts, of the longest part of one."""
+    most = 0
+    for side in ("chosen", "rejected"):
+        sizes = pc.list_value_length(data.data.column(f"{side}_input_ids"))
+        prompts = data.data.column(f"{side}_prompt_length")
+        parts = [prompts, pc.subtract(sizes, prompts)] if in_two else [sizes]
+        most = max([most, *(pc.max(part).as_py() or 0 for part in parts)])
+    return most
