@@ -96,7 +96,7 @@ def summarize(
     chosen, rejected, prompts = (cut[part] for part in CUT)
     said = []
     if prompts:
-        said.append(f"{prompts:,} have their prompt cut")
+        said.append(f"{prompts:,} prompt{'s are' if prompts > 1 else ' is'} cut")
     if chosen or rejected:
         said.append(f"{chosen:,} chosen and {rejected:,} rejected answers are cut, without their end")
     return f"{text}; of the kept, {', and '.join(said)}" if said else text

@@ -29,7 +29,7 @@ SIDES = ("chosen", "rejected")
 # What is read of a row, in any form.
 NAMES = (
     *("prompt", *SIDES, "system", "chat_template_kwargs"),
-    *(*OPENAI, "conversations", "messages", "question", "instruction"),
+    *(*OPENAI, "conversations", "messages", "question", "instruction", "completion", "label"),
 )
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
@@ -86,6 +86,14 @@ def renamed(row: Row, columns: Mapping[str, str] | None, what: str = "a row") ->
             )
     left = {name: value for name, value in row.items() if name not in columns and name not in columns.values()}
     return left | {ours: row[theirs] for ours, theirs in columns.items()}
+
+
+def with_our_names(data: Any, columns: Mapping[str, str] | None) -> Any:
+    """A ``datasets.Dataset`` whose columns have the names that :func:`renamed` gives a row of it."""
+    if not columns:
+        return data
+    taken = [name for name in columns if name in data.column_names and name not in columns.values()]
+    return data.remove_columns(taken).rename_columns({theirs: ours for ours, theirs in columns.items()})
 
 
 def each_pair(row: Row) -> list[Row]:

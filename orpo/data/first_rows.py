@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from orpo.data.bad_rows import refuse_bad_rows
 from orpo.data.columns import describe_forms, each_pair, read_row, renamed
 from orpo.data.formats import AS_THEY_ARE, IMPLIED, implies_prompt, skips_template, unread_columns
+from orpo.data.labelled import is_labelled
+from orpo.data.ratings import describe_ratings
 from orpo.data.repeats import ROWS, repeats_prompt
-from orpo.data.sources import as_dataset, refuse_splits
-from orpo.data.unusable import FileFault
+from orpo.data.sources import as_dataset
+from orpo.data.splits import refuse_splits
+from orpo.data.unusable import BAD, FileFault
 from orpo.tokens.pretokenized import COLUMNS
 
 Row = Mapping[str, Any]
@@ -36,6 +40,9 @@ def _readable(rows: Iterable[Row], tokenizer: Any, columns: Mapping[str, str] | 
     for number, row in enumerate(rows):
         try:
             given = each_pair(renamed(row, columns))[0]
+            if is_labelled(given):
+                # Not yet paired; each answer tells the form of both.
+                given = {**given, "chosen": given["completion"], "rejected": given["completion"]}
             yield given, read_row(given, tokenizer)
         except FileFault as error:
             error.add_note(f"in row {number}, counted from 0")
@@ -66,6 +73,24 @@ def report_first_rows(
         IMPLIED if implies_prompt(first) else None,
         repeats_prompt(rows),
         unread_columns(first),
+        describe_ratings(data, given),
     )
     for sentence in filter(None, said):
         report(sentence)
+
+
+def check_first_rows(
+    tokenize: Callable[[dict[str, list[Any]], list[int]], dict[str, list[Any]]],
+    data: Any,
+    names: Sequence[str],
+    name: str,
+    max_bad_rows: float,
+) -> None:
+    """Refuses a data set none of whose first rows can be read, before all of it is tokenized."""
+    said: list[str] = []
+    for number, row in enumerate(islice(data, ROWS)):
+        made = tokenize({column: [row.get(column)] for column in names}, [number])
+        if any(reason not in BAD for reason in made["dropped"]):
+            return
+        said.append(f"row {number}: {made['dropped'][0]}: {made['detail'][0]}")
+    refuse_bad_rows(f"{name}, the first rows", len(said), max(len(said), 1), max_bad_rows, said)

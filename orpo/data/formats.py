@@ -70,8 +70,8 @@ def check_columns(names: Collection[str]) -> None:
     what = f"a data set needs the columns 'chosen' and 'rejected'; this one has {sorted(names)}"
     if {"completion", "label"} <= set(names):
         raise FileFault(
-            f"{what}: completions marked good or bad one by one, as KTO trains on. ORPO compares two answers to one "
-            "prompt: make a row of each prompt that has both, with the good one as 'chosen', the bad one as 'rejected'"
+            f"{what}: answers marked good or bad one by one, as KTO trains on. ORPO compares two answers to one "
+            "prompt: --pair_by_prompt true makes pairs of the prompts that have both"
         )
     if {"completion", "messages", "conversations", "text"} & set(names):
         raise FileFault(

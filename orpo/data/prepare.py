@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from orpo import __version__
 from orpo.data import bad_rows, conversations, formats, misread, unusable
 from orpo.data import columns as data_columns
 from orpo.data.account import ACCOUNT, read_account, what_is_cut
-from orpo.data.bad_rows import refuse_bad_rows, what_it_holds
-from orpo.data.columns import each_pair, read_row, renamed
-from orpo.data.first_rows import ROWS, report_first_rows
+from orpo.data.bad_rows import what_it_holds
+from orpo.data.columns import each_pair, read_row, renamed, with_our_names
+from orpo.data.first_rows import ROWS, check_first_rows, report_first_rows
 from orpo.data.formats import PairText, check_columns, pair_text
+from orpo.data.labelled import is_labelled, pair_by_prompt
 from orpo.data.prepared import check_prepared, mark
 from orpo.data.sources import as_dataset
 from orpo.data.streams import ATTRIBUTE, DropCounter
@@ -229,6 +230,7 @@ def prepare_dataset(
     escape_special_tokens: bool = False,
     columns: Mapping[str, str] | None = None,
     max_bad_rows: float = 0.01,
+    pair_answers: bool = False,
     report: Callable[[str], None] = print,
 ) -> Any:
     """Tokenizes `data` and drops the rows that cannot train, saying how many and why.
@@ -243,6 +245,7 @@ def prepare_dataset(
         escape_special_tokens: whether special tokens written out in the rows' text stay text (:class:`PairTokenizer`).
         columns: our name -> the column's, of columns that have other names.
         max_bad_rows: the largest share of rows that may be malformed, :data:`orpo.data.unusable.BAD`, and left out.
+        pair_answers: whether rows of one answer each, good or bad, are paired by prompt (:mod:`orpo.data.labelled`).
         report: called with the report, which counts rows from 0. A stream is counted as it is read:
             :class:`orpo.data.streams.StreamReport` says when.
 
@@ -257,12 +260,15 @@ def prepare_dataset(
     names = data.column_names or list(dict.fromkeys(name for row in islice(data, ROWS) for name in row))
     if set(COLUMNS) <= set(names):
         return check_prepared(data, tokenizer, limits, name, report)
+    if pair_answers and is_labelled(renamed(dict.fromkeys(names), columns)):
+        data, columns = pair_by_prompt(with_our_names(data, columns), name, max_bad_rows, report), None
+        names = data.column_names
     tokenize = PairTokenizer(tokenizer, limits, escape_special_tokens, columns)
     is_stream = isinstance(data, datasets.IterableDataset)
     if not is_stream and not len(data):
         raise ValueError(f"the {name} set holds no rows")
     check_columns(renamed(dict.fromkeys(names), columns, f"the {name} set").keys())
-    _check_first_rows(tokenize, data, names, name, max_bad_rows)
+    check_first_rows(tokenize, data, names, name, max_bad_rows)
     if is_stream:
         tokenized = data.map(tokenize, batched=True, with_indices=True, remove_columns=names)
         report(f"{name}: a stream; rows that cannot train are left out as they come, and counted after each epoch")
@@ -294,14 +300,3 @@ def prepare_dataset(
 
 def _is_kept(example: Mapping[str, Any]) -> bool:
     return not example["dropped"]
-
-
-def _check_first_rows(tokenize: PairTokenizer, data: Any, names: Sequence[str], name: str, max_bad_rows: float) -> None:
-    """Refuses a data set none of whose first rows can be read, before all of it is tokenized."""
-    said: list[str] = []
-    for number, row in enumerate(islice(data, ROWS)):
-        made = tokenize({column: [row.get(column)] for column in names}, [number])
-        if any(reason not in BAD for reason in made["dropped"]):
-            return
-        said.append(f"row {number}: {made['dropped'][0]}: {made['detail'][0]}")
-    refuse_bad_rows(f"{name}, the first rows", len(said), max(len(said), 1), max_bad_rows, said)

@@ -71,8 +71,8 @@ def _refuse_longer(sizes: list[int], most: int, name: str) -> None:
     if longer:
         raise ValueError(
             f"{len(longer):,} of {len(sizes):,} rows of the {name} set come as more than max_length ({most:,}) tokens, "
-            f"the first is row {longer[0]} with {sizes[longer[0]]:,}: give the rows of text, which are cut, leave these "
-            f"out, or set max_length to {max(sizes)}, the longest"
+            f"the first is row {longer[0]} with {sizes[longer[0]]:,}: give the rows of text, which are cut, leave "
+            f"these out, or set max_length to {max(sizes)}, the longest"
         )
 
 

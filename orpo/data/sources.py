@@ -6,7 +6,6 @@ import glob
 import hashlib
 import json
 import logging
-import re
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,15 +23,12 @@ from orpo.data.mixed_forms import (
     json_rows,
     mixed_columns,
 )
+from orpo.data.splits import NoSuchSplit, from_disk, is_saved, refuse_splits, which_splits
 from orpo.hub import check_hub_name
 from orpo.packages import require
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 COMPRESSIONS = (*OPENERS, ".zst")
-
-
-class NoSuchSplit(ValueError):
-    """A data set without the split that was asked for."""
 
 
 def reader_for(path: str | Path) -> str | None:
@@ -75,25 +71,6 @@ def as_dataset(data: Any) -> Any:
     )
 
 
-def refuse_splits(data: Any) -> None:
-    """Refuses a dict of data sets, such as a ``DatasetDict``, where one is wanted.
-
-    Raises:
-        ValueError: with the splits that there are.
-    """
-    import datasets
-
-    kinds = (datasets.Dataset, datasets.IterableDataset)
-    if isinstance(data, Mapping) and any(isinstance(part, kinds) for part in data.values()):
-        sizes = [
-            f"{name!r} ({len(part):,} rows)" if hasattr(part, "__len__") else repr(name) for name, part in data.items()
-        ]
-        raise ValueError(
-            f"one data set is wanted, and a dict of {len(data)} is given, the splits {', '.join(sizes)}: give one of "
-            f"them, data[{next(iter(data))!r}]"
-        )
-
-
 def load_pairs(name: str, split: str = "train", *, config: str | None = None, streaming: bool = False) -> Any:
     """One split of a data set.
 
@@ -131,6 +108,8 @@ def load_pairs(name: str, split: str = "train", *, config: str | None = None, st
                 "a file in it"
             )
         arguments = {"path": str(path) if path.is_dir() else name, "name": config}
+    if is_saved(path):
+        return from_disk(path, split, streaming=streaming)
     _check_files(path, streaming)
     kind = arguments["path"] if path.is_file() else "a data set"
     if streaming and split == "train" and arguments["path"] == "json" and is_json_lines(path):
@@ -163,7 +142,7 @@ def load_pairs(name: str, split: str = "train", *, config: str | None = None, st
                 f"{name} has no row in {split!r}: it is empty, or has too few rows for that part"
             ) from error
         if "split" in str(error).lower():
-            raise NoSuchSplit(_which_splits(name, split, str(error))) from error
+            raise NoSuchSplit(which_splits(name, split, str(error))) from error
         reason = _broken_line(path) or (error if path.exists() else None)
         if reason is None:
             raise
@@ -180,19 +159,6 @@ def _check_files(path: Path, streaming: bool) -> None:
             require("zstandard", f"{file}, compressed with zstd,")
         elif reader in ("json", "csv"):
             check_file(file, is_json=reader == "json", most_lines=LINES_OF_A_STREAM if streaming else None)
-
-
-def _which_splits(name: str, split: str, error: str) -> str:
-    """What to say where `name` has no `split`: those that it has, read off the `error` of ``datasets``."""
-    found = re.search(r"[Ss]hould be one of (\[.*?\])", error)
-    splits = re.findall(r"'([^']+)'", found[1]) if found else []
-    if not splits:
-        return f"{name} has no split {split!r}: {error}"
-    like = [part for part in splits if part.startswith(re.split(r"[^a-z]", split)[0])] or splits
-    return (
-        f"{name} has no split {split!r}; it has {', '.join(map(repr, splits))}: --dataset_train_split says which is "
-        f"trained on, --dataset_test_split which is held out (here perhaps {like[0]!r})"
-    )
 
 
 def _encode_mixed(path: Path, arguments: dict[str, Any]) -> list[str]:

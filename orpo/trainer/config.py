@@ -107,6 +107,9 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
     columns: dict | str | None = _setting(  # noqa: RUF009
         None, "Columns that have other names in the data: chosen=good,rejected=bad,prompt=question,system=sys."
     )
+    pair_by_prompt: bool = _setting(
+        False, "Make pairs of rows of one answer each (prompt, completion, label), as KTO's are: by prompt, in order."
+    )
     disable_dropout: bool = _setting(True, "Switch off dropout in the model.")
     padding_value: int | None = _setting(None, "Token id that fills up a batch. Default: the tokenizer's.")
     layout: str = _setting(

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from orpo.data.preview import check_stream, check_token_ids
 from orpo.layouts.batch import pair_batch, without_repeats
+from orpo.layouts.sequences import SEQUENCES, with_sequences
 from orpo.model.attach import embeddings
+from orpo.tokens.pretokenized import COLUMNS
 from orpo.trainer.adapt import router_coefficient
 from orpo.trainer.means import EVALUATED, WeightedMeans
+from orpo.trainer.positions import check_positions
 
 
 def each_set(data: Any, name: str, function: Any, columns: dict[str, str] | None) -> Any:
@@ -26,7 +32,7 @@ def each_set(data: Any, name: str, function: Any, columns: dict[str, str] | None
 
 
 def _are_sets(data: Any, columns: dict[str, str] | None) -> bool:
-    answers = {"chosen", "preferred_output", *(columns or {}).values()}
+    answers = {"chosen", "preferred_output", "completion", *COLUMNS, *(columns or {}).values()}
     return isinstance(data, dict) and not answers & data.keys()
 
 
@@ -72,6 +78,7 @@ class EvaluatingTrainer(Trainer):
             part = self._prepare(part, name)
             check_stream(part)
             check_token_ids(part, embeddings(self.model))
+            check_positions(part, self.model, self.args)
             return part
 
         # A name is that of one of the trainer's own.
@@ -96,6 +103,26 @@ class EvaluatingTrainer(Trainer):
         with self._streams.counting(data):
             return super().predict(data, ignore_keys, metric_key_prefix)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """``Trainer.get_eval_dataloader``, with the tokens of each pair where `compute_metrics` asks for inputs."""
+        with self._keeping_sequences():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """``Trainer.get_test_dataloader``, with the same."""
+        with self._keeping_sequences():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _keeping_sequences(self) -> Iterator[None]:
+        collator = self.data_collator
+        if "inputs" in self.args.include_for_metrics:
+            self.data_collator = with_sequences(collator)
+        try:
+            yield
+        finally:
+            self.data_collator = collator
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -105,8 +132,13 @@ class EvaluatingTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Scores one batch into the running means; returns predictions for `compute_metrics` only.
 
-        With "loss" in ``include_for_metrics`` also the batch's loss, which ``Trainer`` repeats for each of its pairs.
+        With "loss" in ``include_for_metrics`` also the batch's loss, which ``Trainer`` repeats for each of its pairs;
+        with "inputs" it finds their tokens in the batch, :func:`orpo.layouts.sequences.with_sequences`.
         """
+        if (sequences := inputs.pop(SEQUENCES, None)) is not None:
+            given, inputs = inputs, dict(inputs)
+            # Where Trainer looks for what it gathers. A layout's own ids need not be rows of pairs.
+            given[getattr(self.model, "main_input_name", "input_ids")] = sequences
         inputs = self._prepare_inputs(inputs)
         batch = inputs["orpo"] = without_repeats(pair_batch(inputs), self.accelerator)
         counts = batch.counts

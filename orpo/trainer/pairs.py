@@ -39,6 +39,7 @@ def preparation(args: ORPOConfig, tokenizer: Any) -> Callable[[Any, str], Any]:
                 escape_special_tokens=args.escape_special_tokens,
                 columns=args.columns,
                 max_bad_rows=args.max_bad_rows,
+                pair_answers=args.pair_by_prompt,
                 report=report,
             )
 
