@@ -255,4 +255,44 @@ TRAINING = [
             "test_a_merge_over_the_boundary_belongs_to_the_answer",
         ),
     ),
+    *_in(
+        "data/bad_rows.py",
+        "test_bad_rows.py",
+        (
+            "bad rows: the share itself is too much",
+            "if bad <= most * rows:",
+            "if bad < most * rows:",
+            "test_one_row_in_ten_is_too_many_by_default",
+        ),
+    ),
+    *_in(
+        "data/account.py",
+        "test_lengths.py",
+        (
+            "account: the rejected answer's cut is the chosen one's",
+            "sum(lost << bit for bit, lost in enumerate([*answers, prompt]))",
+            "sum(lost << bit for bit, lost in enumerate([*answers[::-1], prompt]))",
+            "test_the_side_that_is_cut_is_named",
+        ),
+    ),
+    *_in(
+        "data/labelled.py",
+        "test_pairs_of_rows.py",
+        (
+            "labelled: good and bad change places",
+            '[not row["label"]].append(number)',
+            '[int(row["label"])].append(number)',
+            "test_answers_marked_one_by_one_are_paired_by_prompt",
+        ),
+    ),
+    *_in(
+        "trainer/positions.py",
+        "test_lengths.py",
+        (
+            "positions: a stream has no length",
+            "longest = args.max_length",
+            "longest = 0",
+            "test_sequences_beyond_a_table_of_positions_are_refused_before_training",
+        ),
+    ),
 ]

@@ -266,8 +266,12 @@ def test_the_first_row_is_read_as_all_are():
 def test_the_rows_of_the_page_train():
     page = Path(__file__).resolve().parents[1] / "docs/data.md"
     rows = [json.loads(row) for row in re.findall(r"\| `(\{.*\})` \|", page.read_text())]
-    assert len(rows) == 10
+    assert len(rows) == 14
     for row in rows:
-        ((pair,), _) = prepare([row])
-        text = make_tokenizer().decode(pair["chosen_input_ids"])
+        other = [{**row, "completion": " 5", "label": False}] if "label" in row else []
+        pairs, _ = prepare([row, *other], pair_answers=bool(other))
+        assert len(pairs) == (
+            2 if isinstance(row.get("rejected"), list) and not isinstance(row["rejected"][0], dict) else 1
+        )
+        text = make_tokenizer().decode(pairs[0]["chosen_input_ids"])
         assert "2 + 2" in text and text.rstrip("\n").removesuffix("</s>").removesuffix("<|im_end|>").endswith("4"), text

@@ -106,7 +106,7 @@ def test_rows_that_cannot_train_say_why(row, reason, chat_tokenizer):
         ({"prompt": "p", "chosen": "a"}, r"needs the columns .*; this one has \['chosen', 'prompt'\]: rename"),
         (
             {"prompt": "p", "completion": "a", "label": True},
-            "as KTO trains on.*make a row of each prompt that has both",
+            "as KTO trains on.*--pair_by_prompt true makes pairs of the prompts that have both",
         ),
         ({"messages": [USER, GOOD]}, "as fine-tuning .* trains on.*add a worse one"),
         ({"prompt": "p", "completion": "a"}, "as fine-tuning .* trains on.*add a worse one"),

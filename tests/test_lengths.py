@@ -46,6 +46,11 @@ def test_cut_answers_are_counted_and_stand_in_the_card(tmp_path, capsys):
     assert "2 chosen and 2 rejected answers are cut" in (tmp_path / "README.md").read_text()
 
 
+def test_the_side_that_is_cut_is_named():
+    _, lines = prepare(PAIRS[1:2], Limits(max_length=8))
+    assert lines[:1] == ["train: kept 1 of 1; of the kept, 1 chosen and 0 rejected answers are cut, without their end"]
+
+
 def test_cut_prompts_are_counted():
     _, lines = prepare(PAIRS[3:], Limits(max_length=12, max_prompt_length=4))
     assert lines == ["train: kept 2 of 2; of the kept, 1 prompt is cut"]
