@@ -104,7 +104,7 @@ class PairTokenizer:
                 error.add_note(f"in row {indices[i]}, counted from 0")
                 raise
         flat = [t for i, text in enumerate(texts) if text and i not in escaped for t in self._parts(text)]
-        ids = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
+        ids = iter(self._ids(flat) if flat else [])
         out: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         for i, text in enumerate(texts):
             pair = None
@@ -149,6 +149,10 @@ class PairTokenizer:
         )
         parts = [self.written.mark_strings(*piece, marks) for piece in pieces]
         return text, iter(token_ids(parts, self.tokenizer, marks))
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of the :meth:`_parts` of rows, one behind the other."""
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     @staticmethod
     def _parts(text: PairText) -> tuple[str, str, str, str]:
@@ -206,6 +210,7 @@ def prepare_dataset(
     num_proc: int | None = None,
     escape_special_tokens: bool = False,
     columns: Mapping[str, str] | None = None,
+    pair_tokenizer: type[PairTokenizer] = PairTokenizer,
     report: Callable[[str], None] = print,
 ) -> Any:
     """Tokenizes `data` and drops the rows that cannot train, saying how many and why.
@@ -219,6 +224,7 @@ def prepare_dataset(
         num_proc: processes that tokenize. The result is cached by ``datasets`` where the data set lies on disk.
         escape_special_tokens: whether special tokens written out in the rows' text stay text (:class:`PairTokenizer`).
         columns: our name -> the column's, of columns that have other names.
+        pair_tokenizer: what makes token pairs of text pairs.
         report: called with the report, which counts rows from 0. A stream is counted as it is read:
             :class:`orpo.data.streams.StreamReport` says when.
 
@@ -233,7 +239,7 @@ def prepare_dataset(
     names = data.column_names or list(next(iter(data), {}))
     if set(COLUMNS) <= set(names):
         return checked(data, name)
-    tokenize = PairTokenizer(tokenizer, limits, escape_special_tokens, columns)
+    tokenize = pair_tokenizer(tokenizer, limits, escape_special_tokens, columns)
     is_stream = isinstance(data, datasets.IterableDataset)
     if not is_stream and not len(data):
         raise ValueError(f"the {name} set holds no rows")
