@@ -16,8 +16,9 @@ from orpo.data.conversations import is_conversation, read_messages, render_messa
 from orpo.data.unusable import UnusableRow
 from orpo.model.adapters import adapter_folder, load_adapter
 from orpo.model.attach import evaluating
+from orpo.model.encoder_decoder import is_encoder_decoder
 from orpo.model.load import find_device, load_model, load_tokenizer
-from orpo.tokens.prompts import left_to_the_answer, prompt_tokens, trained_escaped, trained_plain
+from orpo.tokens.prompts import encoder_tokens, left_to_the_answer, prompt_tokens, trained_escaped, trained_plain
 from orpo.tokens.special_tokens import ALTERED, WrittenOut, spare_marks, without_marks
 
 Messages = list[dict[str, str]]
@@ -106,12 +107,13 @@ def generate(
     """The model's answer to each prompt, in their order, without special tokens: strings with ``cut`` beside them.
 
     Prompts are tokenized as in training: a plain string with BOS in front, a chat template's text as it is. A space at
-    the end, which training gives to the answer's first word, is left to the answer and no part of it. A batch is filled
-    up on the left. Greedy answers do not depend on the batch size but for rounding; sampled ones repeat with the
-    same `seed`, prompts and `batch_size`. The global random state is left as it was.
+    the end, which training gives to the answer's first word, is left to the answer and no part of it. An encoder reads
+    the prompt as it is. A batch is filled up on the left, for an encoder on the right. Greedy answers do not depend on
+    the batch size but for rounding; sampled ones repeat with the same `seed`, prompts and `batch_size`. The global
+    random state is left as it was.
 
     Args:
-        model: a causal language model of transformers, or an adapter around one.
+        model: a language model of transformers, causal or with an encoder, or an adapter around one.
         tokenizer: its tokenizer.
         prompts: strings or lists of messages.
         max_new_tokens: most tokens of an answer; fewer where prompt and answer would exceed the model's positions.
@@ -134,11 +136,19 @@ def generate(
     for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it has to be at least 1")
-    marks = spare_marks([prompts, system]) if trained_escaped(tokenizer) else ""
+    encodes = is_encoder_decoder(model)
+    marks = spare_marks([prompts, system]) if trained_escaped(tokenizer) and not encodes else ""
     texts = [_marked(prompt, tokenizer, chat_template, system, marks) for prompt in prompts]
-    ids = [_tokens(text, prompt, tokenizer, chat_template, marks) for text, prompt in zip(texts, prompts, strict=True)]
+    ids = [
+        encoder_tokens(text, tokenizer) if encodes else _tokens(text, prompt, tokenizer, chat_template, marks)
+        for text, prompt in zip(texts, prompts, strict=True)
+    ]
+    if any(not tokens for tokens in ids):
+        raise ValueError(f"prompt {prompts[ids.index([])]!r} has no token, and the tokenizer none to begin with")
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     answers = answer_tokens(model, tokenizer, ids, batch_size=batch_size, seed=seed, progress=progress, **options)
+    if encodes:
+        return answers
     left = [left_to_the_answer(text, tokenizer, marks) for text in texts]
     return [answer.without(text) for answer, text in zip(answers, left, strict=True)]
 
@@ -170,11 +180,12 @@ def answer_tokens(
     progress: bool = False,
 ) -> list[Answer]:
     """:func:`generate` for prompts that are tokens already, at least one each and fewer than :func:`positions`."""
-    room = positions(model)
-    if longest := max((len(prompt) for prompt in ids if len(prompt) >= room), default=0):
-        raise ValueError(
-            f"a prompt has {longest} tokens, and the model {room} positions: there is no room for an answer"
-        )
+    encodes, room = is_encoder_decoder(model), positions(model)
+    # An encoder has the positions for the prompt alone, and the decoder as many for the answer.
+    least = 0 if encodes else 1
+    if longest := max((len(prompt) for prompt in ids if len(prompt) + least > room), default=0):
+        why = "for so long a prompt" if encodes else "for an answer"
+        raise ValueError(f"a prompt has {longest} tokens, and the model {room} positions: there is no room {why}")
     # Prompts of similar length share a batch: what fills it up is computed like any token.
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     ends = _end_ids(model, tokenizer)
@@ -186,6 +197,7 @@ def answer_tokens(
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
         pad_token_id=pad,
+        **(_first_tokens(model) if encodes else {}),
         **sampling,
     )
     answers = [Answer("")] * len(ids)
@@ -196,15 +208,18 @@ def answer_tokens(
             batch = order[first : first + batch_size]
             longest = max(len(ids[i]) for i in batch)
             # Past its positions OPT has no embedding to look up, and others answer noise.
-            settings.max_new_tokens = min(max_new_tokens, room - longest)
-            rows = [[pad] * (longest - len(ids[i])) + ids[i] for i in batch]
-            mask = [[0] * (longest - len(ids[i])) + [1] * len(ids[i]) for i in batch]
-            out = model.generate(
-                input_ids=torch.tensor(rows, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
-            )
-            decoded = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-            ended = torch.isin(out[:, longest:], torch.tensor(ends, dtype=out.dtype, device=out.device)).any(1).tolist()
+            settings.max_new_tokens = min(max_new_tokens, room if encodes else room - longest)
+            rows = torch.full((len(batch), longest), pad)
+            mask = torch.zeros_like(rows)
+            for row, i in enumerate(batch):
+                # An encoder may count positions from the row's first token, as in training.
+                place = slice(len(ids[i])) if encodes else slice(longest - len(ids[i]), None)
+                rows[row, place], mask[row, place] = torch.tensor(ids[i]), 1
+            out = model.generate(input_ids=rows.to(model.device), attention_mask=mask.to(model.device))
+            # A decoder's output begins with its start token, which may be the one that ends an answer.
+            out = out[:, 1:] if encodes else out[:, longest:]
+            decoded = tokenizer.batch_decode(out, skip_special_tokens=True)
+            ended = torch.isin(out, torch.tensor(ends, dtype=out.dtype, device=out.device)).any(1).tolist()
             for i, answer, has_end in zip(batch, decoded, ended, strict=True):
                 answers[i] = Answer(answer, cut=not has_end)
     return answers
@@ -251,9 +266,15 @@ def _tokens(text: str, prompt: str | Messages, tokenizer: Any, chat_template: bo
     ids, bos = prompt_tokens(text, tokenizer, marks), tokenizer.bos_token_id
     if not _is_turn(prompt, tokenizer, chat_template) and bos is not None and ids[:1] != [bos]:
         ids = [bos, *ids]
-    if not ids:
-        raise ValueError(f"prompt {prompt!r} has no token, and the tokenizer no BOS to begin with")
     return ids
+
+
+def _first_tokens(model: Any) -> dict[str, Any]:
+    """What an encoder-decoder's answer begins with: the start token, and of some models the language after it."""
+    names, found = ("decoder_start_token_id", "forced_bos_token_id"), {}
+    for place in (model.config, model.generation_config):
+        found |= {name: value for name in names if (value := getattr(place, name, None)) is not None}
+    return found
 
 
 def _end_ids(model: Any, tokenizer: Any) -> list[int]:

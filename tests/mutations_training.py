@@ -295,4 +295,78 @@ TRAINING = [
             "test_sequences_beyond_a_table_of_positions_are_refused_before_training",
         ),
     ),
+    *_in(
+        "model/encoder_decoder.py",
+        "test_encoder_decoder.py",
+        (
+            "encoder: run for each answer",
+            "(input_ids=ids, attention_mask=mask, return_dict=True)[0]",
+            "(input_ids=ids.repeat(2, 1), attention_mask=mask.repeat(2, 1), return_dict=True)[0][: len(ids)]",
+            "test_the_encoder_runs_once_a_pair",
+        ),
+        (
+            "encoder: its output for another pair's answers",
+            "hidden.repeat(answers, 1, 1)",
+            "hidden.repeat_interleave(answers, 0)",
+            "test_the_loss_and_its_gradient_are_those_of_the_models_own_logits",
+        ),
+        (
+            "encoder: no gradient comes back to it",
+            "return_dict=True)[0]",
+            "return_dict=True)[0].detach()",
+            "test_the_loss_and_its_gradient_are_those_of_the_models_own_logits",
+        ),
+        (
+            "head: the model's own bias is left out",
+            "return None if bias is None else bias.flatten()",
+            "return None",
+            "test_the_loss_and_its_gradient_are_those_of_the_models_own_logits",
+        ),
+    ),
+    *_in(
+        "model/attach.py",
+        "test_encoder_decoder.py",
+        (
+            "head: T5's scale is left out",
+            "self.seen.append(hidden)",
+            "self.seen.append(hidden * self.head.weight.shape[1] ** 0.5)",
+            "test_the_loss_and_its_gradient_are_those_of_the_models_own_logits",
+        ),
+    ),
+    *_in(
+        "layouts/encoder_decoder.py",
+        "test_encoder_decoder.py",
+        (
+            "encoder: padding is attended to",
+            "attention_mask[p, : len(ids)] = 1",
+            "attention_mask[p] = 1",
+            "test_the_loss_and_its_gradient_are_those_of_the_models_own_logits",
+        ),
+        (
+            "decoder: the first token is not scored",
+            "first + np.arange(len(ids) + 1), np.concatenate([ids[:1], ids]), prompt_length=1",
+            "first + np.arange(len(ids)), ids, prompt_length=1",
+            "test_a_pair_becomes_one_prompt_and_two_answers",
+        ),
+    ),
+    *_in(
+        "data/encoder_decoder.py",
+        "test_encoder_decoder.py",
+        (
+            "data: the end of a cut prompt is lost",
+            "return [*ids[:start], *middle, *ids[len(ids) - end :]]",
+            "return [*ids[:start], *middle]",
+            "test_long_texts_are_cut_within_their_special_tokens",
+        ),
+    ),
+    *_in(
+        "generation.py",
+        "test_encoder_decoder.py",
+        (
+            "generation: an encoder's prompt is filled up on the left",
+            "place = slice(len(ids[i])) if encodes else",
+            "place =",
+            "test_saved_resumed_and_asked",
+        ),
+    ),
 ]

@@ -13,7 +13,14 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from tiny import SEVEN, make_model, make_tokenizer
+from tiny import (
+    ENCODER_DECODERS,
+    SEVEN,
+    make_encoder_decoder,
+    make_encoder_tokenizer,
+    make_model,
+    make_tokenizer,
+)
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -111,15 +118,19 @@ def make_trainer(folder, *, model=None, lora=None, train=EIGHT, evaluate=SEVEN, 
         # As accelerate's launcher sets it; without it every rank loads the weights.
         os.environ["ACCELERATE_USE_FSDP"] = "true"
     args = make_args(folder, **settings)
+    tokenizer = make_tokenizer()
     if not isinstance(model, str):
         model = {"model_type": "llama", "tie_word_embeddings": False, **(model or {})}
-        model = make_model(**model)
+        if model["model_type"] in ENCODER_DECODERS:
+            tokenizer, model = make_encoder_tokenizer(), make_encoder_decoder(**model)
+        else:
+            model = make_model(**model)
     adapter = None
     if lora:
         import peft
 
         adapter = peft.LoraConfig(**{"r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM", **lora})
-    data = {"train_dataset": train, "eval_dataset": evaluate, "tokenizer": make_tokenizer()}
+    data = {"train_dataset": train, "eval_dataset": evaluate, "tokenizer": tokenizer}
     trainer = ORPOTrainer(model, args, peft_config=adapter, **data)
     if empty:
         trainer.data_collator = Emptied(trainer.data_collator, empty)

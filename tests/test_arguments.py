@@ -102,7 +102,7 @@ def test_older_names_of_trls_scripts():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--lora_task_type SEQ_CLS", "lora_task_type is 'SEQ_CLS'; ORPO trains a CAUSAL_LM"),
+        ("--lora_task_type SEQ_CLS", "lora_task_type is 'SEQ_CLS'; it has to be CAUSAL_LM or SEQ_2_SEQ_LM"),
         ("--bnb_4bit_quant_type int3", "bnb_4bit_quant_type is 'int3'; it has to be nf4 or fp4"),
         ("--load_in_4bit --load_in_8bit", "load_in_4bit and load_in_8bit are both given"),
         ("--lora_r 0", "lora_r is 0; it has to be at least 1"),

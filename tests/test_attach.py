@@ -8,7 +8,7 @@ import torch
 from orpo_kernels.settings import LossSettings
 from tiny import SEVEN, SMALL, make_model, make_tokenizer, reference_loss
 from torch import nn
-from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, WhisperConfig, WhisperForConditionalGeneration
 
 from orpo.data.prepare import Limits, prepare_dataset
 from orpo.layouts.layout import PaddedLayout
@@ -251,9 +251,12 @@ def test_a_head_called_twice_or_never_is_refused():
 
 
 def test_models_without_a_head_of_our_kind():
-    encoder_decoder = T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2)
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
-        attach_orpo_loss(T5ForConditionalGeneration(encoder_decoder))
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 1)
+    hearing = WhisperConfig(vocab_size=64, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, pad_token_id=0, **sizes)
+    with pytest.raises(
+        ValueError, match=r"WhisperFor.* is an encoder-decoder that .* reads something else than tokens"
+    ):
+        attach_orpo_loss(WhisperForConditionalGeneration(hearing))
     model = make_model("llama")
     backbone = model.model
     with pytest.raises(ValueError, match="no output embeddings"):

@@ -104,7 +104,6 @@ def test_a_config_can_be_rebuilt(tmp_path):
         ({"loss_backend": "jax"}, "loss_backend is 'jax'"),
         ({"max_length": 8, "max_prompt_length": 9}, "max_prompt_length is 9 and max_length 8"),
         ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor is 0\.1"),
-        ({"is_encoder_decoder": True}, "decoder-only"),
         ({"fp16": True, "use_cpu": True}, "fp16 is set, and there is no accelerator that has it"),
     ],
 )

@@ -3,7 +3,7 @@
 import datasets
 import pytest
 from record_trl_trace import trace_tokenizer
-from tiny import ROWS, make_model
+from tiny import ROWS, make_encoder_decoder, make_encoder_tokenizer, make_model
 from trainers import make_args
 from trainers import make_trainer as make_any_trainer
 
@@ -168,3 +168,39 @@ def test_prepared_rows_keep_what_they_were_prepared_with(tmp_path):
         other.eos_token = "<|im_end|>"
         with pytest.raises(ValueError, match="come as tokens, which another tokenizer made"):
             prepare_dataset(data, other, Limits(max_length=24))
+
+
+def of_encoder_decoder(tmp_path, rows, kind="bart", **settings):
+    tokenizer = make_encoder_tokenizer("<s> $A </s>" if kind == "bart" else "$A </s>")
+    model = make_encoder_decoder(kind, **settings.pop("changes", {}))
+    return make_any_trainer(tmp_path, model, rows, tokenizer=tokenizer, **settings)
+
+
+def test_an_encoder_decoder_counts_prompt_and_answer_each_by_itself(tmp_path, capsys):
+    rows = [
+        {"prompt": "hello", "chosen": "how", "rejected": "you"},
+        {"prompt": "hello", "chosen": WORDS, "rejected": "x"},
+    ]
+    whole = of_encoder_decoder(tmp_path, rows).train_dataset
+    prompt, answer = (whole[1][f"chosen_{part}"] for part in ("prompt_length", "input_ids"))
+    most = len(answer) - prompt
+    assert prompt < most < len(answer)
+    # Together they are longer than max_length, which either part may have.
+    trainer = of_encoder_decoder(tmp_path, rows, max_length=most, truncation="drop")
+    assert len(trainer.train_dataset) == 2 and trainer.evaluate(trainer.train_dataset)["eval_loss"] > 0
+    for most_of, what in (({"max_length": most - 1}, "an answer"), ({"max_prompt_length": 3}, "a prompt")):
+        capsys.readouterr()
+        if what == "a prompt":
+            with pytest.raises(ValueError, match="2 pairs with a prompt of more than 3 tokens"):
+                of_encoder_decoder(tmp_path, rows, truncation="drop", **most_of)
+        else:
+            of_encoder_decoder(tmp_path, rows, truncation="drop", **most_of)
+            assert f"1 pair with an answer of more than {most - 1} tokens (row 1)" in capsys.readouterr().out
+    of_encoder_decoder(tmp_path, rows, max_length=most - 1)
+    assert "of the kept, 1 chosen and 0 rejected answers are cut" in capsys.readouterr().out
+    # A table of positions is for each part too.
+    of_encoder_decoder(tmp_path, rows, changes={"max_position_embeddings": most})
+    with pytest.raises(
+        ValueError, match=rf"there is a sequence of {most} tokens; .* has a table of {most - 1} positions"
+    ):
+        of_encoder_decoder(tmp_path, rows, changes={"max_position_embeddings": most - 1})

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -56,6 +57,14 @@ def make_tokenizer(**changes: Any) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(trained_bpe()), **options)
 
 
+def make_encoder_tokenizer(template: str = "$A </s>") -> PreTrainedTokenizerFast:
+    """:func:`make_tokenizer`'s, which puts the special tokens of `template` around a text: T5's EOS, or BART's two."""
+    tokenizer = make_tokenizer(bos_token="<s>" if "<s>" in template else None)
+    pieces = [(name, tokenizer.convert_tokens_to_ids(name)) for name in template.split() if name != "$A"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=pieces)
+    return tokenizer
+
+
 SMALL = {
     "vocab_size": 400,
     "hidden_size": 32,
@@ -69,6 +78,36 @@ SMALL = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+
+
+ENCODER_DECODERS = {
+    "t5": {
+        **{"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 400},
+        **{"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": None},
+    },
+    "bart": {
+        **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+        **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 400},
+        **{"max_position_embeddings": 64, "decoder_start_token_id": 2, "forced_eos_token_id": 2},
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    },
+}
+# Of one config, under another name.
+ENCODER_DECODERS |= {"mt5": {**ENCODER_DECODERS["t5"], "tie_word_embeddings": False}}
+ENCODER_DECODERS |= dict.fromkeys(("pegasus", "marian", "mbart", "plbart"), ENCODER_DECODERS["bart"])
+
+
+def make_encoder_decoder(model_type: str = "t5", seed: int = 0, **changes: Any) -> Any:
+    """A random float32 encoder-decoder of that type, 2 layers of width 32 a side with a vocabulary of 400."""
+    config = AutoConfig.for_model(model_type, **{**ENCODER_DECODERS[model_type], **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager").float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+        if hasattr(model, "final_logits_bias"):
+            model.final_logits_bias.normal_(generator=torch.Generator().manual_seed(1))
+    return model.eval()
 
 
 def make_model(model_type: str = "llama", seed: int = 0, **changes: Any) -> Any:

@@ -56,7 +56,9 @@ class ModelArguments:
         default=None, metadata={"help": "Parameters with a LoRA, by name: of experts, which are no modules."}
     )
     lora_modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained whole."})
-    lora_task_type: str = field(default="CAUSAL_LM", metadata={"help": "Accepted from TRL scripts; nothing else is."})
+    lora_task_type: str = field(
+        default="CAUSAL_LM", metadata={"help": "CAUSAL_LM, or SEQ_2_SEQ_LM of an encoder-decoder (T5, BART)."}
+    )
     use_rslora: bool = field(default=False, metadata={"help": "Scale the LoRA by alpha / sqrt(r) (RS-LoRA)."})
     use_dora: bool = field(default=False, metadata={"help": "Train the weights' magnitudes beside the LoRA (DoRA)."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Load the base model in 4 bits (bitsandbytes)."})
@@ -79,8 +81,8 @@ class ModelArguments:
         if self.torch_dtype is not None:
             self.dtype = self.torch_dtype
             warnings.warn(f"torch_dtype is an older name: use dtype={self.dtype!r}", FutureWarning, stacklevel=3)
-        if self.lora_task_type != "CAUSAL_LM":
-            raise ValueError(f"lora_task_type is {self.lora_task_type!r}; ORPO trains a CAUSAL_LM, leave it out")
+        if self.lora_task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+            raise ValueError(f"lora_task_type is {self.lora_task_type!r}; it has to be CAUSAL_LM or SEQ_2_SEQ_LM")
         if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
             raise ValueError(f"bnb_4bit_quant_type is {self.bnb_4bit_quant_type!r}; it has to be nf4 or fp4")
         if self.load_in_4bit and self.load_in_8bit:
@@ -126,7 +128,7 @@ class ModelArguments:
             modules_to_save=_names(self.lora_modules_to_save),
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
-            task_type="CAUSAL_LM",
+            task_type=self.lora_task_type,
         )
 
     def tokenizer(self, args: ORPOConfig) -> Any:

@@ -80,6 +80,9 @@ class PairTokenizer:
         ValueError: with `escape`, the tokenizer cannot keep them text.
     """
 
+    # Whether prompt and answer are one sequence, by whose length they are cut.
+    joined = True
+
     def __init__(
         self, tokenizer: Any, limits: Limits, escape: bool = False, columns: Mapping[str, str] | None = None
     ) -> None:
@@ -124,7 +127,7 @@ class PairTokenizer:
                 texts.append(None)
                 dropped[i], details[i] = MALFORMED, f"{error}; {what_it_holds(given[i])}"
         flat = [t for i, text in enumerate(texts) if text and i not in escaped for t in self._parts(text)]
-        ids = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
+        ids = iter(self._ids(flat) if flat else [])
         out: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         for i, text in enumerate(texts):
             pair = None
@@ -171,6 +174,10 @@ class PairTokenizer:
         parts = [self.written.mark_strings(*piece, marks) for piece in pieces]
         return text, iter(token_ids(parts, self.tokenizer, marks))
 
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of the :meth:`_parts` of rows, one behind the other."""
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
     @staticmethod
     def _parts(text: PairText) -> tuple[str, str, str, str]:
         return (
@@ -205,7 +212,7 @@ class PairTokenizer:
         limits = self.limits
         if sides[0] == sides[1]:
             raise UnusableRow(EQUAL_ANSWERS)
-        for reason in filter(None, (limits.dropped_for(len(p), len(a)) for p, a in sides)):
+        for reason in filter(None, (limits.longer_than_cut(len(p), len(a)) for p, a in sides)):
             raise UnusableRow(reason)
         sides = [(prompt, answer[: limits.max_completion_length]) for prompt, answer in sides]
         if limits.max_length is not None and max(len(p) + len(a) for p, a in sides) > limits.max_length:
@@ -231,6 +238,7 @@ def prepare_dataset(
     columns: Mapping[str, str] | None = None,
     max_bad_rows: float = 0.01,
     pair_answers: bool = False,
+    pair_tokenizer: type[PairTokenizer] = PairTokenizer,
     report: Callable[[str], None] = print,
 ) -> Any:
     """Tokenizes `data` and drops the rows that cannot train, saying how many and why.
@@ -246,6 +254,7 @@ def prepare_dataset(
         columns: our name -> the column's, of columns that have other names.
         max_bad_rows: the largest share of rows that may be malformed, :data:`orpo.data.unusable.BAD`, and left out.
         pair_answers: whether rows of one answer each, good or bad, are paired by prompt (:mod:`orpo.data.labelled`).
+        pair_tokenizer: what makes token pairs of text pairs.
         report: called with the report, which counts rows from 0. A stream is counted as it is read:
             :class:`orpo.data.streams.StreamReport` says when.
 
@@ -259,11 +268,11 @@ def prepare_dataset(
     # A stream that was mapped does not know its columns.
     names = data.column_names or list(dict.fromkeys(name for row in islice(data, ROWS) for name in row))
     if set(COLUMNS) <= set(names):
-        return check_prepared(data, tokenizer, limits, name, report)
+        return check_prepared(data, tokenizer, limits, name, report, joined=pair_tokenizer.joined)
     if pair_answers and is_labelled(renamed(dict.fromkeys(names), columns)):
         data, columns = pair_by_prompt(with_our_names(data, columns), name, max_bad_rows, report), None
         names = data.column_names
-    tokenize = PairTokenizer(tokenizer, limits, escape_special_tokens, columns)
+    tokenize = pair_tokenizer(tokenizer, limits, escape_special_tokens, columns)
     is_stream = isinstance(data, datasets.IterableDataset)
     if not is_stream and not len(data):
         raise ValueError(f"the {name} set holds no rows")

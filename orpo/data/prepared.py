@@ -23,10 +23,13 @@ def mark(prepared: Any, tokenizer: Any, limits: Limits) -> None:
     prepared.info.description = _MARK + json.dumps(made)
 
 
-def check_prepared(data: Any, tokenizer: Any, limits: Limits, name: str, report: Callable[[str], None]) -> Any:
+def check_prepared(
+    data: Any, tokenizer: Any, limits: Limits, name: str, report: Callable[[str], None], *, joined: bool = True
+) -> Any:
     """`data`, whose rows come as tokens, checked (:func:`orpo.tokens.pretokenized.checked`); nothing of it is cut.
 
     Args:
+        joined: whether ``max_length`` is that of prompt and answer together, as it is but for an encoder-decoder.
         report: called with a sentence where the rows were cut to another ``max_length`` than `limits` has.
 
     Raises:
@@ -36,14 +39,18 @@ def check_prepared(data: Any, tokenizer: Any, limits: Limits, name: str, report:
 
     data = checked(data, name)
     if isinstance(data, datasets.IterableDataset):
-        return data if limits.max_length is None else data.map(_Refusal(limits.max_length, name), batched=True)
+        return (
+            data
+            if limits.max_length is None or not joined
+            else data.map(_Refusal(limits.max_length, name), batched=True)
+        )
     made = _made(data)
     if made and made["tokenizer"] != _digest(tokenizer):
         raise ValueError(
             f"the rows of the {name} set come as tokens, which another tokenizer made (or this one with another chat "
             "template or other special tokens): give the rows of text again, or the tokenizer that they were made with"
         )
-    if limits.max_length is not None:
+    if limits.max_length is not None and joined:
         sizes = [pc.list_value_length(data.with_format("arrow")[f"{side}_input_ids"][:]) for side in _SIDES]
         _refuse_longer(pc.max_element_wise(*sizes).to_pylist(), limits.max_length, name)
     if made and made["max_length"] != limits.max_length:

@@ -56,15 +56,16 @@ def check_token_ids(data: Any, vocabulary: int) -> None:
 
 def describe_example(example: Mapping[str, Any], layout: Callable[..., dict[str, Any]], tokenizer: Any) -> str:
     """One pair, decoded, as each term of the loss scores it: read off the rows that `layout` makes of it."""
-    rows = layout([example])["orpo"].rows
+    batch = layout([example])
+    rows = batch["orpo"].rows
     chosen = rows.sequence_N == 0
     spans = {
-        "NLL": rows.in_nll_N,
-        "odds ratio, chosen": rows.in_response_N & chosen,
-        "odds ratio, rejected": rows.in_response_N & ~chosen,
+        "NLL": rows.targets_N[rows.in_nll_N],
+        "odds ratio, chosen": rows.targets_N[rows.in_response_N & chosen],
+        "odds ratio, rejected": rows.targets_N[rows.in_response_N & ~chosen],
     }
-    lines = (
-        f"  {label:<20} {int(kept.sum()):>5} tokens  {tokenizer.decode(rows.targets_N[kept].tolist())!r}"
-        for label, kept in spans.items()
-    )
+    if "labels" in batch:
+        # An encoder-decoder's prompt is in no row of the loss.
+        spans = {"nothing (encoder)": batch["input_ids"][0], **spans}
+    lines = (f"  {label:<20} {len(ids):>5} tokens  {tokenizer.decode(ids.tolist())!r}" for label, ids in spans.items())
     return "what each term scores, in the first pair:\n" + "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The loss as a part of the model: a causal language model whose forward also takes ``orpo=``.
+"""The loss as a part of the model: a language model whose forward also takes ``orpo=``.
 
 ``model(input_ids, ..., orpo=LossCall(rows, ...))`` runs the model's own forward up to its head, and hands the hidden
 states to ``head(hidden, orpo=...)``, which computes the loss in place of the logits. Because the loss is a call of the
@@ -27,6 +27,13 @@ from transformers.utils import ModelOutput
 
 from orpo.layouts.prefix_mask import SharedPrefixMask, eager_where_flash_cannot_run, flash_precision
 from orpo.loss.call import check_row_arrays, run_orpo
+from orpo.model.encoder_decoder import (
+    added_bias,
+    check_encoder_decoder,
+    encode_once,
+    is_encoder_decoder,
+    without_bias,
+)
 from orpo.model.head import head_operands, head_weight, trained_copy
 from orpo.ranks import from_rank_0
 
@@ -39,11 +46,13 @@ class LossCall:
         rows: row n reads ``hidden.reshape(-1, D)[rows.rows_N[n]]``.
         settings: of the loss; the head knows its own scale and softcap.
         logit_metrics: whether ``metrics`` holds TRL's logits/*.
+        bias: (V,), what the model itself adds to its head's output; the model's forward sets it.
     """
 
     rows: Rows
     settings: LossSettings = field(default_factory=LossSettings)
     logit_metrics: bool = False
+    bias: Tensor | None = None
 
 
 @dataclass
@@ -131,11 +140,11 @@ def attach_orpo_loss(model: nn.Module) -> FusedHead:
     """Lets ``model(..., orpo=LossCall)`` compute the loss. Doing it again, also around a new adapter, is harmless.
 
     Args:
-        model: a causal language model of transformers, or a PEFT model around one.
+        model: a language model of transformers, causal or with an encoder, or a PEFT model around one.
 
     Raises:
-        ValueError: the model is an encoder-decoder, spread over devices, cut up by ZeRO-3, or has a head that the fused
-            loss cannot reproduce.
+        ValueError: the model is spread over devices, cut up by ZeRO-3, or has a head, or an encoder, that the fused
+            loss cannot go with.
     """
     # Before the head is looked at: its empty weight would be taken for a quantized one.
     if any(hasattr(parameter, "ds_id") and parameter.numel() == 0 for parameter in model.parameters()):
@@ -144,10 +153,7 @@ def attach_orpo_loss(model: nn.Module) -> FusedHead:
             "(orpo-train --print-config zero2) or FSDP2 (orpo-train --print-config fsdp2)"
         )
     base = base_model(model)
-    if getattr(base.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(base).__name__} is an encoder-decoder; this loss is for decoder-only (causal) language models"
-        )
+    check_encoder_decoder(base)
     if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
         raise ValueError("prompt-learning adapters put tokens of their own before the batch's; use LoRA or the like")
     devices = {str(device) for device in (getattr(base, "hf_device_map", None) or {}).values()}
@@ -200,8 +206,10 @@ def _patch_model(model: nn.Module, fused: FusedHead) -> None:
         if "use_cache" in signature.parameters:
             # A cache of keys and values serves nobody here, and hides from transformers that sequences are packed.
             kwargs.setdefault("use_cache", False)
+        if is_encoder_decoder(self):
+            kwargs = encode_once(self, kwargs)
         hidden, outputs = fused.run_to_head(torch.zeros(1, 1, 1, device=self.device), args, kwargs)
-        result = getattr(fused.owner, fused.attribute)(hidden, orpo=orpo)
+        result = getattr(fused.owner, fused.attribute)(hidden, orpo=replace(orpo, bias=added_bias(self)))
         return ORPOModelOutput(**result, aux_loss=outputs.get("aux_loss"))
 
     # Generation asks the signature which arguments the model takes. functools.wraps would set __wrapped__ as well, and
@@ -225,7 +233,7 @@ def _patch_head(head: nn.Module, transform: LogitTransform) -> None:
     def forward(self: nn.Module, hidden: Tensor, *args: Any, orpo: LossCall | None = None, **kwargs: Any) -> Any:
         if orpo is None:
             return self._orpo_plain_forward(hidden, *args, **kwargs)
-        hidden, weight, bias = head_operands(self, hidden)
+        hidden, weight, bias = head_operands(self, hidden, orpo.bias)
         transform = self._orpo_transform
         settings = replace(orpo.settings, logit_scale=transform.scale, logit_softcap=transform.softcap)
         check_row_arrays(orpo.rows, hidden)
@@ -254,7 +262,8 @@ def tiny_inputs(model: nn.Module, sequences: int, length: int) -> dict[str, Tens
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (sequences, length), generator=generator).to(model.device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return inputs | {"decoder_input_ids": ids} if is_encoder_decoder(model) else inputs
 
 
 def _transform_of_all_ranks(model: nn.Module, fused: FusedHead) -> LogitTransform:
@@ -274,7 +283,8 @@ def _read_transform(model: nn.Module, fused: FusedHead) -> LogitTransform:
     grid = torch.tensor([2.0**-20, 1.0, 3.0, 17.0, 2.0**40], device=model.device).reshape(1, -1, 1)
     # A call of the model, not of its forward: sharded weights are gathered by hooks around the call.
     # What the body computes, by which attention and in which precision, is replaced by the grid.
-    with evaluating(model), eager_where_flash_cannot_run(model), flash_precision(model, torch.bfloat16):
+    attention = eager_where_flash_cannot_run(model), flash_precision(model, torch.bfloat16)
+    with evaluating(model), attention[0], attention[1], without_bias(model):
         outputs = model(**tiny_inputs(model, 1, grid.shape[1]), orpo=grid)
     logits = outputs["logits"].float().flatten()
     if logits.shape != grid.flatten().shape:

@@ -38,8 +38,10 @@ def head_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
-def head_operands(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def head_operands(head: nn.Module, hidden: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """(hidden states (..., D + r), weight (V, D + r), bias) whose product is the head's logits, a LoRA on it included.
+
+    `added` (V,) is what the model adds to them; the bias has it too.
 
     x W^T + s (x A^T) B^T = [x, s x A^T] [W, B]^T. Added into a weight of bfloat16, B A would be rounded away as long as
     it is smaller than half a unit in the last place: the loss would not see the adapter that its gradient trains.
@@ -48,6 +50,8 @@ def head_operands(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tens
         ValueError: as :func:`head_weight`.
     """
     weight, bias = head_weight(head)
+    if added is not None:
+        bias = added if bias is None else bias + added
     lows, highs = [hidden], [weight]
     for adapter in _active_loras(head):
         down = head.lora_A[adapter]

@@ -12,9 +12,11 @@ import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedModel,
 )
@@ -57,15 +59,15 @@ def _broken_json(folder: Path) -> str | None:
 
 
 def load_model(name: str, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
-    """The causal language model called `name`, a folder or a model of the hub; also one that sees images.
+    """The language model called `name`, a folder or a model of the hub; also one that sees images, or has an encoder.
 
     Weights are read from safetensors unless `options`, the arguments of ``from_pretrained``, ask otherwise: a pickle
     can run code as it loads.
 
     Raises:
         ImportError: FlashAttention is asked for and not installed.
-        ValueError: there is no such folder, the hub cannot be reached, the model is an encoder-decoder or has no
-            language-modeling head, or ``dtype`` names no torch dtype.
+        ValueError: there is no such folder, the hub cannot be reached, the model has no language-modeling head, or
+            ``dtype`` names no torch dtype.
     """
     auto, kwargs = check_model(name, trust_remote_code=trust_remote_code, **options)
     try:
@@ -75,7 +77,7 @@ def load_model(name: str, *, trust_remote_code: bool = False, **options: Any) ->
         if "flash" in str(error).lower():
             error.add_note("without FlashAttention: attn_implementation sdpa")
         raise
-    _refuse_random_head(name, model, loaded["missing_keys"])
+    _refuse_random_head(name, model, loaded["missing_keys"], auto.__name__)
     return model
 
 
@@ -94,7 +96,10 @@ def check_model(name: str, *, trust_remote_code: bool = False, **options: Any) -
     with reading(name, runs_code=trust_remote_code):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub_options(kwargs))
     if config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder; this loss is for decoder-only (causal) language models")
+        # Of some, BART among them, the decoder alone is a causal language model too.
+        if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+            raise ValueError(f"{name} is a {config.model_type} model, an encoder-decoder that does not read text")
+        return AutoModelForSeq2SeqLM, kwargs
     auto = AutoModelForCausalLM
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         auto = AutoModelForImageTextToText
@@ -138,13 +143,13 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
-def _refuse_random_head(name: str, model: PreTrainedModel, missing: Collection[str]) -> None:
+def _refuse_random_head(name: str, model: PreTrainedModel, missing: Collection[str], auto: str) -> None:
     """transformers only warns where a checkpoint lacks the head, and gives the model a random one."""
     heads = [path for path, module in model.named_modules() if module is model.get_output_embeddings()]
     if any(f"{head}.weight" in missing for head in heads):
         raise ValueError(
             f"{name} holds a model without its head ({heads[0]}), which would be trained from random weights: "
-            "give a checkpoint saved from AutoModelForCausalLM"
+            f"give a checkpoint saved from {auto}"
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from orpo.model.adapters import WEIGHTS, load_adapter, read_config, trained_tokens
+from orpo.model.encoder_decoder import is_encoder_decoder
 from orpo.model.load import load_model, load_tokenizer
 from orpo.packages import require
 
@@ -173,7 +174,8 @@ def _trial_tokens(model: Any, trained: list[int]) -> Tensor:
 def _logits(model: Any, ids: Tensor) -> Tensor:
     """float32 (positions, vocabulary)."""
     model.eval()
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().flatten(0, 1)
+    decoder = {"decoder_input_ids": ids} if is_encoder_decoder(model) else {}
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), **decoder).logits.float().flatten(0, 1)
 
 
 def _compare(found: Tensor, expected: Tensor, model: Any, adapter: str) -> None:

@@ -16,6 +16,7 @@ from orpo_kernels.rows import Rows
 from orpo_kernels.settings import LossSettings
 from torch import Tensor, nn
 
+from orpo.layouts.encoder_decoder import EncoderDecoderLayout
 from orpo.layouts.layout import make_layout
 from orpo.layouts.prefix_mask import (
     eager_where_flash_cannot_run,
@@ -25,6 +26,7 @@ from orpo.layouts.prefix_mask import (
     uses_flash,
 )
 from orpo.model.attach import LossCall, base_model, evaluating, tiny_inputs
+from orpo.model.encoder_decoder import is_encoder_decoder
 from orpo.model.head import head_weight, trained_copy
 
 Layout = Callable[[list[Any]], dict[str, Any]]
@@ -45,10 +47,13 @@ def choose_layout(name: str, model: nn.Module, *, max_length: int | None = None,
     Raises:
         ValueError: `name` is a layout that `model` computes something else with, or that cannot be tried.
     """
+    base = base_model(model)
+    if is_encoder_decoder(base):
+        refuse_layout(name, type(base).__name__)
+        return EncoderDecoderLayout(**options), "layout padded: the encoder reads each prompt once, for both answers"
     padded = make_layout("padded", **options)
     if name == "padded":
         return padded, "layout padded, as asked for"
-    base = base_model(model)
     flash = uses_flash(base.config)
     wanted = name if name != "auto" else ("packed" if flash else "shared")
     reason = _obstacle(wanted, base, flash)
@@ -62,6 +67,19 @@ def choose_layout(name: str, model: nn.Module, *, max_length: int | None = None,
     if name != "auto":
         raise ValueError(f"layout is {name!r}, which {type(base).__name__} cannot be trained with: {reason}")
     return padded, f"layout padded, not {wanted}: {reason}"
+
+
+def refuse_layout(name: str, model: str) -> None:
+    """Refuses for the encoder-decoder called `model` the layouts that put prompt and answers in one row.
+
+    Raises:
+        ValueError: `name` is one of them.
+    """
+    if name not in ("auto", "padded"):
+        raise ValueError(
+            f"layout is {name!r}, and {model} is an encoder-decoder, whose encoder reads each prompt once as it is: "
+            "leave layout out"
+        )
 
 
 def _obstacle(wanted: str, base: Any, flash: bool) -> str | None:

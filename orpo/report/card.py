@@ -79,6 +79,7 @@ def model_card(
     adapters = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
     base = finetuned_from or _base_model(trainer, adapters)
     names = _listed(dataset)
+    encoder_decoder = bool(getattr(trainer.model.config, "is_encoder_decoder", False))
     known = _card_of(base)
     # Another place has no such folder: what a local base was made from is known there, if its card names it.
     origin = known.base_model if known and isinstance(known.base_model, str) else None
@@ -89,7 +90,7 @@ def model_card(
         license=license or (known.license if known else None),
         library_name="peft" if adapters else "transformers",
         model_name=model_name or Path(folder).absolute().name,
-        pipeline_tag=(_listed(tasks) or ["text-generation"])[0],
+        pipeline_tag=(_listed(tasks) or ["text2text-generation" if encoder_decoder else "text-generation"])[0],
         tags=list(dict.fromkeys(["orpo", "generated_from_trainer", *(["lora"] if adapters else []), *_listed(tags)])),
     )
     parts = [
@@ -99,7 +100,7 @@ def model_card(
         "## Data",
         _data(trainer, names, _listed(dataset_args)),
         "## Loss",
-        _loss(trainer.args),
+        _loss(trainer.args, encoder_decoder),
         "## Settings",
         _settings(trainer, adapters),
         *_evaluation(trainer),
@@ -167,7 +168,7 @@ def _data(trainer: Any, names: list[str], details: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _loss(args: Any) -> str:
+def _loss(args: Any, encoder_decoder: bool) -> str:
     eos = "" if args.nll_scores_eos else ", without end-of-sequence tokens"
     over = {
         "global": "means over all tokens and pairs of an optimizer step, over all ranks and micro-batches",
@@ -177,7 +178,7 @@ def _loss(args: Any) -> str:
         "`loss = nll_weight * NLL - beta * log sigmoid(log odds(chosen) - log odds(rejected))`, where `odds(y) = p / "
         "(1 - p)` and `log p` is the mean log-probability of the answer's tokens.\n\n"
         f"* beta {args.beta}, nll_weight {args.nll_weight} (preset `{args.preset}`)\n"
-        f"* the NLL scores {SPANS[args.nll_span]}{eos}\n"
+        f"* the NLL scores {SPANS['chosen' if encoder_decoder else args.nll_span]}{eos}\n"
         f"* normalization `{args.normalization}`: {over}"
     )
 

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_PROMPT, _ANSWER = "pair with a prompt of", "pair with an answer of"
+
+
+def _longer(what: str, most: int) -> str:
+    return f"{what} more than {most:,} tokens"
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -49,27 +55,30 @@ class Limits:
     @property
     def reasons(self) -> list[str]:
         """Every reason for which a row can be too long."""
-        if self.truncation == "drop":
-            return [reason for reason, most in self._longest if most is not None]
-        return [] if self.max_length is None else [self.too_long]
+        if self.truncation == "cut":
+            return [] if self.max_length is None else [self.too_long]
+        whole = (("pair of", self.max_length), (_ANSWER, self.max_completion_length))
+        parts = ((_PROMPT, self.max_prompt_length or self.max_length), (_ANSWER, self.max_length))
+        return list(dict.fromkeys(_longer(what, most) for what, most in (*whole, *parts) if most is not None))
 
-    @property
-    def _longest(self) -> tuple[tuple[str, int | None], ...]:
-        return (
-            (f"pair of more than {self.max_length or 0:,} tokens", self.max_length),
-            (
-                f"pair with an answer of more than {self.max_completion_length or 0:,} tokens",
-                self.max_completion_length,
-            ),
-        )
-
-    def dropped_for(self, prompt: int, answer: int) -> str | None:
+    def longer_than_cut(self, prompt: int, answer: int) -> str | None:
         """Why a sequence of so many tokens leaves out its pair, where nothing is cut; or None."""
         if self.truncation == "cut":
             return None
-        lengths = (prompt + answer, answer)
-        found = zip(self._longest, lengths, strict=True)
-        return next((reason for (reason, most), length in found if most is not None and length > most), None)
+        if self.max_length is not None and prompt + answer > self.max_length:
+            return _longer("pair of", self.max_length)
+        most = self.max_completion_length
+        return _longer(_ANSWER, most) if most is not None and answer > most else None
+
+    def longer_parts(self, prompt: int, answer: int) -> str | None:
+        """:meth:`longer_than_cut` where an encoder reads the prompt, and each part has limits of its own."""
+        if self.truncation == "cut":
+            return None
+        parts = (
+            (_PROMPT, prompt, self.max_prompt_length or self.max_length),
+            (_ANSWER, answer, self.max_completion_length or self.max_length),
+        )
+        return next((_longer(what, most) for what, size, most in parts if most is not None and size > most), None)
 
     def cut_prompt(self, ids: list[int], bos_token_id: int | None) -> list[int]:
         """`ids` cut to `max_prompt_length`."""

@@ -60,6 +60,11 @@ def prompt_tokens(text: str, tokenizer: Any, marks: str = "") -> list[int]:
     return ids[:shared]
 
 
+def encoder_tokens(text: str, tokenizer: Any) -> list[int]:
+    """Tokens of a prompt as an encoder reads it, with the special tokens that the tokenizer puts around a text."""
+    return tokenizer([_characters(text)])["input_ids"][0]
+
+
 def left_to_the_answer(text: str, tokenizer: Any, marks: str = "") -> str:
     """The end of a prompt that :func:`prompt_tokens` leaves out, as text."""
     return tokenizer.decode(_ids(text, tokenizer, marks)[len(prompt_tokens(text, tokenizer, marks)) :])
@@ -80,6 +85,9 @@ def boundary_note(data: Any, tokenizer: Any) -> str | None:
 
 
 def _ids(text: str, tokenizer: Any, marks: str = "") -> list[int]:
+    return token_ids([_characters(text)], tokenizer, marks)[0]
+
+
+def _characters(text: str) -> str:
     # Half a surrogate pair, as JSON can escape one, is no character: a tokenizer raises on it.
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return token_ids([text], tokenizer, marks)[0]
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

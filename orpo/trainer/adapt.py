@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from typing import Any
@@ -11,8 +12,12 @@ from orpo_kernels.cpu import logits as cpu_logits
 from torch import nn
 
 from orpo.model.attach import attach_orpo_loss, base_model, embeddings
+from orpo.model.encoder_decoder import is_encoder_decoder
 from orpo.packages import require
 from orpo.trainer.config import ORPOConfig
+
+# What peft calls the task of an encoder-decoder.
+SEQ_2_SEQ = "SEQ_2_SEQ_LM"
 
 
 def pad_token_id(args: ORPOConfig, tokenizer: Any, model: nn.Module | None = None) -> int:
@@ -59,6 +64,10 @@ def wrap_peft(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module
         raise ValueError(f"peft_config has to be a peft.PeftConfig, not {type(peft_config).__name__}")
     if isinstance(model, peft.PeftModel):
         raise ValueError("the model has an adapter already: merge it first, or leave out peft_config")
+    if is_encoder_decoder(model) and peft_config.task_type is None:
+        # By which what is saved is loaded again. The configuration is the user's, who may use it for another model.
+        peft_config = copy.copy(peft_config)
+        peft_config.task_type = SEQ_2_SEQ
     model = prepare_quantized(model, args)
     _warn_of_names(model, peft_config)
     # The adapter's initial weights are random, and nothing has set the seed yet.

@@ -142,7 +142,9 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
         None, "Stop when metric_for_best_model has not improved for this many evaluations."
     )
     early_stopping_threshold: float = _setting(0.0, "By how much it has to improve to count.")
-    is_encoder_decoder: bool | None = _setting(None, "Accepted from TRL scripts; true is refused.")
+    is_encoder_decoder: bool | None = _setting(
+        None, "Whether what model_init makes is an encoder-decoder; of any other model its config says so."
+    )
 
     evaluation_strategy: str | None = older_name("eval_strategy")
     warmup_ratio: float | None = older_name("warmup_steps, a fraction of the run where it is below 1")
@@ -266,8 +268,6 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
             raise ValueError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}; ORPO has no label smoothing, set 0"
             )
-        if self.is_encoder_decoder:
-            raise ValueError("is_encoder_decoder is True; this loss is for decoder-only (causal) language models")
         for name in ("logging_nan_inf_filter", "remove_unused_columns"):
             if getattr(self, name):
                 self._warn(f"{name} is switched off: {self.__dataclass_fields__[name].metadata['help']}")

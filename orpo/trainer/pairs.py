@@ -5,24 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from orpo.data.encoder_decoder import EncoderDecoderTokenizer
 from orpo.data.first_rows import read_first
 from orpo.data.overlap import report_overlap
-from orpo.data.prepare import prepare_dataset
+from orpo.data.prepare import PairTokenizer, prepare_dataset
 from orpo.data.preview import check_stream
 from orpo.tokens.prompts import boundary_note, remember_form
 from orpo.trainer.config import ORPOConfig
 from orpo.trainer.evaluation import check_best_metric, each_set
 
 
-def read_forms(train: Any, tokenizer: Any, args: ORPOConfig) -> None:
-    """Leaves in `tokenizer` in which form the pairs of `train` come, and prints where their prompts really end."""
+def read_forms(train: Any, tokenizer: Any, args: ORPOConfig, encoder_decoder: bool) -> None:
+    """Leaves in `tokenizer` in which form the pairs of `train` come, and prints where their prompts really end.
+
+    The prompt of an encoder-decoder ends where it seems to: nothing of it goes to the answer.
+    """
     first = [read_first(train, tokenizer, args.columns)]
     remember_form(tokenizer, first, escape=args.escape_special_tokens)
-    if args.should_log and (note := boundary_note(first, tokenizer)):
+    if args.should_log and not encoder_decoder and (note := boundary_note(first, tokenizer)):
         print(note)
 
 
-def preparation(args: ORPOConfig, tokenizer: Any) -> Callable[[Any, str], Any]:
+def preparation(args: ORPOConfig, tokenizer: Any, encoder_decoder: bool) -> Callable[[Any, str], Any]:
     """``prepare(data, name)``: :func:`orpo.data.prepare.prepare_dataset` by `args`, one process after the first."""
 
     def prepare(data: Any, name: str) -> Any:
@@ -40,6 +44,7 @@ def preparation(args: ORPOConfig, tokenizer: Any) -> Callable[[Any, str], Any]:
                 columns=args.columns,
                 max_bad_rows=args.max_bad_rows,
                 pair_answers=args.pair_by_prompt,
+                pair_tokenizer=EncoderDecoderTokenizer if encoder_decoder else PairTokenizer,
                 report=report,
             )
 

@@ -14,6 +14,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from orpo.data.streams import counters
 from orpo.files import as_json
 from orpo.generation import answer_tokens, positions
+from orpo.model.encoder_decoder import is_encoder_decoder
 
 FILE = "samples.jsonl"
 COLUMNS = ("step", "prompt", "answer", "chosen")
@@ -92,7 +93,9 @@ class EvalSamples(TrainerCallback):
         examples = [e for e in examples if 0 < e["chosen_prompt_length"] < positions(model)]
         prompts = [list(e["chosen_input_ids"][: e["chosen_prompt_length"]]) for e in examples]
         longest = max(map(len, prompts), default=0)
-        room = args.eval_max_new_tokens if args.max_length is None else args.max_length - longest
+        # An encoder-decoder's answer shares no row with its prompt.
+        whole = args.max_length is None or is_encoder_decoder(model)
+        room = args.eval_max_new_tokens if whole else args.max_length - longest
         with self.trainer.compute_loss_context_manager():
             answers = answer_tokens(
                 model, tokenizer, prompts, max_new_tokens=max(min(args.eval_max_new_tokens, room), 1)

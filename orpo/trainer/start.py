@@ -6,29 +6,46 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import AutoModelForSeq2SeqLM
 
 from orpo.hub import hub_options
 from orpo.model.adapters import adapter_folder, load_adapter, naming_base_of, read_config
+from orpo.model.encoder_decoder import is_encoder_decoder
 from orpo.model.load import check_model, find_dtype, load_model, load_tokenizer
 from orpo.model.merging import is_merged, merge_adapter
-from orpo.trainer.adapt import adapt, prepare_quantized
+from orpo.model.probe import refuse_layout
+from orpo.trainer.adapt import SEQ_2_SEQ, adapt, prepare_quantized
 from orpo.trainer.config import ORPOConfig
 
 # In output_dir: what a new adapter names as its base has to be somewhere.
 MERGED = "base"
 
 
-def check_model_argument(model: Any, args: ORPOConfig) -> str:
-    """The name by which the tokenizer of `model`, a name itself or a loaded one, is looked for; "" where it has none.
+def check_model_argument(model: Any, args: ORPOConfig, peft_config: Any) -> tuple[str, bool]:
+    """(the name by which the tokenizer of `model` is looked for, whether it is an encoder-decoder).
+
+    The name is "" where a loaded model has none. Where `model` is None, ``args`` say what ``model_init`` will make.
 
     Raises:
-        ImportError, ValueError: as :func:`check_start`; ``model_init_kwargs`` is given beside a loaded model.
+        ImportError, ValueError: as :func:`check_start`; ``model_init_kwargs`` is given beside a loaded model; the
+            layout or the task of `peft_config` is none of an encoder-decoder's.
     """
     if isinstance(model, str):
-        return check_start(model, args)
-    if args.model_init_kwargs:
+        name, encoder_decoder = check_start(model, args)
+    elif args.model_init_kwargs:
         raise ValueError("model_init_kwargs is given, but the model is loaded already")
-    return getattr(getattr(model, "config", None), "_name_or_path", "")
+    else:
+        name = getattr(getattr(model, "config", None), "_name_or_path", "")
+        encoder_decoder = bool(args.is_encoder_decoder) if model is None else is_encoder_decoder(model)
+    if encoder_decoder:
+        shown = model if isinstance(model, str) else "model_init's model" if model is None else type(model).__name__
+        refuse_layout(args.layout, shown)
+        if getattr(peft_config, "task_type", None) not in (None, SEQ_2_SEQ):
+            raise ValueError(
+                f"the adapter's task_type is {peft_config.task_type}, and {shown} is an encoder-decoder: it has to be "
+                f"{SEQ_2_SEQ} (--lora_task_type {SEQ_2_SEQ})"
+            )
+    return name, encoder_decoder
 
 
 def find_tokenizer(given: Any, name: str, args: ORPOConfig) -> Any:
@@ -53,8 +70,8 @@ def start_model(model: Any, args: ORPOConfig, peft_config: Any) -> nn.Module | N
     return None if model is None else adapt(model, args, peft_config)
 
 
-def check_start(name: str, args: ORPOConfig) -> str:
-    """Refuses what can be known of `name` before weights are read; returns where its tokenizer is looked for.
+def check_start(name: str, args: ORPOConfig) -> tuple[str, bool]:
+    """Refuses what can be known of `name` before weights are read: (where its tokenizer is, has it an encoder).
 
     Raises:
         ImportError, ValueError: as :func:`load_start`.
@@ -64,12 +81,11 @@ def check_start(name: str, args: ORPOConfig) -> str:
     find_dtype(options.get("dtype"))
     folder = adapter_folder(name, **options)
     if folder is None:
-        check_model(name, **options)
-        return name
+        return name, check_model(name, **options)[0] is AutoModelForSeq2SeqLM
     config = read_config(folder)
     with naming_base_of(folder):
-        check_model(config.base_model_name_or_path, **{**options, "revision": config.revision})
-    return str(folder)
+        auto, _ = check_model(config.base_model_name_or_path, **{**options, "revision": config.revision})
+    return str(folder), auto is AutoModelForSeq2SeqLM
 
 
 def load_start(name: str, args: ORPOConfig, peft_config: Any) -> nn.Module:

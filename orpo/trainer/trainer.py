@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 from orpo.data.preview import check_token_ids, describe_example, first_pair
 from orpo.data.streams import StreamReport, counters
 from orpo.layouts.batch import Counts, pair_batch
-from orpo.layouts.layout import make_layout
-from orpo.model.attach import LossCall, embeddings
+from orpo.layouts.encoder_decoder import EncoderDecoderLayout
+from orpo.layouts.layout import PaddedLayout
+from orpo.model.attach import LossCall, base_model, embeddings
+from orpo.model.encoder_decoder import is_encoder_decoder
 from orpo.model.probe import check_fused_logps, choose_layout
 from orpo.ranks import agreed, prepare_ranks
 from orpo.runs.checkpoints import CheckpointingTrainer
@@ -40,10 +42,11 @@ from orpo.trainer.start import check_model_argument, find_tokenizer, start_model
 
 
 class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, CheckpointingTrainer):
-    """Trains a causal language model on preference pairs with ORPO, in the call shape of TRL's trainer.
+    """Trains a language model on preference pairs with ORPO, in the call shape of TRL's trainer.
 
     Args:
-        model: a transformers causal language model, a PEFT model around one, or the name or folder of either.
+        model: a causal language model or an encoder-decoder of transformers, a PEFT model around one, or the name or
+            folder of either.
             An adapter by name is trained further; with `peft_config` it is merged first, in ``output_dir/base``.
         args: the settings.
         data_collator: what makes batches of prepared examples. Default: the layout of ``args.layout``.
@@ -83,12 +86,12 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
         tokenizer: Any = None,
     ) -> None:
         args = check_call(args, train_dataset, eval_dataset, processing_class, tokenizer)
-        name = check_model_argument(model, args)
+        name, encoder_decoder = check_model_argument(model, args, peft_config)
         # The data before the weights, which may take minutes to load: a wrong column is known in a second.
         processing_class = find_tokenizer(tokenizer if processing_class is None else processing_class, name, args)
         text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        read_forms(train_dataset, text_tokenizer, args)
-        self._prepare = preparation(args, text_tokenizer)
+        read_forms(train_dataset, text_tokenizer, args, encoder_decoder)
+        self._prepare = preparation(args, text_tokenizer, encoder_decoder)
         train_dataset, eval_dataset = prepare_sets(
             train_dataset, eval_dataset, args, self._prepare, has_own_metrics=compute_metrics is not None
         )
@@ -100,7 +103,7 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
         }
         chooses_layout = data_collator is None
         if chooses_layout:
-            data_collator = make_layout("padded", **layout_options)
+            data_collator = (EncoderDecoderLayout if encoder_decoder else PaddedLayout)(**layout_options)
             if args.should_log and train_dataset is not None:
                 print(describe_example(first_pair(train_dataset), data_collator, text_tokenizer))
         super().__init__(
@@ -119,12 +122,18 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self._forget()
-        self._check_model()
+        self._check_model(encoder_decoder)
         layout = agreed(self.accelerator, lambda: self._probe(layout_options if chooses_layout else None))
         self.data_collator = layout or self.data_collator
 
-    def _check_model(self) -> None:
+    def _check_model(self, encoder_decoder: bool) -> None:
         """Refuses what the model and the ranks it is trained on are needed to know."""
+        if is_encoder_decoder(self.model) != encoder_decoder:
+            name = type(base_model(self.model)).__name__
+            raise ValueError(
+                f"is_encoder_decoder is {self.args.is_encoder_decoder}, and model_init makes a {name}: set it to "
+                f"{not encoder_decoder}"
+            )
         if self.args.diagnose:
             # accelerate launch leaves args.fsdp and args.deepspeed empty.
             refuse_cut_gradients(self.is_fsdp_enabled or self.is_deepspeed_enabled)
