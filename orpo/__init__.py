@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'orpo' has no attribute {name!r}")
+    if _EXPORTS[name].startswith("orpo.trainer"):
+        from orpo.packages import require_trainer
+
+        require_trainer(f"orpo.{name}")
     value = getattr(import_module(_EXPORTS[name]), name)
     globals()[name] = value
     return value

@@ -15,6 +15,7 @@ FLOORS = (
     ("judges", "trainer"),
     ("cli", "demo"),
     ("train", "generate", "merge"),
+    ("commands",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
