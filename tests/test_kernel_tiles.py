@@ -124,6 +124,10 @@ def test_tf32_only_where_torch_allows_it(monkeypatch):
         torch.backends.cuda.matmul.allow_tf32 = previous
 
 
+NEWER = pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="came with torch 2.9")
+
+
+@NEWER
 def test_tf32_allowed_by_torchs_newer_setting():
     """transformers' `tf32=True` uses this one; asked for allow_tf32, torch then raises."""
     previous = torch.backends.cuda.matmul.fp32_precision

@@ -11,7 +11,7 @@ FLOORS = (
     ("orpo_kernels", "files", "packages", "hub", "ranks", "tokens", "launch"),
     ("loss", "layouts", "data", "runs", "recipes"),
     ("model", "report"),
-    ("generation",),
+    ("generation", "integrations"),
     ("judges", "trainer"),
     ("cli", "demo"),
     ("train", "generate", "merge"),
