@@ -136,7 +136,7 @@ def test_patching_twice_is_as_once_and_is_taken_back():
     before = [vars(cls).get(name) for cls in fused.trainers() for name in names]
     fused.patch()
     fused.patch()
-    changed = [vars(cls).get(name) is not old for (cls, name), old in fused._replaced.items()]
+    changed = [vars(cls).get(name) is not old for (cls, name), old in fused._replaced.originals.items()]
     assert len(changed) == 5 and all(changed)
     fused.unpatch()
     assert [vars(cls).get(name) for cls in fused.trainers() for name in names] == before
@@ -147,7 +147,7 @@ def test_another_version_of_trl_is_refused(version, monkeypatch):
     monkeypatch.setattr(trl, "__version__", version)
     with pytest.raises(ImportError, match=f"trl {version} is not known .* trl >=0.24,<1.17"):
         fused.patch()
-    assert not fused._replaced
+    assert not fused._replaced.originals
 
 
 def test_several_gpus_in_one_process_are_refused(tmp_path):

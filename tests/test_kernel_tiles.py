@@ -67,6 +67,8 @@ def test_pruning_by_shared_memory_registers_and_spills():
 def test_operands_through_tensor_descriptors(dtype, monkeypatch, kernel_device):
     if kernel_device.type == "cuda" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("needs compute capability 9")
+    if kernel_device.type == "cpu" and triton.__version__.startswith("3.4."):
+        pytest.skip("the interpreter of triton 3.4 takes a descriptor's stride of 40 elements for one of 40 bytes")
     blocks = dict(block_n=16, block_v=32, block_d=16, num_warps=4, num_stages=2)
 
     def run(descriptors: bool):

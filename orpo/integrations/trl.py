@@ -10,23 +10,20 @@ before a trainer is made; configuration, metrics and logs stay TRL's. `unpatch()
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import trl
 from orpo_kernels import reference
-from packaging.version import Version
 from torch import Tensor, nn
 
 from orpo.integrations.logprobs import LogprobCall
-from orpo.model.attach import attach_orpo_loss, base_model
-from orpo.ranks import fsdp_plugin, prepare_ranks
+from orpo.integrations.replacing import Replacements, check_attached, refuse_unknown
 
 # First version whose methods are those that are replaced here, and first that nobody has compared yet.
 KNOWN = "0.24", "1.17"
 
-_replaced: dict[tuple[type, str], Callable[..., Any]] = {}
+_replaced = Replacements()
 
 
 def patch() -> None:
@@ -38,24 +35,19 @@ def patch() -> None:
     Raises:
         ImportError: this version of TRL is not known.
     """
-    if not Version(KNOWN[0]) <= Version(Version(trl.__version__).base_version) < Version(KNOWN[1]):
-        raise ImportError(
-            f"trl {trl.__version__} is not known to orpo.integrations.trl, which replaces methods of trl "
-            f">={KNOWN[0]},<{KNOWN[1]}: install one of these, or train with orpo.ORPOTrainer"
-        )
+    refuse_unknown("trl", trl.__version__, *KNOWN)
     orpo_trainer, cpo_trainer = trainers()
     for trainer, scores_prompt in ((orpo_trainer, True), (cpo_trainer, False)):
-        _replace(trainer, "concatenated_forward", functools.partialmethod(_concatenated_forward, scores_prompt))
-        if "__init__" in vars(trainer):
-            _replace(trainer, "__init__", _attaching(trainer.__init__))
-    _replace(orpo_trainer, "odds_ratio_loss", _odds_ratio_loss)
+        _replaced.replace(
+            trainer, "concatenated_forward", functools.partialmethod(_concatenated_forward, scores_prompt)
+        )
+        _replaced.attach_after_init(trainer)
+    _replaced.replace(orpo_trainer, "odds_ratio_loss", _odds_ratio_loss)
 
 
 def unpatch() -> None:
     """Gives TRL's classes their own methods back; trainers that exist compute as TRL does from their next step."""
-    for (trainer, name), original in _replaced.items():
-        setattr(trainer, name, original)
-    _replaced.clear()
+    _replaced.undo()
 
 
 def trainers() -> tuple[type, type]:
@@ -68,42 +60,11 @@ def trainers() -> tuple[type, type]:
     return ORPOTrainer, CPOTrainer
 
 
-def _replace(trainer: type, name: str, method: Any) -> None:
-    if (trainer, name) not in _replaced:
-        _replaced[trainer, name] = vars(trainer)[name]
-        setattr(trainer, name, method)
-
-
-def _attaching(init: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(init)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        # Before accelerate wraps the model: FSDP cuts it up, and its head could not be tried any more.
-        prepare_ranks(self.accelerator, self.model)
-        attach_orpo_loss(self.model)
-
-    return __init__
-
-
-def _check_attached(trainer: Any, model: nn.Module) -> None:
-    if isinstance(model, nn.DataParallel):
-        raise ValueError(
-            "torch's DataParallel would cut the labels in pieces: start one process for each GPU (accelerate launch), "
-            "or show one GPU to this one (CUDA_VISIBLE_DEVICES=0)"
-        )
-    plain = trainer.accelerator.unwrap_model(model)
-    if hasattr(base_model(plain), "_orpo_head"):
-        return
-    if fsdp_plugin(trainer.accelerator) is not None:
-        raise ValueError("the trainer was made before orpo.integrations.trl.patch(), which FSDP needs first")
-    attach_orpo_loss(plain)
-
-
 def _concatenated_forward(
     self: Any, scores_prompt: bool, model: nn.Module, batch: dict[str, Any]
 ) -> tuple[Tensor, ...]:
     """TRL's five or six results, with mean logits (scalars) in the place of logits, of which TRL logs the mean."""
-    _check_attached(self, model)
+    check_attached(self, model)
     both = self.concatenated_inputs(batch, device=self.accelerator.device)
     ids, mask, labels = (both[f"concatenated_{name}"] for name in ("input_ids", "attention_mask", "labels"))
     pairs = len(batch["chosen_labels"])
