@@ -1,8 +1,11 @@
-"""Packages that some settings need and that are not installed with this one."""
+"""Packages that some settings, or the trainer, need: refused in words where they are missing."""
 
 from __future__ import annotations
 
 import importlib.util
+
+# What the extra `train` installs, by the names that are imported, but for matplotlib, without which a trainer trains.
+TRAINER = ("accelerate", "datasets", "numpy", "tokenizers", "tqdm", "transformers", "yaml")
 
 
 def require(package: str, setting: str) -> None:
@@ -13,6 +16,20 @@ def require(package: str, setting: str) -> None:
     """
     if not _is_installed(package):
         raise ImportError(f"{setting} needs {package}, which is not installed: pip install {package}")
+
+
+def require_trainer(what: str, *more: str) -> None:
+    """Refuses `what` where the loss was installed without the trainer, or without `more` packages of its extra.
+
+    Raises:
+        ImportError: with what is missing and what to install.
+    """
+    missing = [package for package in (*TRAINER, *more) if not _is_installed(package)]
+    if missing:
+        raise ImportError(
+            f"{what} belongs to the trainer, which needs {', '.join(missing)}, not installed here: "
+            "pip install '.[train]' in the folder of fused-orpo (without [train] it installs the loss alone)"
+        )
 
 
 def _is_installed(package: str) -> bool:

@@ -118,3 +118,8 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     difference = (value.detach().double() - truth.double()).norm().item()
     size = truth.double().norm().item()
     return difference / size if size > 0 else difference
+
+
+def log_odds(mean_logps: Tensor) -> Tensor:
+    """The log odds of mean log-probabilities, in their own precision."""
+    return mean_logps - torch.log(-torch.expm1(mean_logps))

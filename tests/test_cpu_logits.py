@@ -41,12 +41,20 @@ def loss_of(problem, budget, strip_bytes=STRIP):
 )
 def test_only_instructions_for_bfloat16_count(machine, capabilities, expected, monkeypatch):
     monkeypatch.setattr(cpu_logits.platform, "machine", lambda: machine)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     cpu_logits.multiplies_bfloat16.cache_clear()
     try:
         assert cpu_logits.multiplies_bfloat16() is expected
     finally:
         cpu_logits.multiplies_bfloat16.cache_clear()
+
+
+@pytest.mark.parametrize(("supported", "expected"), [(True, True), (False, False)])
+def test_a_torch_that_cannot_list_them_is_asked_for_two(supported, expected, monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    assert cpu_logits._capabilities() == {"avx512_bf16": expected, "amx_bf16": False}
 
 
 @pytest.mark.parametrize(
@@ -60,7 +68,7 @@ def test_only_instructions_for_bfloat16_count(machine, capabilities, expected, m
     ],
 )
 def test_rows_of_one_matmul(capabilities, dtype, rows, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     cpu_logits.chunk_rows.cache_clear()
     try:
         assert cpu_logits.chunk_rows(dtype) == rows

@@ -5,8 +5,7 @@ import torch
 from orpo_kernels.head import Head
 from orpo_kernels.reference import Q_EPS
 from orpo_kernels.rows import Rows
-from problems import make_problem, relative_error
-from tiny import log_odds
+from problems import log_odds, make_problem, relative_error
 
 from orpo import orpo_loss, token_logprobs
 

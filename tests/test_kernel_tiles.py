@@ -67,6 +67,8 @@ def test_pruning_by_shared_memory_registers_and_spills():
 def test_operands_through_tensor_descriptors(dtype, monkeypatch, kernel_device):
     if kernel_device.type == "cuda" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("needs compute capability 9")
+    if kernel_device.type == "cpu" and triton.__version__.startswith("3.4."):
+        pytest.skip("the interpreter of triton 3.4 takes a descriptor's stride of 40 elements for one of 40 bytes")
     blocks = dict(block_n=16, block_v=32, block_d=16, num_warps=4, num_stages=2)
 
     def run(descriptors: bool):
@@ -124,6 +126,10 @@ def test_tf32_only_where_torch_allows_it(monkeypatch):
         torch.backends.cuda.matmul.allow_tf32 = previous
 
 
+NEWER = pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="came with torch 2.9")
+
+
+@NEWER
 def test_tf32_allowed_by_torchs_newer_setting():
     """transformers' `tf32=True` uses this one; asked for allow_tf32, torch then raises."""
     previous = torch.backends.cuda.matmul.fp32_precision

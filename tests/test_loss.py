@@ -30,6 +30,7 @@ def trl_loss(logits, input_ids, attention_mask, labels, beta):
 
 def tiny_model():
     """A real Llama with random weights, tied as small models are."""
+    pytest.importorskip("transformers", reason="needs transformers: pip install '.[train]'")
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

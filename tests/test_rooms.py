@@ -11,10 +11,11 @@ FLOORS = (
     ("orpo_kernels", "files", "packages", "hub", "ranks", "tokens", "launch"),
     ("loss", "layouts", "data", "runs", "recipes"),
     ("model", "report"),
-    ("generation",),
+    ("generation", "integrations"),
     ("judges", "trainer"),
     ("cli", "demo"),
     ("train", "generate", "merge"),
+    ("commands",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

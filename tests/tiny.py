@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+from problems import log_odds
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
@@ -121,10 +122,6 @@ def make_model(model_type: str = "llama", seed: int = 0, **changes: Any) -> Any:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return model.eval()
-
-
-def log_odds(mean_logps: Tensor) -> Tensor:
-    return mean_logps - torch.log(-torch.expm1(mean_logps))
 
 
 def reference_loss(model: Any, examples: list[dict[str, Any]], beta: float = 0.1, prompt_in_nll: bool = True) -> Tensor:

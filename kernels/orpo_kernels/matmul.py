@@ -23,6 +23,14 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def tf32_allowed() -> bool:
+    """Whether torch may compute float32 matmuls of CUDA in TF32."""
+    matmul = torch.backends.cuda.matmul
+    # fp32_precision came with torch 2.9; where it was set, as transformers' `tf32=True` does, allow_tf32 raises.
+    precision = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
+
+
 def parts(t_VD: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
     """(first, last + 1) row of each part of t for which numbers of `dtype` stand beside it."""
     return strips(t_VD.shape[0], max(1, _PART_BYTES // max(1, t_VD.shape[1] * dtype.itemsize)))

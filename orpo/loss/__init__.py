@@ -5,31 +5,22 @@ Letters: P pairs, T positions, D hidden size, V vocabulary, N rows; equations ar
 
 from __future__ import annotations
 
-from orpo_kernels.plan import choose_backend
 from orpo_kernels.rows import Rows, rows_from_labels
 from orpo_kernels.settings import LossSettings
 from torch import Tensor
 
-from orpo.loss.call import (
-    Names,
-    ORPOOutput,
-    autocast,
-    check_head,
-    check_integers,
-    check_labels,
-    check_row_arrays,
-    is_frozen,
-    run_orpo,
-    wanted_gradients,
-)
+from orpo.loss.call import ORPOOutput, check_labels, check_row_arrays, run_orpo
 from orpo.loss.drop_in import FusedLinearORPOLoss, odds_ratio_loss
+from orpo.loss.logprobs import SequenceLogprobs, sequence_logprobs, token_logprobs
 
 __all__ = [
     "FusedLinearORPOLoss",
     "ORPOOutput",
+    "SequenceLogprobs",
     "odds_ratio_loss",
     "orpo_loss",
     "orpo_loss_from_rows",
+    "sequence_logprobs",
     "token_logprobs",
 ]
 
@@ -151,66 +142,3 @@ def orpo_loss_from_rows(
         backend=backend,
     )
     return run_orpo(hidden, lm_head_weight, lm_head_bias, rows, settings, "rows")
-
-
-def token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    logits_budget: int | None = None,
-    strip_bytes: int | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """Log-probability of each target token, differentiable, without the (N, V) logits (Eqs. 1-2).
-
-    Equivalent to ``log_softmax(hidden @ weight.T + bias, -1).gather(-1, targets[:, None])[:, 0]``; SFT, DPO, SimPO and
-    CPO are a few lines of torch on top. Select the rows that count before the call: every row costs.
-
-    Args:
-        hidden: (N, D).
-        weight: (V, D).
-        targets: (N,) int32 or int64 in [0, V).
-        logits_budget: most bytes of exponentials kept with Triton, as in `orpo_loss`. Default: 0, since each call whose
-            backward is still to come would keep its own, and 1 GiB where weight and bias need no gradient, which
-            leaves none of it behind. On a CPU none are kept.
-        bias, logit_scale, logit_softcap, strip_bytes, backend: as in `orpo_loss`.
-
-    Returns:
-        (N,) float32 (float64 for float64 inputs), in nats.
-
-    Raises:
-        ValueError: a shape, dtype, device or target that does not fit; the message names the argument.
-    """
-    from orpo_kernels.logprobs import linear_logprobs
-
-    if hidden.dim() != 2:
-        raise ValueError(f"hidden has to have shape (rows, hidden size), got {tuple(hidden.shape)}")
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets of shape {tuple(targets.shape)} does not fit hidden of shape {tuple(hidden.shape)}")
-    settings = LossSettings(
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
-        logits_budget=logits_budget,
-        strip_bytes=strip_bytes,
-        backend=backend,
-    )
-    check_integers("targets", targets, hidden)
-    check_head(hidden, weight, bias, Names(weight="weight", bias="bias"))
-    head_frozen = is_frozen(weight, bias)
-    hidden, weight, bias = autocast(hidden, weight, bias)
-    logp, *_ = linear_logprobs(
-        hidden,
-        weight,
-        bias,
-        targets.long(),
-        settings.numbers(),
-        logits_budget=settings.logits_budget,
-        strip_bytes=settings.strip_bytes,
-        backend=choose_backend(settings.backend, hidden.device.type, hidden.dtype, weight.dtype),
-        needs=[*wanted_gradients(hidden, weight, bias), head_frozen],
-    )
-    return logp

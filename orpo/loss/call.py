@@ -227,7 +227,9 @@ def check_device(name: str, tensor: Tensor, hidden: Tensor, hidden_name: str = "
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors as a Linear would see them under the active autocast; float64 is left alone, as there."""
     device = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    # torch.compile of torch 2.8 cannot look into is_autocast_available; what it compiles for has autocast.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    if not (available and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

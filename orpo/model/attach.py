@@ -1,11 +1,11 @@
 """The loss as a part of the model: a language model whose forward also takes ``orpo=``.
 
 ``model(input_ids, ..., orpo=LossCall(rows, ...))`` runs the model's own forward up to its head, and hands the hidden
-states to ``head(hidden, orpo=...)``, which computes the loss in place of the logits. Because the loss is a call of the
-head inside a call of the model, what is hooked to these calls (FSDP's and ZeRO's gathering, DDP's reduction, autocast)
-works as for logits. What replaces a module's forward does not, so that a model spread over devices (``device_map``) is
-refused. Only instances are patched; without ``orpo=`` both forwards are what they were, so generation and
-saving are untouched.
+states to ``head(hidden, orpo=...)``, which computes the loss in place of the logits (`LossCall.of_head`; other calls
+may want something else of the head). Because the loss is a call of the head inside a call of the model, what is hooked
+to these calls (FSDP's and ZeRO's gathering, DDP's reduction, autocast) works as for logits. What replaces a module's
+forward does not, so that a model spread over devices (``device_map``) is refused. Only instances are patched; without
+``orpo=`` both forwards are what they were, so generation and saving are untouched.
 """
 
 from __future__ import annotations
@@ -53,6 +53,19 @@ class LossCall:
     settings: LossSettings = field(default_factory=LossSettings)
     logit_metrics: bool = False
     bias: Tensor | None = None
+
+    def of_head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> dict[str, Any]:
+        """What the head returns for these hidden states."""
+        settings = replace(self.settings, logit_scale=transform.scale, logit_softcap=transform.softcap)
+        check_row_arrays(self.rows, hidden)
+        out = run_orpo(hidden, weight, bias, self.rows, settings, "rows")
+        names = ("loss", "nll_loss", "odds_ratio_loss", "chosen_logps", "rejected_logps", "log_odds", "pair_mask")
+        return {name: getattr(out, name) for name in names} | {"metrics": out.metrics(logits=self.logit_metrics)}
+
+    @staticmethod
+    def output(**values: Any) -> ORPOModelOutput:
+        """What the model returns of them."""
+        return ORPOModelOutput(**values)
 
 
 @dataclass
@@ -210,7 +223,7 @@ def _patch_model(model: nn.Module, fused: FusedHead) -> None:
             kwargs = encode_once(self, kwargs)
         hidden, outputs = fused.run_to_head(torch.zeros(1, 1, 1, device=self.device), args, kwargs)
         result = getattr(fused.owner, fused.attribute)(hidden, orpo=replace(orpo, bias=added_bias(self)))
-        return ORPOModelOutput(**result, aux_loss=outputs.get("aux_loss"))
+        return orpo.output(**result, aux_loss=outputs.get("aux_loss"))
 
     # Generation asks the signature which arguments the model takes. functools.wraps would set __wrapped__ as well, and
     # accelerate's unwrapping would follow it past this patch.
@@ -234,12 +247,7 @@ def _patch_head(head: nn.Module, transform: LogitTransform) -> None:
         if orpo is None:
             return self._orpo_plain_forward(hidden, *args, **kwargs)
         hidden, weight, bias = head_operands(self, hidden, orpo.bias)
-        transform = self._orpo_transform
-        settings = replace(orpo.settings, logit_scale=transform.scale, logit_softcap=transform.softcap)
-        check_row_arrays(orpo.rows, hidden)
-        out = run_orpo(hidden, weight, bias, orpo.rows, settings, "rows")
-        names = ("loss", "nll_loss", "odds_ratio_loss", "chosen_logps", "rejected_logps", "log_odds", "pair_mask")
-        return {name: getattr(out, name) for name in names} | {"metrics": out.metrics(logits=orpo.logit_metrics)}
+        return orpo.of_head(hidden, weight, bias, self._orpo_transform)
 
     head._orpo_transform = transform
     head._orpo_plain_forward = head.forward

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from orpo_kernels.matmul import tf32_allowed
 from orpo_kernels.rows import Rows
 from orpo_kernels.settings import LossSettings
 from torch import Tensor, nn
@@ -179,8 +180,7 @@ def _matmul_eps(base: nn.Module, device: str) -> float:
     # Layers of 4 bits compute in a dtype of their own, whatever that of the other weights.
     quantized = getattr(getattr(base.config, "quantization_config", None), "bnb_4bit_compute_dtype", None)
     eps = max(torch.finfo(d).eps for d in (dtype, quantized) if isinstance(d, torch.dtype))
-    # Not by get_float32_matmul_precision, which raises once fp32_precision was set, as transformers' `tf32=True` does.
-    tf32 = device == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = device == "cuda" and tf32_allowed()
     return max(eps, 2.0**-10) if tf32 and dtype == torch.float32 else eps
 
 

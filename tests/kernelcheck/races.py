@@ -185,7 +185,8 @@ def checked(races: bool = True) -> Iterator[None]:
         def operation(self, *args, **kwargs):
             result = originals[name](self, *args, **kwargs)
             for argument in args:
-                if "origin" in getattr(argument, "attr", ()):
+                # Not by getattr, for which a tuple of triton 3.4 raises ValueError.
+                if "origin" in getattr(argument, "__dict__", {}).get("attr", ()):
                     result.attr["origin"] = argument.attr["origin"]
             return result
 

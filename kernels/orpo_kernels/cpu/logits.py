@@ -39,7 +39,14 @@ def multiplies_bfloat16() -> bool:
         names = ("avx512_bf16", "amx_bf16", "avx10_2")
     else:
         names = ("bf16", "sve_bf16")
-    return any(torch.cpu.get_capabilities().get(name) for name in names)
+    return any(_capabilities().get(name) for name in names)
+
+
+def _capabilities() -> dict[str, bool]:
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    # torch 2.8 knows these two alone.
+    return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx_bf16": torch.cpu._is_amx_tile_supported()}
 
 
 def compute_dtype(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> torch.dtype:
@@ -61,7 +68,7 @@ def chunk_rows(dtype: torch.dtype) -> int:
     AVX512-BF16); wide heads took as long either way. AMX multiplies so fast that packing would weigh as much as the
     products.
     """
-    small = dtype == torch.bfloat16 and not torch.cpu.get_capabilities().get("amx_bf16")
+    small = dtype == torch.bfloat16 and not _capabilities().get("amx_bf16")
     return 256 if small else CHUNK_ROWS
 
 

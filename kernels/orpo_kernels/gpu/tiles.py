@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from orpo_kernels.gpu import tuning
 from orpo_kernels.head import Head
+from orpo_kernels.matmul import tf32_allowed
 
 
 @dataclass(frozen=True)
@@ -214,9 +215,7 @@ def fastest(kernel: str, candidates: tuple, x_ND: Tensor, head: Head, launch: Ca
 
 def input_precision() -> str:
     """Of float32 matmuls: TF32 only where torch's own setting allows it, and never on AMD, where few chips have it."""
-    # Not by allow_tf32, which raises once fp32_precision was set, as transformers' `tf32=True` does.
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed and torch.version.hip is None else "ieee"
+    return "tf32" if tf32_allowed() and torch.version.hip is None else "ieee"
 
 
 @functools.cache

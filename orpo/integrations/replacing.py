@@ -1,0 +1,81 @@
+"""Methods of another project's trainer replaced, and given back; the loss attached to the model that it trains."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from packaging.version import Version
+from torch import nn
+
+from orpo.model.attach import attach_orpo_loss, base_model
+from orpo.ranks import fsdp_plugin, prepare_ranks
+
+
+class Replacements:
+    """Methods that stand in the place of others, which it remembers. Replacing one twice is as once."""
+
+    def __init__(self) -> None:
+        self.originals: dict[tuple[type, str], Any] = {}
+
+    def replace(self, trainer: type, name: str, method: Any) -> None:
+        """Lets `trainer` and its subclasses have `method` under `name`."""
+        if (trainer, name) not in self.originals:
+            self.originals[trainer, name] = vars(trainer)[name]
+            setattr(trainer, name, method)
+
+    def attach_after_init(self, trainer: type) -> None:
+        """Attaches the loss to the model of each `trainer` that is made, before accelerate wraps the model.
+
+        FSDP cuts it up there, and its head could not be tried any more.
+        """
+        # ms-swift takes TRL's away from it; `check_attached` attaches there.
+        if "__init__" not in vars(trainer):
+            return
+        init = vars(trainer)["__init__"]
+
+        @functools.wraps(init)
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            init(self, *args, **kwargs)
+            prepare_ranks(self.accelerator, self.model)
+            attach_orpo_loss(self.model)
+
+        self.replace(trainer, "__init__", __init__)
+
+    def undo(self) -> None:
+        """Gives every class its own methods back."""
+        for (trainer, name), original in self.originals.items():
+            setattr(trainer, name, original)
+        self.originals.clear()
+
+
+def check_attached(trainer: Any, model: nn.Module) -> None:
+    """Attaches the loss to `model`, as the trainer has wrapped it, where that was not done before.
+
+    Raises:
+        ValueError: torch's DataParallel or FSDP has wrapped it in a way that the loss cannot be called through.
+    """
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "torch's DataParallel would cut the labels in pieces: start one process for each GPU (accelerate launch), "
+            "or show one GPU to this one (CUDA_VISIBLE_DEVICES=0)"
+        )
+    plain = trainer.accelerator.unwrap_model(model)
+    if hasattr(base_model(plain), "_orpo_head"):
+        return
+    if fsdp_plugin(trainer.accelerator) is not None:
+        raise ValueError("FSDP has cut the model before the loss was attached: call patch() before a trainer is made")
+    attach_orpo_loss(plain)
+
+
+def refuse_unknown(package: str, version: str, first: str, beyond: str) -> None:
+    """Refuses a `package` that is older than `first`, or `beyond` or newer, and may have other methods.
+
+    Raises:
+        ImportError: with the versions that are known.
+    """
+    if not Version(first) <= Version(Version(version).base_version) < Version(beyond):
+        raise ImportError(
+            f"{package} {version} is not known to orpo.integrations, which replaces methods of {package} "
+            f">={first},<{beyond}: install one of these, or train with orpo.ORPOTrainer"
+        )

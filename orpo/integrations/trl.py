@@ -1,0 +1,99 @@
+"""TRL's own ORPOTrainer and CPOTrainer, computing their log-probabilities without the full logits.
+
+    import orpo.integrations.trl as fused
+
+    fused.patch()
+
+before a trainer is made; configuration, metrics and logs stay TRL's. `unpatch()` takes it back.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import trl
+from orpo_kernels import reference
+from torch import Tensor, nn
+
+from orpo.integrations.logprobs import LogprobCall
+from orpo.integrations.replacing import Replacements, check_attached, refuse_unknown
+
+# First version whose methods are those that are replaced here, and first that nobody has compared yet.
+KNOWN = "0.24", "1.17"
+
+_replaced = Replacements()
+
+
+def patch() -> None:
+    """Replaces the forward pass of TRL's ORPOTrainer and CPOTrainer, and of their subclasses. Twice is as once.
+
+    Results are TRL's, but for ORPO's pairs with an empty answer, where TRL's loss is NaN: they are left out of the
+    odds-ratio mean; and but for gradients of answers that the model is certain of, which are finite.
+
+    Raises:
+        ImportError: this version of TRL is not known.
+    """
+    refuse_unknown("trl", trl.__version__, *KNOWN)
+    orpo_trainer, cpo_trainer = trainers()
+    for trainer, scores_prompt in ((orpo_trainer, True), (cpo_trainer, False)):
+        _replaced.replace(
+            trainer, "concatenated_forward", functools.partialmethod(_concatenated_forward, scores_prompt)
+        )
+        _replaced.attach_after_init(trainer)
+    _replaced.replace(orpo_trainer, "odds_ratio_loss", _odds_ratio_loss)
+
+
+def unpatch() -> None:
+    """Gives TRL's classes their own methods back; trainers that exist compute as TRL does from their next step."""
+    _replaced.undo()
+
+
+def trainers() -> tuple[type, type]:
+    """TRL's ORPOTrainer and CPOTrainer, wherever its version has them."""
+    try:
+        from trl.experimental.cpo import CPOTrainer
+        from trl.experimental.orpo import ORPOTrainer
+    except ImportError:
+        from trl import CPOTrainer, ORPOTrainer
+    return ORPOTrainer, CPOTrainer
+
+
+def _concatenated_forward(
+    self: Any, scores_prompt: bool, model: nn.Module, batch: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    """TRL's five or six results, with mean logits (scalars) in the place of logits, of which TRL logs the mean."""
+    check_attached(self, model)
+    both = self.concatenated_inputs(batch, device=self.accelerator.device)
+    ids, mask, labels = (both[f"concatenated_{name}"] for name in ("input_ids", "attention_mask", "labels"))
+    pairs = len(batch["chosen_labels"])
+    scored = labels
+    if scores_prompt:
+        # ORPO's NLL, in TRL, is over the prompt too.
+        scored = torch.cat([ids[:pairs].where(mask[:pairs] == 1, -100), labels[pairs:]])
+    router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+    out = model(ids, attention_mask=mask, orpo=LogprobCall(scored, keeps_last=not scores_prompt), **router)
+    logps = out["logps"]
+    chosen = scored[:pairs, 1:] != -100
+    nll = -logps[:pairs].sum() / chosen.sum()
+    answers = labels[:, 1:] != -100
+    scores, lengths = (logps * answers).sum(1), answers.sum(1)
+    if scores_prompt or self.loss_type in ("ipo", "simpo"):
+        # NaN, as in TRL, for an empty answer; from a division by 0 its gradient would be NaN too.
+        scores = (scores / lengths.clamp(min=1)).where(lengths > 0, torch.nan)
+    results = *scores.split(pairs), *out["mean_logits"].unbind(), nll
+    return (*results, out["aux_loss"]) if self.aux_loss_enabled else results
+
+
+def _odds_ratio_loss(
+    self: Any, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """TRL's five; means are over the pairs with two answers."""
+    chosen, rejected = policy_chosen_logps.float(), policy_rejected_logps.float()
+    answered = ~(chosen.isnan() | rejected.isnan())
+    weights = answered * (len(answered) / answered.sum().clamp(min=1))
+    log_odds = reference.log_odds_ratio(chosen.where(answered, -1.0), rejected.where(answered, -1.0))
+    ratio = -reference.softplus(-log_odds) * weights
+    rewards = self.beta * policy_chosen_logps.detach(), self.beta * policy_rejected_logps.detach()
+    return self.beta * ratio, *rewards, ratio.mean(), (log_odds * weights).mean()
