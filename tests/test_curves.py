@@ -89,6 +89,13 @@ def test_runs_differ_in_colour_and_answers_in_dashes(figures, tmp_path):
     assert lines["a chosen"].get_marker() != lines["a rejected"].get_marker()
 
 
+def test_orpo_has_one_colour_whatever_stands_before_it(figures, tmp_path):
+    for runs in (["ORPO"], ["plain fine-tuning", "ORPO, beta 1"]):
+        plot_curves({run: history() for run in runs}, tmp_path / "curves.png")
+    alone, beside = ({line.get_label(): line.get_color() for line in figure.axes[1].lines} for figure in figures)
+    assert alone["ORPO"] == beside["ORPO, beta 1"] == COLOURS[0] != beside["plain fine-tuning"]
+
+
 def test_a_run_without_evaluation_shows_its_training_curve_strong(figures, tmp_path):
     plot_curves({"a": history(evaluated=False)}, tmp_path / "curves.png")
     assert [line.get_alpha() for line in figures[0].axes[1].lines] == [1.0]

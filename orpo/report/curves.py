@@ -73,15 +73,16 @@ def plot_curves(log_histories: Mapping[str, LogHistory], path: str | Path, title
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # ORPO in one colour, whatever it is drawn beside.
+    order = sorted(log_histories, key=lambda run: not run.startswith("ORPO"))
+    colours = {run: COLOURS[i % len(COLOURS)] for i, run in enumerate(order)}
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     held_out = False
     for axes, (panel_title, label, lines) in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
-        for i, (run, history) in enumerate(log_histories.items()):
+        for run, history in log_histories.items():
             for metric, style, suffix, sign in lines:
-                held_out |= _draw(
-                    axes, history, metric, style, sign, COLOURS[i % len(COLOURS)], f"{run} {suffix}".strip()
-                )
+                held_out |= _draw(axes, history, metric, style, sign, colours[run], f"{run} {suffix}".strip())
         _keep_few_points_in_proportion(axes)
         axes.set_title(panel_title, fontsize=11, loc="left")
         axes.set_xlabel("optimizer step")
