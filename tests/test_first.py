@@ -59,6 +59,13 @@ def test_the_names_read_from_source_are_the_options_of_the_parser(monkeypatch):
     assert option_strings() == {name for name in seen[0] if name.startswith("--")}
 
 
+def test_names_that_stand_elsewhere_are_left_to_the_parser(tmp_path, monkeypatch):
+    (tmp_path / "training_args.py").write_text("class Base:\n    output_dir: str\nclass TrainingArguments(Base): ...\n")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    assert option_strings() == set()
+    look(["--lerning_rate", "1"])
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -50,7 +50,7 @@ def look(words: Sequence[str]) -> None:
         print(launch_config(values["print_config"]), end="")
         raise SystemExit(0)
     known = option_strings()
-    if unknown := [words[i] for _, i in given if words[i].partition("=")[0] not in known]:
+    if known and (unknown := [words[i] for _, i in given if words[i].partition("=")[0] not in known]):
         raise ValueError(say_unknown(unknown, known))
     if (config := values.get("config")) is not None:
         find_config(config)
@@ -60,14 +60,19 @@ def look(words: Sequence[str]) -> None:
 
 
 def option_strings() -> set[str]:
-    """Every option of ``orpo-train`` as it is written on the line; of booleans, the form with ``no_`` too."""
+    """Every option of ``orpo-train`` as it is written on the line; of booleans, the form with ``no_`` too.
+
+    Empty with a transformers whose TrainingArguments has its fields elsewhere: names are the parser's to check then.
+    """
     here = Path(__file__).parent
     transformers = Path(importlib.util.find_spec("transformers").origin).parent
     fields = {
         **_fields(here / "arguments.py", "ModelArguments", "DataArguments"),
         **_fields(here.parent / "trainer/config.py", "ORPOConfig"),
-        **_fields(transformers / "training_args.py", "TrainingArguments"),
+        **(theirs := _fields(transformers / "training_args.py", "TrainingArguments")),
     }
+    if "output_dir" not in theirs:
+        return set()
     names = [*OWN, *fields, *(f"no_{name}" for name, is_switch in fields.items() if is_switch)]
     return {f"--{form}" for name in names for form in (name, name.replace("_", "-"))}
 
@@ -80,7 +85,7 @@ def _fields(path: Path, *classes: str) -> dict[str, bool]:
             if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
                 kind, value = ast.unparse(part.annotation), ast.unparse(part.value) if part.value else ""
                 if not kind.startswith("ClassVar") and "init=False" not in value:
-                    found[part.target.id] = "bool" in kind.split(" | ")
+                    found[part.target.id] = kind == "Optional[bool]" or "bool" in kind.split(" | ")
     return found
 
 
