@@ -1,4 +1,4 @@
-"""Bars for each peer in front of each head, in colours that readers with any colour vision can tell apart."""
+"""Bars for each peer in front of each head, and lines of memory that grows, in colours that all can tell apart."""
 
 from __future__ import annotations
 
@@ -25,6 +25,16 @@ PEER_COLOURS = {
     "torch linear_cross_entropy (chunked)": "#333333",
     "torch eager": "#999999",
     "torch compiled": "#CCCCCC",
+}
+
+
+# For readers who do not know the suite's own names.
+LABELS = {
+    "ours": "fused-orpo",
+    "ours (strips)": "fused-orpo, logits_budget 0",
+    "trl": "TRL",
+    "liger compiled": "Liger, compiled",
+    "cce": "CCE, compiled",
 }
 
 
@@ -77,3 +87,47 @@ def bars(
     figure.savefig(path, dpi=110, metadata={"Description": fingerprint(everything)})
     plt.close(figure)
     return True
+
+
+def growth(panels: dict[str, tuple[str, list[dict]]], path: Path, caption: str) -> None:
+    """Memory of each peer over one size, a panel each.
+
+    Args:
+        panels: title -> the size on the axis, a field of the records, and the records, one size changed in each.
+        path: where the picture goes.
+        caption: what is measured, and where.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, StrMethodFormatter
+
+    everything = [r for _, records in panels.values() for r in records]
+    peers = [p for p in PEER_COLOURS if any(r["peer"] == p for r in everything)]
+    figure = Figure(figsize=(9, 3.9))
+    FigureCanvasAgg(figure)
+    for axis, (title, (size, records)) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for peer in peers:
+            points = sorted((r[size], r["peak_bytes"] / 2**20) for r in records if r["peer"] == peer)
+            # Others dashed on top of ours: CCE's line is the same as ours where one block holds all rows.
+            look = {"linewidth": 2.6} if peer.startswith("ours") else {"linewidth": 1.5, "linestyle": "--", "zorder": 3}
+            axis.plot(
+                *zip(*points, strict=True), color=PEER_COLOURS[peer], label=peer, marker="o", markersize=4, **look
+            )
+        sizes = sorted({r[size] for r in records})
+        # Doubled each time, the second tick would stand on the first one's number.
+        axis.xaxis.set_major_locator(FixedLocator(sizes[:1] + sizes[2:]))
+        for ticks in (axis.xaxis, axis.yaxis):
+            ticks.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axis.set_ylim(bottom=0)
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_ylabel("MiB")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
+    names = [LABELS.get(peer, peer) for peer in handles]
+    figure.legend(handles.values(), names, ncols=len(peers), fontsize=9, loc="upper center", frameon=False)
+    figure.supxlabel(textwrap.fill(caption, 150), fontsize=8)
+    figure.tight_layout(rect=(0, 0.01, 1, 0.93))
+    figure.savefig(path, dpi=110, metadata={"Description": fingerprint(everything)})

@@ -369,4 +369,60 @@ TRAINING = [
             "test_saved_resumed_and_asked",
         ),
     ),
+    *_in(
+        "cli/first.py",
+        "test_first.py",
+        (
+            "first: options with hyphens are none",
+            'for form in (name, name.replace("_", "-"))',
+            "for form in (name,)",
+            "test_what_the_parser_has_to_judge_is_left_to_it",
+        ),
+    ),
+    *_in(
+        "runs/finished.py",
+        "test_first.py",
+        (
+            "finished: whatever is gone",
+            "return step if whole else None",
+            "return step",
+            "test_a_finished_run_called_again_writes_nothing",
+        ),
+    ),
+    *_in(
+        "runs/signals.py",
+        "test_first.py",
+        (
+            "Ctrl-C: a second one waits too",
+            "            raise KeyboardInterrupt",
+            "            return",
+            "test_ctrl_c_twice_or_without_saves_ends_at_once",
+        ),
+        (
+            "Ctrl-C: the handler stays",
+            "signal.signal(signal.SIGINT, before)",
+            "pass",
+            "test_ctrl_c_saves_the_step_in_progress_and_says_how_to_go_on",
+        ),
+    ),
+    *_in(
+        "trainer/start.py",
+        "test_first.py",
+        (
+            "start: two numbers of 4 bits are one",
+            "return 2 * parameter.element_size() * count if",
+            "return count if",
+            "test_numbers_of_4_bits_are_counted_by_twos",
+        ),
+    ),
+    *_in(
+        "report/glossary.py",
+        "test_page.py",
+        (
+            "report: a metric that ends as another",
+            "return max(found)[1:]",
+            "return found[0][1:]",
+            "test_a_metric_is_explained_by_its_whole_name",
+        ),
+    ),
 ]

@@ -25,6 +25,35 @@ def test_what_is_committed_is_what_the_report_writes(stored):
     assert (ROOT / "benchmarks" / "RESULTS.md").read_text() == report.pages(stored)
     shown = [r for part in report.drawn(stored).values() for r in part]
     assert Image.open(report.PICTURE).info["Description"] == pictures.fingerprint(shown)
+    shown = [r for _, part in report.growing(stored).values() for r in part]
+    assert Image.open(report.MEMORY).info["Description"] == pictures.fingerprint(shown)
+
+
+def test_the_page_is_short_and_all_has_every_case(stored, capsys):
+    page = (ROOT / "benchmarks" / "RESULTS.md").read_text()
+    assert len(page.split()) < 3000 and "| training step |" in page and "random words" not in page
+    before = report.MEMORY.stat().st_mtime_ns
+    report.main(["--all"])
+    printed = capsys.readouterr().out
+    for title in ("Another is more than 5 % faster than ours", "Eight heads", "Frozen head", "Accuracy"):
+        assert f"\n## {title}\n" in printed and f"\n## {title}\n" not in page
+    assert "random words" in printed and report.MEMORY.stat().st_mtime_ns == before
+
+
+def test_the_picture_of_memory_has_every_peer_at_every_size(stored, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: saved.append(self))
+    pictures.growth(report.growing(stored), tmp_path / "memory.png", "where")
+    by_vocabulary, by_length = saved[0].axes
+    for axis, sizes in ((by_vocabulary, [8192, 16384, 32768, 65536, 131072]), (by_length, [64, 128, 256, 512])):
+        assert [list(line.get_xdata()) for line in axis.lines] == [sizes] * 5
+        colours = {line.get_label(): line.get_color() for line in axis.lines}
+        assert colours == {peer: pictures.PEER_COLOURS[peer] for peer in colours} and axis.get_ylim()[0] == 0
+    # As stored: TRL's at the longest sequence, and ours by strips.
+    ends = {line.get_label(): round(line.get_ydata()[-1]) for line in by_length.lines}
+    assert (ends["trl"], ends["ours"], ends["ours (strips)"]) == (895, 169, 98)
 
 
 def test_the_table_of_the_readme_is_of_stored_figures(stored):

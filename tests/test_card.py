@@ -30,15 +30,26 @@ def test_the_card_says_what_was_run(tmp_path):
     data = [*ROWS, {"prompt": "hello", "chosen": "", "rejected": ""}]
     trainer = trained(tmp_path, train_dataset=data, preset="paper", max_length=64, gradient_accumulation_steps=2)
     (tmp_path / "curves.png").touch()
-    trainer.create_model_card(dataset="someone/pairs", tags="chat", license="mit", model_name="tuned")
+    trainer.create_model_card(
+        dataset="someone/pairs", eval_dataset="/home/me/held-out.jsonl", tags="chat", license="mit", model_name="tuned"
+    )
     card = card_of(tmp_path)
     assert card.data.tags == ["orpo", "generated_from_trainer", "chat"]
     assert (card.data.datasets, card.data.license, card.data.library_name) == (["someone/pairs"], "mit", "transformers")
     loss = trainer.state.log_history[-1]["eval_loss"]
     for expected in (
-        *("# tuned", "* `someone/pairs`", "* train: kept 7 of 8: 1 empty", "* eval: kept 7 of 7"),
+        *(
+            "# tuned",
+            "* `someone/pairs`",
+            "* `held-out.jsonl`, held out",
+            "* train: kept 7 of 8: 1 empty",
+            "* eval: kept 7 of 7",
+        ),
         *("* beta 1.0, nll_weight 1.0 (preset `paper`)", "prompt and chosen answer, without end-of-sequence tokens"),
-        *("8 pairs an optimizer step on 1 process; 2 steps were taken", "| `learning_rate` | 0.001 |"),
+        *(
+            "8 pairs an optimizer step on 1 process, learning rate 0.001; 2 steps were taken",
+            "| `learning_rate` | 0.001 |",
+        ),
         *("| `max_length` | 64 |", f"| `loss` | {loss:.4g} | 2 |", "(curves.png)", "eprint = {2403.07691}"),
         *("@software{fused_orpo", f"* transformers {transformers.__version__}"),
     ):

@@ -81,17 +81,43 @@ def test_each_panel_draws_its_metric(figures, tmp_path):
 
 
 def test_runs_differ_in_colour_and_answers_in_dashes(figures, tmp_path):
-    plot_curves({"a": history(), "b": history()}, tmp_path / "curves.png")
+    third = {f"eval_{m}": 0.0 for m in METRICS} | {"step": 20}
+    plot_curves({"a": [*history(), third], "b": [*history(), third]}, tmp_path / "curves.png")
     lines = {line.get_label(): line for line in figures[0].axes[0].lines}
     assert lines["a chosen"].get_color() == lines["a rejected"].get_color() != lines["b chosen"].get_color()
     assert lines["a chosen"].get_linestyle() != lines["a rejected"].get_linestyle()
     assert lines["a chosen"].get_marker() != lines["a rejected"].get_marker()
 
 
+def test_orpo_has_one_colour_whatever_stands_before_it(figures, tmp_path):
+    for runs in (["ORPO"], ["plain fine-tuning", "ORPO, beta 1"]):
+        plot_curves({run: history() for run in runs}, tmp_path / "curves.png")
+    alone, beside = ({line.get_label(): line.get_color() for line in figure.axes[1].lines} for figure in figures)
+    assert alone["ORPO"] == beside["ORPO, beta 1"] == COLOURS[0] != beside["plain fine-tuning"]
+
+
 def test_a_run_without_evaluation_shows_its_training_curve_strong(figures, tmp_path):
     plot_curves({"a": history(evaluated=False)}, tmp_path / "curves.png")
     assert [line.get_alpha() for line in figures[0].axes[1].lines] == [1.0]
     assert figures[0].get_suptitle() == "training batches"
+
+
+def entries(values):
+    return [{"step": i + 1, "nll_loss": value} for i, value in enumerate(values)]
+
+
+def test_few_points_are_marked_and_two_are_no_trend(figures, tmp_path):
+    for values in ([2.0, 2.001], [2.0, 2.001, 2.002], [2.0 + i / 1000 for i in range(31)]):
+        plot_curves({"a": entries(values)}, tmp_path / "curves.png")
+    two, three, many = (figure.axes[2] for figure in figures)
+    styles = [(axes.lines[0].get_linestyle(), axes.lines[0].get_marker()) for axes in (two, three, many)]
+    assert styles == [("None", "o"), ("-", "o"), ("-", "")]
+    low, high = two.get_ylim()
+    # A tenth of the value, around both: half a thousandth is no slope to be seen.
+    assert 0.19 < high - low < 0.22 and low < 2.0 < 2.001 < high
+    assert all(tick == round(tick) for tick in two.get_xticks())
+    low, high = three.get_ylim()
+    assert high - low < 0.01
 
 
 def test_neighbouring_colours_differ_in_brightness_for_any_colour_vision():

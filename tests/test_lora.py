@@ -11,6 +11,8 @@ from trainers import logged, make_args, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from orpo import ORPOTrainer, merge, train
+from orpo.cli.arguments import parse
+from orpo.cli.run import train as run_train
 from orpo.merge import merge_adapter
 from orpo.trainer.adapt import wrap_peft
 
@@ -98,7 +100,7 @@ def test_the_merged_model_gives_the_adapters_logits(adapted, tied, tmp_path):
 def test_the_logits_of_training_are_those_of_the_saved_adapter(tmp_path):
     save_base(tmp_path / "base", tie_word_embeddings=True)
     line = lora_line(tmp_path / "base", tmp_path / "out", lora_target_modules=["q_proj", "lm_head"])
-    trainer = train.train(*train.parse(line))
+    trainer = run_train(*parse(line))
     merged = merge_adapter(tmp_path / "out", tmp_path / "merged")
     assert torch.allclose(logits(merged), logits(trainer.model), atol=1e-5)
 
@@ -183,7 +185,7 @@ def test_four_bits(tmp_path):
     save_base(tmp_path / "base", hidden_size=64, intermediate_size=128, head_dim=32)
     line = lora_line(tmp_path / "base", tmp_path / "out", load_in_4bit=True, use_bnb_nested_quant=True)
     line += ["--lora_target_modules", "all-linear", "--merge_adapter", "true"]
-    trainer = train.train(*train.parse(line))
+    trainer = run_train(*parse(line))
     assert trainer.model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.uint8
     losses = logged(trainer, "loss")
     assert len(losses) == 3 and losses[-1] < losses[0]

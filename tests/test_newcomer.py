@@ -11,6 +11,7 @@ from tiny import CHATML, ROWS, SMALL, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, ViTConfig
 
 from orpo import ORPOTrainer, train
+from orpo.cli.arguments import parse
 from orpo.cli.errors import run_command
 
 NAME = "is_gradient_checkpointing"
@@ -195,10 +196,10 @@ def test_a_refused_run_leaves_what_was_there(folder, tmp_path):
 def test_bare_bf16_is_true_and_a_cpu_has_to_be_named(tmp_path, monkeypatch):
     monkeypatch.setattr("orpo.trainer.config.is_torch_bf16_gpu_available", lambda: False)
     line = ["--output_dir", str(tmp_path), "--bf16"]
-    assert train.parse([*line, "--use_cpu"])[2].bf16 is True
-    assert train.parse([*line, "false", "--use_cpu", "--nll_scores_eos"])[2].nll_scores_eos is True
+    assert parse([*line, "--use_cpu"])[2].bf16 is True
+    assert parse([*line, "false", "--use_cpu", "--nll_scores_eos"])[2].nll_scores_eos is True
     with pytest.raises(ValueError, match="on a CPU, add --use_cpu"):
-        train.parse(line)
+        parse(line)
 
 
 def test_a_file_of_held_out_pairs_needs_no_split(folder, tmp_path):

@@ -10,7 +10,8 @@ from tiny import ROWS, make_model, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md"]
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+PAGES += [ROOT / "benchmarks/README.md", ROOT / "examples/README.md"]
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 

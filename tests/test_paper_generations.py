@@ -215,7 +215,7 @@ def test_the_page_and_its_picture_are_made_of_the_stored_results():
     stored = (*stored, winrates.read(diversity.SLOW_RESULTS))
     page = (PAPER / "generations.md").read_text()
     assert page == generations.with_blocks(page, generations.blocks(*stored))
-    picture = Image.open(PAPER / "results" / "winrates.png")
+    picture = Image.open(PAPER / "results" / "rewards.png")
     assert picture.info["Description"] == generations.fingerprint(stored[0])
 
 

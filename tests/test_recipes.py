@@ -14,6 +14,8 @@ from tiny import SEVEN, make_model, make_tokenizer, trained_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo import train
+from orpo.cli.arguments import parse
+from orpo.cli.run import train as run_train
 from orpo.recipes import find_config, recipe_names, smollm2
 from orpo.recipes.smollm2 import convert, download
 
@@ -72,7 +74,7 @@ def test_each_recipe_has_its_architecture():
 def test_every_setting_is_known_and_arrives(name, tmp_path):
     settings = yaml.safe_load(find_config(name).read_text())
     bf16 = {"bf16": False} if settings.get("bf16") else {}
-    parsed = train.parse(["--config", name, *line(output_dir=tmp_path, use_cpu=True, **bf16)])
+    parsed = parse(["--config", name, *line(output_dir=tmp_path, use_cpu=True, **bf16)])
     arrived = {key: value for part in parsed for key, value in vars(part).items()}
     for key, value in settings.items():
         if key not in ("output_dir", *bf16):
@@ -128,8 +130,8 @@ def test_steps_of_a_tiny_model(name, tmp_path):
     splits = {
         f"dataset_{s}_split": settings.get(f"dataset_{s}_split", s).replace("_prefs", "") for s in ("train", "test")
     }
-    trainer = train.train(
-        *train.parse([
+    trainer = run_train(
+        *parse([
             "--config", name,
             *line(model_name_or_path=tmp_path / "model", dataset_name=tmp_path / "data", output_dir=tmp_path / "out"),
             *line(**CPU, **SHORT, **splits, do_eval=True),
@@ -168,7 +170,7 @@ def test_settings_that_the_sources_have():
 
 def test_an_unknown_recipe_names_those_there_are(tmp_path):
     with pytest.raises(ValueError, match=r"'smollm3': no such file, and no recipe; the recipes are gemma-2-2b, .*smo"):
-        train.parse(["--config", "smollm3"])
+        parse(["--config", "smollm3"])
 
 
 def test_recipes_are_listed(capsys):
@@ -182,7 +184,7 @@ def test_recipes_are_listed(capsys):
 def test_a_template_in_a_file(tmp_path):
     make_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "turns.jinja").write_text("{{ messages[0]['content'] }}")
-    model_args, _, args = train.parse(
+    model_args, _, args = parse(
         line(model_name_or_path=tmp_path, chat_template=tmp_path / "turns.jinja", output_dir=tmp_path, use_cpu=True)
     )
     assert model_args.tokenizer(args).chat_template == "{{ messages[0]['content'] }}"

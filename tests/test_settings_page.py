@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from orpo.cli.arguments import DataArguments, ModelArguments
 from orpo.cli.settings_page import settings_table
-from orpo.train import DataArguments, ModelArguments
 from orpo.trainer.config import ORPOConfig
 
 TABLE = Path(__file__).resolve().parents[1] / "docs/settings.md"

@@ -14,6 +14,8 @@ from trainers import make_args
 from transformers import AutoModelForCausalLM
 
 from orpo import ORPOTrainer, train
+from orpo.cli.arguments import parse
+from orpo.cli.run import train as run_train
 from orpo.generation import load
 from orpo.merge import merge_adapter
 from orpo.model.load import load_tokenizer
@@ -50,11 +52,11 @@ def adapted(folder):
 
 def line(adapter, output, *more):
     options = f"--model_name_or_path {adapter} --dataset_name {adapter.parent / 'pairs.jsonl'} --output_dir {output}"
-    return train.parse([*f"{options} --max_steps 2 --learning_rate 1e-2 --use_cpu --report_to none".split(), *more])
+    return parse([*f"{options} --max_steps 2 --learning_rate 1e-2 --use_cpu --report_to none".split(), *more])
 
 
 def test_an_adapter_by_name_is_trained_further(adapter, tmp_path, capsys):
-    trainer = train.train(*line(adapter, tmp_path / "out"))
+    trainer = run_train(*line(adapter, tmp_path / "out"))
     assert f"{adapter} is an adapter on {tmp_path / 'base'}: it is trained further" in capsys.readouterr().out
     trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
@@ -74,7 +76,7 @@ def test_a_trainer_starts_from_what_the_adapter_computes(adapter, tmp_path):
 
 
 def test_a_new_adapter_is_trained_on_the_merged_one_and_found_again(adapter, tmp_path, capsys):
-    trainer = train.train(*line(adapter, tmp_path / "out", "--use_peft", "--merge_adapter"))
+    trainer = run_train(*line(adapter, tmp_path / "out", "--use_peft", "--merge_adapter"))
     merged = tmp_path / "out" / "base"
     assert f"it is merged, in {merged}, and the new adapter is trained on that" in capsys.readouterr().out
     assert trainer.model.peft_config["default"].base_model_name_or_path == str(merged)
@@ -82,7 +84,7 @@ def test_a_new_adapter_is_trained_on_the_merged_one_and_found_again(adapter, tmp
     for folder in (tmp_path / "out", tmp_path / "out" / "merged"):
         assert torch.allclose(logits(load(str(folder), device="cpu")[0]), expected, atol=1e-5)
     before = (merged / "model.safetensors").stat().st_mtime_ns
-    train.train(*line(adapter, tmp_path / "out", "--use_peft", "--max_steps", "3"))
+    run_train(*line(adapter, tmp_path / "out", "--use_peft", "--max_steps", "3"))
     assert (merged / "model.safetensors").stat().st_mtime_ns == before
     # Another adapter of that name is merged anew.
     shutil.copy(tmp_path / "out" / "adapter_config.json", adapter / "adapter_config.json")
@@ -92,16 +94,16 @@ def test_a_new_adapter_is_trained_on_the_merged_one_and_found_again(adapter, tmp
     (adapter / "adapter_config.json").write_text(
         json.dumps({**config, "base_model_name_or_path": str(tmp_path / "base")})
     )
-    train.train(*line(adapter, tmp_path / "out", "--use_peft", "--resume_from_checkpoint", "false"))
+    run_train(*line(adapter, tmp_path / "out", "--use_peft", "--resume_from_checkpoint", "false"))
     assert (merged / "model.safetensors").stat().st_mtime_ns != before
 
 
 @pytest.mark.parametrize("more", [[], ["--use_peft"]], ids=["further", "merged first"])
 def test_a_run_from_an_adapter_resumes(more, adapter, tmp_path):
     saving = [*more, "--save_steps", "1", "--lr_scheduler_type", "constant"]
-    whole = train.train(*line(adapter, tmp_path / "whole", *saving))
-    train.train(*line(adapter, tmp_path / "halves", *saving, "--max_steps", "1"))
-    resumed = train.train(*line(adapter, tmp_path / "halves", *saving))
+    whole = run_train(*line(adapter, tmp_path / "whole", *saving))
+    run_train(*line(adapter, tmp_path / "halves", *saving, "--max_steps", "1"))
+    resumed = run_train(*line(adapter, tmp_path / "halves", *saving))
     assert resumed.state.global_step == 2
     assert torch.allclose(logits(resumed.model), logits(whole.model), atol=1e-5)
     newest, _ = load(str(tmp_path / "halves" / "checkpoint-2"), device="cpu")

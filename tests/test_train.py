@@ -12,6 +12,7 @@ from tiny import ROWS, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from orpo import train
+from orpo.cli.arguments import parse
 from orpo.data.sources import NoSuchSplit, load_pairs, reader_for
 
 
@@ -156,7 +157,7 @@ def test_lora_from_the_command_line(files, tmp_path):
 
 def test_all_linear_reaches_peft_as_its_word(tmp_path):
     line = ["--use_peft", "true", "--lora_target_modules", "all-linear", "--output_dir", str(tmp_path)]
-    assert train.parse(line)[0].peft_config().target_modules == "all-linear"
+    assert parse(line)[0].peft_config().target_modules == "all-linear"
 
 
 def test_a_file_gives_defaults_that_the_line_overrides(tmp_path):
@@ -165,7 +166,7 @@ def test_a_file_gives_defaults_that_the_line_overrides(tmp_path):
         "model_name_or_path: m\nlearning_rate: 8e-6\nbeta: 0.5\nuse_peft: true\nlora_target_modules: [q_proj]\n"
     )
     line = ["--config", str(file), "--beta", "0.25", "--output_dir", str(tmp_path)]
-    model_args, data_args, args = train.parse(line)
+    model_args, data_args, args = parse(line)
     assert (model_args.model_name_or_path, model_args.use_peft) == ("m", True)
     assert model_args.peft_config().target_modules == {"q_proj"}
     assert (args.learning_rate, args.beta, data_args.dataset_train_split) == (8e-6, 0.25, "train")
@@ -178,7 +179,7 @@ def test_a_file_gives_defaults_that_the_line_overrides(tmp_path):
 def test_files_with_mistakes(text, message, tmp_path):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
-        train.parse(["--config", str(tmp_path / "run.yaml")])
+        parse(["--config", str(tmp_path / "run.yaml")])
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from . import diversity, winrates
 from .report import spread, with_blocks
 
 PAGE = Path(__file__).parent / "generations.md"
-PICTURE = winrates.RESULTS.with_suffix(".png")
+PICTURE = winrates.RESULTS.with_name("rewards.png")
 # The slides' colours: SFT blue, DPO orange, ORPO red.
 MODEL_COLOURS = {"sft": COLOURS[1], "dpo": COLOURS[4], "orpo": COLOURS[0]}
 

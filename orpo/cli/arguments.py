@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from orpo.cli.errors import OneLineErrors
-from orpo.cli.other_names import advice
+from orpo.cli.other_names import say_unknown
 from orpo.cli.run_file import read_run_file
 from orpo.cli.short_help import short_help
 from orpo.data.sources import NoSuchSplit, load_pairs
@@ -247,7 +247,7 @@ def parse(argv: Sequence[str], description: str | None = None) -> tuple[ModelArg
                 error.add_note(f"--config {config} sets {name} to {options[name]}")
         raise
     if left:
-        raise ValueError(_unknown(left, parser._option_string_actions))
+        raise ValueError(say_unknown(left, parser._option_string_actions))
     return tuple(arguments)
 
 
@@ -283,17 +283,6 @@ class _Parser(OneLineErrors, HfArgumentParser):
             "A checkpoint or a folder of them; true: the newest in output_dir, which has to be there; false: start "
             "anew. Left out: go on from the newest complete one in output_dir, if there is one."
         )
-
-
-def _unknown(words: Sequence[str], known: Collection[str]) -> str:
-    """What to say of `words` on the line that are no options, with the nearest of those that are."""
-    texts = []
-    for word in words:
-        name = word.partition("=")[0]
-        said = advice(name.removeprefix("--"), known, prefix="--" if name.startswith("--") else "")
-        if word.startswith("--") or (said or "").startswith("did"):
-            texts.append(f"{word} is no option" + (f", {said}" if said else ""))
-    return "; ".join(texts or [f"nothing takes {' '.join(words)}"])
 
 
 class _ShortHelp(argparse.Action):

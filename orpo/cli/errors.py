@@ -10,8 +10,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import torch
-
 TRACEBACK = "ORPO_TRACEBACK"
 
 # Packages whose ValueErrors speak to the user; one from anywhere else is a fault, of which the place matters.
@@ -52,7 +50,8 @@ def run_command(name: str, main: Callable[[], Any]) -> None:
     except KeyboardInterrupt as error:
         if os.environ.get(TRACEBACK):
             raise
-        print("\n".join([f"\n{name}: interrupted", *getattr(error, "__notes__", ())]), file=sys.stderr)
+        said = f"\n{name}: interrupted{error}"
+        print("\n".join([said, *getattr(error, "__notes__", ())]), file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
@@ -61,7 +60,9 @@ def run_command(name: str, main: Callable[[], Any]) -> None:
             raise
         text = "\n".join([str(error) or type(error).__name__, *getattr(error, "__notes__", ())])
         print(f"{name}: {text}", file=sys.stderr)
-        print(f"({type(error).__name__}; with {TRACEBACK}=1 in the environment: where it was raised)", file=sys.stderr)
+        if not _speaks_for_itself(error):
+            hint = f"({type(error).__name__}; with {TRACEBACK}=1 in the environment: where it was raised)"
+            print(hint, file=sys.stderr)
         raise SystemExit(getattr(error, "exit_code", 1)) from None
     finally:
         _nobody_reads()
@@ -69,8 +70,10 @@ def run_command(name: str, main: Callable[[], Any]) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory, of an accelerator or of the machine, did not suffice."""
-    # torch has a class for the memory of accelerators only.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    # torch, which takes seconds to load, has a class for the memory of accelerators only.
+    torch = sys.modules.get("torch")
+    kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
 
 
 def _nobody_reads() -> bool:
@@ -91,12 +94,19 @@ def _nobody_reads() -> bool:
 def _is_the_users(error: Exception) -> bool:
     if isinstance(error, OSError | ImportError) or out_of_memory(error):
         return True
-    module = _raised_in(error)
-    # `python -m orpo.train` is called __main__.
-    ours = module.partition(".")[0] in ("orpo", "orpo_kernels", "__main__")
-    if ours:
+    if _is_ours(error):
         return isinstance(error, ValueError | RuntimeError | FloatingPointError)
-    return isinstance(error, ValueError) and module.partition(".")[0] in _SPEAKING
+    return isinstance(error, ValueError) and _raised_in(error).partition(".")[0] in _SPEAKING
+
+
+def _speaks_for_itself(error: Exception) -> bool:
+    """Whether this package refuses what it was given, in words that a traceback would add nothing to."""
+    return (_is_ours(error) and isinstance(error, ValueError | ImportError)) or hasattr(error, "exit_code")
+
+
+def _is_ours(error: Exception) -> bool:
+    # `python -m orpo.train` is called __main__.
+    return _raised_in(error).partition(".")[0] in ("orpo", "orpo_kernels", "__main__")
 
 
 def _raised_in(error: Exception) -> str:

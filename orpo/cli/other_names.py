@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 _HELD_OUT = "dataset_test_split 'train[:5%]' and dataset_train_split 'train[5%:]'"
 _ORPO = "nothing: orpo-train does ORPO alone, leave it out"
@@ -70,3 +70,14 @@ def advice(name: str, known: Collection[str], prefix: str = "") -> str | None:
         return f"the name in {tool} for {ours}"
     near = difflib.get_close_matches(prefix + name, known, n=1)
     return f"did you mean {near[0]}?" if near else None
+
+
+def say_unknown(words: Sequence[str], known: Collection[str]) -> str:
+    """What to say of `words` on the line that are no options, with the nearest of those that are."""
+    texts = []
+    for word in words:
+        name = word.partition("=")[0]
+        said = advice(name.removeprefix("--"), known, prefix="--" if name.startswith("--") else "")
+        if word.startswith("--") or (said or "").startswith("did"):
+            texts.append(f"{word} is no option" + (f", {said}" if said else ""))
+    return "; ".join(texts or [f"nothing takes {' '.join(words)}"])

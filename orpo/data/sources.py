@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo.data.file_check import LINES_OF_A_STREAM, OPENERS, check_file
+from orpo.data.kinds import READERS, reader_for, refuse_missing
 from orpo.data.mixed_forms import (
     as_json_columns,
     decode_columns,
@@ -26,17 +27,6 @@ from orpo.data.mixed_forms import (
 from orpo.data.splits import NoSuchSplit, from_disk, is_saved, refuse_splits, which_splits
 from orpo.hub import check_hub_name
 from orpo.packages import require
-
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
-COMPRESSIONS = (*OPENERS, ".zst")
-
-
-def reader_for(path: str | Path) -> str | None:
-    """The ``datasets`` reader for a file of this name ("pairs.jsonl.gz" -> "json"), or None."""
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    return READERS.get(suffixes[-1]) if suffixes else None
 
 
 def as_dataset(data: Any) -> Any:
@@ -98,9 +88,8 @@ def load_pairs(name: str, split: str = "train", *, config: str | None = None, st
             raise ValueError(f"{name} is of no known kind; it has to end in {', '.join(READERS)}, compressed or not")
         # The name of a file that is there is no pattern, though [0-2] in it could be one.
         arguments: dict[str, Any] = {"path": reader, "data_files": glob.escape(str(path))}
-    elif (name.startswith((".", "/", "~")) or reader_for(name) is not None) and not path.exists():
-        raise ValueError(f"there is no file or folder {name}")
     else:
+        refuse_missing(name)
         check_hub_name(name, "dataset")
         if path.is_dir() and glob.has_magic(str(path.absolute())):
             raise ValueError(

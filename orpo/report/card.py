@@ -54,6 +54,7 @@ def model_card(
     dataset: str | Sequence[str] | None = None,
     dataset_args: str | Sequence[str] | None = None,
     dataset_tags: str | Sequence[str] | None = None,
+    eval_dataset: str | None = None,
     license: str | None = None,
     language: str | Sequence[str] | None = None,
     tags: str | Sequence[str] | None = None,
@@ -70,6 +71,7 @@ def model_card(
         dataset: names of the data sets; a local file is named without its folder, and not linked.
         dataset_args: a configuration or a split, for each of `dataset`.
         dataset_tags: data sets on the hub that the metadata links. Default: those in `dataset` that are not local.
+        eval_dataset: name of the held-out pairs, if they are not a part of `dataset`.
         license: Default: that in the card of a local base model; left out where it is not known.
         language, tags, tasks: of the metadata. Tags are added to "orpo" and "generated_from_trainer".
 
@@ -98,7 +100,7 @@ def model_card(
         f"{_described(base, adapters)}{f' (made from {code(origin)})' if origin else ''}, trained on preference pairs "
         "with [ORPO](https://arxiv.org/abs/2403.07691), Odds Ratio Preference Optimization, by fused-orpo.",
         "## Data",
-        _data(trainer, names, _listed(dataset_args)),
+        _data(trainer, names, _listed(dataset_args), eval_dataset),
         "## Loss",
         _loss(trainer.args, encoder_decoder),
         "## Settings",
@@ -153,19 +155,26 @@ def _described(base: str | None, adapters: dict[str, Any]) -> str:
     return f"A LoRA on {name}" if adapters else name[0].upper() + name[1:]
 
 
-def _data(trainer: Any, names: list[str], details: list[str]) -> str:
+def _data(trainer: Any, names: list[str], details: list[str], eval_dataset: str | None) -> str:
     labels = [f"{_shown_name(n)} ({text(d)})" for n, d in zip(names, details, strict=False)]
     labels += [_shown_name(n) for n in names[len(labels) :]]
-    lines = [f"* {label}" for label in labels]
+    if eval_dataset is not None:
+        labels.append(f"{_shown_name(eval_dataset)}, held out")
+    return "\n".join(f"* {line}" for line in [*labels, *map(text, describe_rows(trainer))])
+
+
+def describe_rows(trainer: Any) -> list[str]:
+    """A line for each set of pairs: how many rows were kept, and what was dropped and cut."""
     held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
+    lines = []
     for name, data in {"train": trainer.train_dataset, **held_out}.items():
         if data is None:
             continue
         summary = getattr(data, SUMMARY, None)
         if summary is None:
             summary = f"{name}: {len(data):,} pairs" if hasattr(data, "__len__") else f"{name}: a stream"
-        lines.append(f"* {text(summary)}")
-    return "\n".join(lines)
+        lines.append(summary)
+    return lines
 
 
 def _loss(args: Any, encoder_decoder: bool) -> str:
@@ -184,6 +193,14 @@ def _loss(args: Any, encoder_decoder: bool) -> str:
 
 
 def _settings(trainer: Any, adapters: dict[str, Any]) -> str:
+    head, changed = describe_settings(trainer, adapters)
+    if not changed:
+        return f"{head}. All settings are the defaults."
+    return f"{head}. What differs from the defaults:\n\n" + table(("setting", "value"), changed.items())
+
+
+def describe_settings(trainer: Any, adapters: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What a run took a step with and how fast, as a sentence; and its settings that differ from the defaults."""
     args = trainer.args
     values, defaults = args.to_dict(), type(args).__dataclass_fields__
     changed = {name: values[name] for name in SHOWN if values[name] != _json(defaults[name].default)}
@@ -198,9 +215,7 @@ def _settings(trainer: Any, adapters: dict[str, Any]) -> str:
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     head = f"{pairs} pairs an optimizer step on {args.world_size} process{'es' if args.world_size > 1 else ''}"
     steps = f"; {trainer.state.global_step} steps were taken" if trainer.state.global_step else ""
-    if not changed:
-        return f"{head}{steps}. All settings are the defaults."
-    return f"{head}{steps}. What differs from the defaults:\n\n" + table(("setting", "value"), changed.items())
+    return f"{head}, learning rate {args.learning_rate:g}{steps}", changed
 
 
 def _json(value: Any) -> Any:
@@ -208,9 +223,23 @@ def _json(value: Any) -> Any:
 
 
 def _evaluation(trainer: Any) -> list[str]:
-    """Heading and table of each held-out metric: of the best weights where they were loaded, else its last value.
+    """Heading and table of each held-out metric; nothing where nothing was evaluated."""
+    latest, best = held_out_metrics(trainer)
+    if not latest:
+        return []
+    parts = ["## Held-out pairs", table(("metric", "value", "step"), ((k, *v) for k, v in latest.items()))]
+    if best:
+        parts.append(
+            f"The weights are those of step {best}, the best by {code(trainer.args.metric_for_best_model)}: "
+            f"{trainer.state.best_metric:.4g}."
+        )
+    return parts
 
-    Nothing where nothing was evaluated.
+
+def held_out_metrics(trainer: Any) -> tuple[dict[str, tuple[Any, int]], int | None]:
+    """Each held-out metric without ``eval_``: its value, as text, and step; and the step of the best weights.
+
+    The values are those of the best weights where they were loaded, else the last ones.
     """
     latest: dict[str, tuple[Any, Any]] = {}
     state, history = trainer.state, trainer.state.log_history
@@ -226,15 +255,7 @@ def _evaluation(trainer: Any) -> list[str]:
             if name.startswith("eval_") and not name.endswith(NOT_METRICS):
                 shown = f"{value:.4g}" if isinstance(value, float) else value
                 latest[name.removeprefix("eval_")] = shown, entry["step"]
-    if not latest:
-        return []
-    parts = ["## Held-out pairs", table(("metric", "value", "step"), ((k, *v) for k, v in latest.items()))]
-    if best:
-        parts.append(
-            f"The weights are those of step {best}, the best by {code(trainer.args.metric_for_best_model)}: "
-            f"{state.best_metric:.4g}."
-        )
-    return parts
+    return latest, best
 
 
 def _versions(has_adapter: bool) -> str:

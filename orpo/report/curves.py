@@ -9,6 +9,11 @@ from pathlib import Path
 # Okabe and Ito's palette, which readers with any colour vision can tell apart; the pale yellow is left out.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
+# Up to so many points, each is marked: a line alone looks as if it had been measured everywhere.
+MARKED = 30
+# Up to so many, there is no line between them, and the axis is not stretched until they fill it.
+NO_TREND = 2
+
 LogHistory = Sequence[Mapping[str, object]]
 
 # (title, y axis, [(metric, line style, legend suffix, sign)]) of each panel. The log holds mean log sigma(r) <= 0 under
@@ -68,17 +73,20 @@ def plot_curves(log_histories: Mapping[str, LogHistory], path: str | Path, title
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # ORPO in one colour, whatever it is drawn beside.
+    order = sorted(log_histories, key=lambda run: not run.startswith("ORPO"))
+    colours = {run: COLOURS[i % len(COLOURS)] for i, run in enumerate(order)}
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     held_out = False
     for axes, (panel_title, label, lines) in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
-        for i, (run, history) in enumerate(log_histories.items()):
+        for run, history in log_histories.items():
             for metric, style, suffix, sign in lines:
-                held_out |= _draw(
-                    axes, history, metric, style, sign, COLOURS[i % len(COLOURS)], f"{run} {suffix}".strip()
-                )
+                held_out |= _draw(axes, history, metric, style, sign, colours[run], f"{run} {suffix}".strip())
+        _keep_few_points_in_proportion(axes)
         axes.set_title(panel_title, fontsize=11, loc="left")
         axes.set_xlabel("optimizer step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(label)
         axes.grid(True, color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
@@ -99,15 +107,28 @@ def _draw(axes, history: LogHistory, metric: str, style: str, sign: int, colour:
     if train_steps:
         strong = {} if held_out else {"label": label}
         width, alpha = (0.9, 0.35) if held_out else (1.8, 1.0)
-        axes.plot(
-            train_steps, [sign * v for v in train_values], style, color=colour, linewidth=width, alpha=alpha, **strong
-        )
+        look = {"color": colour, "linewidth": width, "alpha": alpha, **_style(style, len(train_steps), 3), **strong}
+        axes.plot(train_steps, [sign * v for v in train_values], **look)
     if held_out:
-        # A second mark beside colour and dashes for print in grey.
-        marker = "o" if style == "-" else "s"
-        values = [sign * v for v in eval_values]
-        axes.plot(eval_steps, values, style, color=colour, linewidth=1.9, marker=marker, markersize=4, label=label)
+        look = {"color": colour, "linewidth": 1.9, **_style(style, len(eval_steps), 4), "label": label}
+        axes.plot(eval_steps, [sign * v for v in eval_values], **look)
     return held_out
+
+
+def _style(style: str, points: int, size: int) -> dict[str, object]:
+    """Of a line in the style "-" or "--" through so many points; its marks tell it apart in print in grey."""
+    marker = ("o" if style == "-" else "s") if points <= MARKED else ""
+    return {"linestyle": "" if points <= NO_TREND else style, "marker": marker, "markersize": size}
+
+
+def _keep_few_points_in_proportion(axes) -> None:
+    """Where no curve has a trend, the axis spans at least a tenth of what it shows."""
+    if not axes.lines or any(len(line.get_xdata()) > NO_TREND for line in axes.lines):
+        return
+    low, high = axes.dataLim.intervaly
+    room = max(0.1 * max(abs(low), abs(high)), 0.01) - (high - low)
+    if room > 0:
+        axes.set_ylim(low - room / 2 - 0.05 * (high - low), high + room / 2 + 0.05 * (high - low))
 
 
 def write_curves_csv(log_histories: Mapping[str, LogHistory], path: str | Path) -> Path:

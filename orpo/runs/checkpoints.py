@@ -29,7 +29,7 @@ from orpo.runs.find_checkpoint import (
 from orpo.runs.lock import check_lock, run_lock
 from orpo.runs.non_finite import NonFiniteError, NonFiniteGuard, check_evaluation, check_weights
 from orpo.runs.record import RECORD, compare_runs, describe_run, write_record
-from orpo.runs.sigterm import SaveOnSigterm
+from orpo.runs.signals import SaveOnSigterm
 
 # Begins with an underscore, since Trainer leaves such names out of what it uploads to the hub.
 INCOMPLETE = "_incomplete"

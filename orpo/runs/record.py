@@ -46,7 +46,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
     run["dtype of the model"] = ", ".join(
         sorted({str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters()})
     )
-    run["train_dataset"] = _describe_data(trainer.train_dataset)
+    run["train_dataset"] = describe_data(trainer.train_dataset)
     for config in getattr(trainer.model, "peft_config", {}).values():
         adapter = {k: v for k, v in config.to_dict().items() if k not in NOT_FIXED_IN_ADAPTER}
         run |= {f"{name}{ADAPTER}": value for name, value in adapter.items()}
@@ -153,7 +153,7 @@ def _digest_frozen(model: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
-def _describe_data(data: Any) -> str:
+def describe_data(data: Any) -> str:
     """Its size and a digest of all lengths and of the tokens of up to 64 pairs; of a stream, that it is one."""
     if data is None or not hasattr(data, "__len__"):
         return "a stream"

@@ -1,14 +1,35 @@
-"""What a run leaves beside its weights: the model card, samples during evaluation, and when it stops early."""
+"""What a run says and leaves beside its weights: its first line, the model card, samples, and when it stops early."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from orpo.report.card import model_card
 from orpo.trainer.samples import EvalSamples
+from orpo.trainer.start import describe_training, odd_rate
+
+
+class StartLine(TrainerCallback):
+    """Says before the first step what is trained and how, and warns of a learning rate that is out of all range.
+
+    Args:
+        own_optimizer: whether the user gave one, whose rate is not that of the settings.
+    """
+
+    def __init__(self, own_optimizer: bool) -> None:
+        self.own_optimizer = own_optimizer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Nothing where a finished run is started again."""
+        if not args.should_log or state.global_step >= state.max_steps:
+            return
+        print(describe_training(model, args, state.max_steps))
+        if not self.own_optimizer and (said := odd_rate(args, hasattr(model, "peft_config"))):
+            warnings.warn(said, stacklevel=2)
 
 
 class ReportingTrainer(Trainer):
@@ -20,6 +41,8 @@ class ReportingTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._card_details: dict[str, Any] = {}
+        # Before the progress bar, whose line it would be printed on.
+        self.callback_handler.callbacks.insert(0, StartLine(own_optimizer=self.optimizer is not None))
         if self.args.early_stopping_patience is not None:
             self.add_callback(
                 EarlyStoppingCallback(self.args.early_stopping_patience, self.args.early_stopping_threshold)

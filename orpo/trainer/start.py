@@ -20,6 +20,10 @@ from orpo.trainer.config import ORPOConfig
 # In output_dir: what a new adapter names as its base has to be somewhere.
 MERGED = "base"
 
+# Learning rates of Adam and its like, for a whole model and for an adapter: below the first number weights hardly
+# change in any run, above the second they are no longer those of the model that was loaded.
+RATES = {False: (1e-7, 1e-3), True: (1e-5, 1e-2)}
+
 
 def check_model_argument(model: Any, args: ORPOConfig, peft_config: Any) -> tuple[str, bool]:
     """(the name by which the tokenizer of `model` is looked for, whether it is an encoder-decoder).
@@ -125,3 +129,34 @@ def load_start(name: str, args: ORPOConfig, peft_config: Any) -> nn.Module:
 
 def _options(args: ORPOConfig) -> dict[str, Any]:
     return {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+
+
+def describe_training(model: nn.Module, args: ORPOConfig, steps: int) -> str:
+    """One line: how many parameters are trained, how fast, and on how many pairs a step, over `steps` steps."""
+    counts = [(_numbers(p), p.requires_grad) for p in model.parameters()]
+    trained, whole = sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
+    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return (
+        f"trains {trained:,} of {whole:,} parameters ({100 * trained / max(whole, 1):.3g} %): {steps:,} steps of "
+        f"{pairs:,} pairs, learning rate {args.learning_rate:g} ({args.lr_scheduler_type.value})"
+    )
+
+
+def odd_rate(args: ORPOConfig, adapter: bool) -> str | None:
+    """What to say of a learning rate that moves nothing, or too much; None where there is nothing to say.
+
+    Args:
+        adapter: whether a LoRA or the like is trained, which needs about ten times the rate of a whole model.
+    """
+    rate, (low, high) = args.learning_rate, RATES[adapter]
+    if "adam" not in args.optim.value or low <= rate <= high:
+        return None
+    what, usual = ("an adapter", "1e-4 to 2e-4") if adapter else ("a whole model", "1e-6 to 2e-5")
+    effect = "hardly anything will change" if rate < low else "what the model knows may be lost"
+    return f"learning_rate is {rate:g}, with which {effect}: {usual} is usual for {what}"
+
+
+def _numbers(parameter: nn.Parameter) -> int:
+    # Under ZeRO-3 a parameter is empty, and one of 4 bits has two numbers in a byte.
+    count = getattr(parameter, "ds_numel", parameter.numel())
+    return 2 * parameter.element_size() * count if type(parameter).__name__ == "Params4bit" else count

@@ -1,0 +1,102 @@
+"""What a command says and refuses within a second, before torch and transformers are loaded, which takes ten.
+
+The parser itself has to wait for them: its options are the fields of transformers' TrainingArguments. Their names stand
+in source files, which are read here as text, and what is misspelled or not there is known at once. Values, and the
+names in a run file, are the parser's to check.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from orpo.cli.other_names import say_unknown
+from orpo.data.kinds import refuse_missing
+from orpo.launch import launch_config, launch_names
+from orpo.recipes import describe_recipes, find_config
+
+# Of the command itself.
+OWN = ("help", "help_all", "config", "list_recipes", "print_config")
+
+
+def announce() -> None:
+    """One line on stderr, of rank 0, about the seconds that follow; nothing where they have passed."""
+    if "transformers" not in sys.modules and os.environ.get("RANK", "0") == "0":
+        print("loading torch and transformers ...", file=sys.stderr, flush=True)
+
+
+def look(words: Sequence[str]) -> None:
+    """What can be said of the `words` after ``orpo-train`` without loading anything.
+
+    Raises:
+        ValueError: an option that does not exist, a recipe or a file that is not there.
+        SystemExit: after ``--list_recipes`` and ``--print_config``, which are answered.
+    """
+    words = list(words)
+    if "--" in words:
+        words = words[: words.index("--")]
+    given = [(word.partition("=")[0].lstrip("-").replace("-", "_"), i) for i, word in enumerate(words) if _names(word)]
+    values = {name: _value(words, i) for name, i in given}
+    if "help" in values or "help_all" in values or "-h" in words:
+        return
+    if "list_recipes" in values:
+        print(describe_recipes())
+        raise SystemExit(0)
+    if values.get("print_config") in launch_names():
+        print(launch_config(values["print_config"]), end="")
+        raise SystemExit(0)
+    known = option_strings()
+    if known and (unknown := [words[i] for _, i in given if words[i].partition("=")[0] not in known]):
+        raise ValueError(say_unknown(unknown, known))
+    if (config := values.get("config")) is not None:
+        find_config(config)
+    for name in ("dataset_name", "eval_dataset_name"):
+        if values.get(name):
+            refuse_missing(values[name])
+
+
+def option_strings() -> set[str]:
+    """Every option of ``orpo-train`` as it is written on the line; of booleans, the form with ``no_`` too.
+
+    Empty with a transformers whose TrainingArguments has its fields elsewhere: names are the parser's to check then.
+    """
+    here = Path(__file__).parent
+    transformers = Path(importlib.util.find_spec("transformers").origin).parent
+    fields = {
+        **_fields(here / "arguments.py", "ModelArguments", "DataArguments"),
+        **_fields(here.parent / "trainer/config.py", "ORPOConfig"),
+        **(theirs := _fields(transformers / "training_args.py", "TrainingArguments")),
+    }
+    if "output_dir" not in theirs:
+        return set()
+    names = [*OWN, *fields, *(f"no_{name}" for name, is_switch in fields.items() if is_switch)]
+    return {f"--{form}" for name in names for form in (name, name.replace("_", "-"))}
+
+
+def _fields(path: Path, *classes: str) -> dict[str, bool]:
+    """name -> whether it is a boolean, of the fields that the dataclasses of these names in the file `path` have."""
+    found = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for part in node.body if isinstance(node, ast.ClassDef) and node.name in classes else ():
+            if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+                kind, value = ast.unparse(part.annotation), ast.unparse(part.value) if part.value else ""
+                if not kind.startswith("ClassVar") and "init=False" not in value:
+                    found[part.target.id] = kind == "Optional[bool]" or "bool" in kind.split(" | ")
+    return found
+
+
+def _names(word: str) -> bool:
+    """Whether a parser takes `word` for an option: not what has a space in it, which is a text that begins so."""
+    return word.startswith("--") and len(word) > 2 and " " not in word.partition("=")[0]
+
+
+def _value(words: list[str], place: int) -> str | None:
+    _, equals, value = words[place].partition("=")
+    if equals:
+        return value
+    after = words[place + 1 : place + 2]
+    return after[0] if after and not after[0].startswith("--") else None

@@ -1,0 +1,28 @@
+"""Files of pairs by their names: which reader reads them, and a file that is not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from orpo.data.file_check import OPENERS
+
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+COMPRESSIONS = (*OPENERS, ".zst")
+
+
+def reader_for(path: str | Path) -> str | None:
+    """The ``datasets`` reader for a file of this name ("pairs.jsonl.gz" -> "json"), or None."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return READERS.get(suffixes[-1]) if suffixes else None
+
+
+def refuse_missing(name: str) -> None:
+    """Refuses the name of a file or folder that is not there; other names may be known to the hub.
+
+    Raises:
+        ValueError: it begins as a path does, or ends as a file of pairs does, and there is none.
+    """
+    if (name.startswith((".", "/", "~")) or reader_for(name) is not None) and not Path(name).expanduser().exists():
+        raise ValueError(f"there is no file or folder {name}")
