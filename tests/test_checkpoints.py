@@ -110,11 +110,11 @@ def test_a_whole_model_is_exported_with_its_ties(way, uninterrupted):
         ({"seed": 7, "learning_rate": 1e-4}, "learning_rate was 0.001 and is 0.0001; seed was 42 and is 7"),
         (
             {"per_device_train_batch_size": 2},
-            r"per_device_train_batch_size was 4 and is 2. Give what it was \(gradient_accumulation_steps 2 makes it the 4",
+            r"size was 4 and is 2. Give what it was \(gradient_accumulation_steps 2 makes it the 4 pairs a step",
         ),
         (
             {"gradient_accumulation_steps": 2},
-            r"gradient_accumulation_steps was 1 and is 2. Give what it was \(gradient_accumulation_steps 1 makes it the 4",
+            r"steps was 1 and is 2. Give what it was \(gradient_accumulation_steps 1 makes it the 4 pairs a step",
         ),
         ({"train_dataset": {k: v[::-1] for k, v in SEVEN.items()}}, "train_dataset was 7 pairs .* and is 7 pairs"),
         # Columns mixed up: every pair is as long as it was.
