@@ -113,9 +113,14 @@ def test_lora_on_two_ranks_equals_one(way, wrapper, tmp_path, one_process):
     ("options", "message"),
     [
         ({"fsdp": True, "lora": LORA["head whole"], **TIED}, "copies a head that is tied to the embeddings"),
+        (
+            {"fsdp": {"cpu_ram_efficient_loading": True}, "lora": LORA["head by LoRA"], **TIED},
+            "fsdp_cpu_ram_efficient_loading ties the head to the embeddings once more",
+        ),
         ({"accelerator_config": {"even_batches": False}}, "even_batches is False, and 2 ranks may have different"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches is True, which cuts a batch"),
     ],
-    ids=["tied head whole", "uneven batches"],
+    ids=["tied head whole", "tied head by LoRA", "uneven batches", "dispatched batches"],
 )
 def test_what_cannot_run_is_refused_before_work(options, message, tmp_path):
     ends = launch(train, 2, tmp_path / "out", options)
