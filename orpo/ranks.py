@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, ParallelismConfig, PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
@@ -16,8 +16,15 @@ def prepare_ranks(accelerator: Accelerator, model: nn.Module) -> None:
     """Settings of accelerate that a run on several ranks needs; refuses what would hang or fail later.
 
     Raises:
-        ValueError: ``even_batches`` is off, or FSDP cannot cut the model with the adapter that it has.
+        ValueError: ``even_batches`` is off, ``dispatch_batches`` is on, ranks would share a sequence or a weight's
+            rows, or FSDP cannot cut the model with the adapter that it has.
     """
+    refuse_parallel(accelerator.parallelism_config)
+    if accelerator.num_processes > 1 and accelerator.dataloader_config.dispatch_batches:
+        raise ValueError(
+            "accelerator_config: dispatch_batches is True, which cuts a batch of one rank by its first dimension; the "
+            "rows of pairs have others: leave it out, and every rank reads its own"
+        )
     if accelerator.num_processes > 1 and not accelerator.even_batches:
         raise ValueError(
             f"accelerator_config: even_batches is False, and {accelerator.num_processes} ranks may have different "
@@ -29,7 +36,38 @@ def prepare_ranks(accelerator: Accelerator, model: nn.Module) -> None:
             'modules_to_save=["lm_head"] copies a head that is tied to the embeddings, and FSDP cannot cut a weight '
             "that two of its groups share: train the head by LoRA (target_modules with lm_head), or use ddp or zero2"
         )
+    if _waits_for_weights(accelerator) and _adapted_beside_embeddings(model):
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading ties the head to the embeddings once more after it has cut them, which a "
+            "LoRA on a tied head does not allow: set it false, or leave lm_head out of target_modules"
+        )
     keep_outputs_exact(accelerator)
+
+
+def refuse_parallel(parallel: ParallelismConfig | None) -> None:
+    """Refuses ranks that share a sequence, or a matmul.
+
+    Raises:
+        ValueError: ``tp_size``, ``cp_size`` or ``sp_size`` is more than 1.
+    """
+    for name in ("tp_size", "cp_size", "sp_size"):
+        if parallel is not None and getattr(parallel, name) > 1:
+            raise ValueError(
+                f"parallelism_config: {name} is {getattr(parallel, name)}, and each rank has whole sequences and whole "
+                "matmuls here: leave it 1, and cut the model by FSDP (dp_shard_size, dp_replicate_size)"
+            )
+
+
+def _waits_for_weights(accelerator: Accelerator) -> bool:
+    """Whether ranks other than the first get their weights when the model is cut."""
+    plugin = fsdp_plugin(accelerator)
+    return plugin is not None and plugin.fsdp_version >= 2 and plugin.cpu_ram_efficient_loading
+
+
+def _adapted_beside_embeddings(model: nn.Module) -> bool:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layer = getattr(base.get_output_embeddings(), "base_layer", None)
+    return layer is not None and layer.weight is base.get_input_embeddings().weight
 
 
 def _copied_from_embeddings(model: nn.Module) -> bool:

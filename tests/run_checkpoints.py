@@ -93,8 +93,9 @@ def process(rank, ranks, port, folder, kill, resume, options):
     with open(folder / f"printed-{rank}.txt", "w") as out, contextlib.redirect_stdout(out):
         # Dropout shows whether random states were resumed.
         model = make_model("llama", tie_word_embeddings=True, attention_dropout=0.2)
+        pairs = options.pop("train_dataset", SEVEN)
         args = make_args(folder / "out", ranks, **options)
-        trainer = ORPOTrainer(model, args, train_dataset=SEVEN, tokenizer=make_tokenizer())
+        trainer = ORPOTrainer(model, args, train_dataset=pairs, tokenizer=make_tokenizer())
         if kill == "training":
             trainer.add_callback(KillInTraining())
         elif kill == "save":

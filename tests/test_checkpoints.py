@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from run_checkpoints import KILLED, start
+from run_ranks import EIGHT
 from tiny import SEVEN, make_model, make_tokenizer
 from trainers import logged, make_args, make_trainer
 from transformers import AutoModelForCausalLM
@@ -66,6 +67,31 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(way, kill, tmp_path, uninter
         assert torch.equal(weight, ours.state_dict()[name]), name
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"ranks": 2, "gradient_accumulation_steps": 2}, {"gradient_accumulation_steps": 4}),
+        ({"gradient_accumulation_steps": 4}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
+        (
+            {"ranks": 2, "sharded": "SHARDED_STATE_DICT", "gradient_accumulation_steps": 2},
+            {"ranks": 4, "sharded": "SHARDED_STATE_DICT", "gradient_accumulation_steps": 1},
+        ),
+    ],
+    ids=["ddp to one", "other batches", "sharded, 2 to 4"],
+)
+def test_a_run_goes_on_with_its_pairs_dealt_out_otherwise(before, after, tmp_path):
+    # Where the last step of an epoch is not full, ranks repeat rows.
+    plain = {"disable_dropout": True, "save_total_limit": 3, "train_dataset": EIGHT}
+    codes, whole, _ = start(tmp_path / "whole", **before, **plain)
+    assert not any(codes)
+    (tmp_path / "other").mkdir()
+    shutil.copytree(tmp_path / "whole/out/checkpoint-2", tmp_path / "other/out/checkpoint-2")
+    codes, seen, printed = start(tmp_path / "other", resume="auto", **after, **plain)
+    assert not any(codes), printed
+    assert "a step has the same 4 pairs" in printed and seen["first_step"] == 2
+    assert seen["losses"] == {step: pytest.approx(loss, rel=2e-5) for step, loss in whole["losses"].items()}
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_whole_model_is_exported_with_its_ties(way, uninterrupted):
     folder, seen = uninterrupted(way)
@@ -82,7 +108,14 @@ def test_a_whole_model_is_exported_with_its_ties(way, uninterrupted):
     [
         ({"beta": 0.5}, "beta was 0.1 and is 0.5"),
         ({"seed": 7, "learning_rate": 1e-4}, "learning_rate was 0.001 and is 0.0001; seed was 42 and is 7"),
-        ({"per_device_train_batch_size": 2}, "per_device_train_batch_size was 4 and is 2"),
+        (
+            {"per_device_train_batch_size": 2},
+            r"size was 4 and is 2. Give what it was \(gradient_accumulation_steps 2 makes it the 4 pairs a step",
+        ),
+        (
+            {"gradient_accumulation_steps": 2},
+            r"steps was 1 and is 2. Give what it was \(gradient_accumulation_steps 1 makes it the 4 pairs a step",
+        ),
         ({"train_dataset": {k: v[::-1] for k, v in SEVEN.items()}}, "train_dataset was 7 pairs .* and is 7 pairs"),
         # Columns mixed up: every pair is as long as it was.
         (
@@ -117,7 +150,7 @@ def test_the_number_of_processes_is_a_setting(first_run, tmp_path, capsys):
     shutil.copytree(first_run, tmp_path / "out")
     record = tmp_path / "out/checkpoint-4/orpo_run.json"
     record.write_text(record.read_text().replace('"world_size": 1', '"world_size": 8'))
-    with pytest.raises(ValueError, match="world_size was 8 and is 1"):
+    with pytest.raises(ValueError, match=r"world_size was 8 and is 1.*gradient_accumulation_steps 8 makes it the 32"):
         make_trainer(tmp_path / "out", **SAVING).train(resume_from_checkpoint=True)
     # The record of another program is not there at all.
     record.unlink()

@@ -4,6 +4,7 @@ import dataclasses
 import warnings
 
 import pytest
+from accelerate import ParallelismConfig
 from orpo_kernels.settings import LossSettings
 from tiny import make_model
 from transformers import HfArgumentParser
@@ -156,3 +157,10 @@ def test_each_setting_of_the_loss_reaches_it(tmp_path):
     given = {"beta": 0.2, "nll_weight": 0.5, "logits_budget": 7, "strip_bytes": 9}
     args = ORPOConfig(output_dir=str(tmp_path), use_cpu=True, loss_backend="torch", **given)
     assert args.loss_settings() == LossSettings(**given, backend="torch")
+
+
+@pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])
+def test_ranks_that_share_a_sequence_or_a_matmul_are_refused(name):
+    with pytest.raises(ValueError, match=f"parallelism_config: {name} is 2.*leave it 1"):
+        ORPOConfig(parallelism_config=ParallelismConfig(**{name: 2}))
+    assert ORPOConfig(parallelism_config=ParallelismConfig(dp_shard_size=2)).parallelism_config.dp_shard_size == 2

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from run_forked import launch, returned
-from run_ranks import EIGHT, train, train_with_another_head
+from run_ranks import EIGHT, train, train_to_the_best, train_with_another_head
 from tiny import SEVEN, make_model, make_tokenizer, reference_loss
+from transformers import AutoModelForCausalLM
 
 from orpo.data.prepare import Limits, prepare_dataset
 
@@ -122,9 +123,14 @@ def test_lora_on_two_ranks_equals_one(way, wrapper, tmp_path, one_process):
     ("options", "message"),
     [
         ({"fsdp": True, "lora": LORA["head whole"], **TIED}, "copies a head that is tied to the embeddings"),
+        (
+            {"fsdp": {"cpu_ram_efficient_loading": True}, "lora": LORA["head by LoRA"], **TIED},
+            "fsdp_cpu_ram_efficient_loading ties the head to the embeddings once more",
+        ),
         ({"accelerator_config": {"even_batches": False}}, "even_batches is False, and 2 ranks may have different"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches is True, which cuts a batch"),
     ],
-    ids=["tied head whole", "uneven batches"],
+    ids=["tied head whole", "tied head by LoRA", "uneven batches", "dispatched batches"],
 )
 def test_what_cannot_run_is_refused_before_work(options, message, tmp_path):
     ends = launch(train, 2, tmp_path / "out", options)
@@ -186,6 +192,21 @@ def test_uneven_steps_are_means_over_what_counts(ranks, options, tmp_path):
         assert seen["eval"]["eval_loss"] == pytest.approx(reference_loss(model, examples[:1]).item(), rel=1e-5)
         for name, weight in model.named_parameters():
             torch.testing.assert_close(seen["weights"][name], weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrapper", [{}, {"fsdp": {"state_dict_type": "SHARDED_STATE_DICT"}}], ids=["ddp", "sharded"])
+def test_every_rank_loads_the_best_checkpoint(wrapper, tmp_path):
+    """The first of four evaluations, called the best: no rank may go on with the last step's part of a weight."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    often = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3, "max_steps": 12}
+    several = returned(train_to_the_best, 2, tmp_path / "out", {**wrapper, **best, **often, "learning_rate": 0.3})
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out/export").state_dict()
+    for seen in several:
+        losses = [entry["eval_loss"] for entry in seen["log"] if "eval_loss" in entry]
+        assert seen["best"] == str(tmp_path / "out/out/checkpoint-3") and losses[0] > losses[3] + 0.1
+        assert seen["eval"]["eval_loss"] == losses[0]
+        for name, weight in seen["weights"].items():
+            torch.testing.assert_close(exported[name], weight, rtol=0, atol=0)
 
 
 def test_an_error_before_training_is_every_ranks(tmp_path):

@@ -142,8 +142,8 @@ class CheckpointingTrainer(Trainer):
                 check_lock(self.args.output_dir)
                 _mark(part)
             super()._save_checkpoint(model, trial)
-            # Trainer may spell the folder otherwise: ./out.
-            if (best := self.state.best_model_checkpoint) is not None and Path(best) == part:
+            # Trainer names the folder that it will be moved from, and only where this rank sees it already.
+            if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(final)
                 if self.args.should_save:
                     self.state.save_to_json(str(part / TRAINER_STATE_NAME))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from orpo.runs.manifest import describe_files, describes_files
 
 RECORD = "orpo_run.json"
 
+# How the pairs of an optimizer step are dealt out.
+SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
 # What decides the losses of a run. The rest, such as logging, evaluation, saving and how memory is saved, may change.
 FIXED = (
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "auto_find_batch_size"),
+    *(*SPLIT, "auto_find_batch_size"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("optim", "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("max_grad_norm", "neftune_noise_alpha", "bf16", "fp16", "seed", "data_seed"),
@@ -27,6 +30,7 @@ FIXED = (
     *("beta", "nll_weight", "nll_span", "nll_scores_eos", "normalization", "disable_dropout"),
     *("max_length", "max_prompt_length", "max_completion_length", "truncation_mode", "escape_special_tokens"),
 )
+STREAM = "a stream"
 LENGTH = ("num_train_epochs", "max_steps")
 ADAPTER = " of the adapter"
 # Where its base model lies may change, and what wrote it.
@@ -100,21 +104,55 @@ def compare_runs(checkpoint: Path, run: dict[str, Any]) -> str:
         return f" (without {RECORD}: its settings are not known, and were not compared)"
     before = record["run"]
     changed = [name for name in _comparable(before, run) if before.get(name) != run.get(name)]
-    broken = [name for name in changed if name not in LENGTH]
+    may_change = (*LENGTH, *(SPLIT if _has_the_same_steps(before, run) else ()))
+    broken = [name for name in changed if name not in may_change]
     if broken:
         differences = "; ".join(f"{name} was {before.get(name)} and is {run.get(name)}" for name in broken)
         raise ValueError(
-            f"{checkpoint} is of another run: {differences}. "
-            "Give what it was, another output_dir, or resume_from_checkpoint false to start anew"
+            f"{checkpoint} is of another run: {differences}. Give what it was{_same_steps(before, run)}, "
+            "another output_dir, or resume_from_checkpoint false to start anew"
         )
     if not changed:
         return ""
     differences = "; ".join(f"{name} was {before[name]} and is {run[name]}" for name in changed)
+    if not any(name in LENGTH for name in changed):
+        return f" ({differences}: a step has the same {_pairs_a_step(run)} pairs)"
     # A fraction of the run is warmed up where warmup_steps is below 1.
     constant = run["lr_scheduler_type"] == "constant" or (
         run["lr_scheduler_type"] == "constant_with_warmup" and not 0 < run["warmup_steps"] < 1
     )
     return f" ({differences}" + (")" if constant else ": from here on the learning rate is that of the new length)")
+
+
+def _pairs_a_step(run: dict[str, Any]) -> int:
+    """Pairs of an optimizer step, over micro-batches and ranks; 0 for a record of a version that did not know them."""
+    return math.prod(run.get(name) or 0 for name in SPLIT)
+
+
+def _deals_freely(run: dict[str, Any]) -> bool:
+    """Whether the pairs of each step, and their weight in its loss, do not depend on how they are dealt out."""
+    return (
+        run.get("normalization") == "global"
+        and run.get("train_sampling_strategy") in ("random", "sequential")
+        and not run.get("auto_find_batch_size")
+        and not run.get("dataloader_drop_last")
+        and run.get("train_dataset") != STREAM
+        # DeepSpeed's optimizer state is cut for a number of ranks.
+        and not str(run.get("fsdp or deepspeed")).startswith("ZeRO")
+    )
+
+
+def _has_the_same_steps(before: dict[str, Any], run: dict[str, Any]) -> bool:
+    return _deals_freely(run) and _pairs_a_step(before) == _pairs_a_step(run)
+
+
+def _same_steps(before: dict[str, Any], run: dict[str, Any]) -> str:
+    """The number of micro-batches with which `run` has the steps that it had `before`, in words, if there is one."""
+    dealt = run["per_device_train_batch_size"] * run["world_size"]
+    pairs = _pairs_a_step(before)
+    if not _deals_freely(run) or pairs == _pairs_a_step(run) or pairs % dealt or not pairs:
+        return ""
+    return f" (gradient_accumulation_steps {pairs // dealt} makes it the {pairs} pairs a step that it had)"
 
 
 def _comparable(before: dict[str, Any], run: dict[str, Any]) -> list[str]:
@@ -156,7 +194,7 @@ def _digest_frozen(model: nn.Module) -> str:
 def describe_data(data: Any) -> str:
     """Its size and a digest of all lengths and of the tokens of up to 64 pairs; of a stream, that it is one."""
     if data is None or not hasattr(data, "__len__"):
-        return "a stream"
+        return STREAM
     digest = [repr(np.asarray(data["length"]).tolist())]
     for i in range(0, len(data), max(len(data) // 64, 1)):
         row = data[i]

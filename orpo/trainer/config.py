@@ -15,6 +15,7 @@ from orpo.data.columns import read_columns
 from orpo.layouts.batch import NLL_SPANS, NLLSpan
 from orpo.layouts.layout import LAYOUTS
 from orpo.packages import require
+from orpo.ranks import refuse_parallel
 from orpo.tokens.limits import Limits
 from orpo.trainer.diagnose import refuse_cut_gradients
 from orpo.trainer.ranges import check_ranges, name_nothing
@@ -162,6 +163,7 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
         name_nothing(self)
         self._resolve_preset()
         self._check()
+        refuse_parallel(self.parallelism_config)
         if self.activation_checkpointing is None:
             # Both names at once: given the older one alone, transformers warns about a default that nobody set.
             self.activation_checkpointing = self.gradient_checkpointing is not False
