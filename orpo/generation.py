@@ -12,7 +12,7 @@ from orpo_kernels.cpu import logits as cpu_logits
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from orpo.data.conversations import is_conversation, read_messages, render_messages
+from orpo.data.messages import is_conversation, read_messages, render_messages
 from orpo.data.unusable import UnusableRow
 from orpo.model.adapters import adapter_folder, load_adapter
 from orpo.model.attach import evaluating

@@ -10,6 +10,7 @@ from orpo.data.columns import describe_forms, read_row, renamed
 from orpo.data.formats import AS_THEY_ARE, IMPLIED, implies_prompt, skips_template, unread_columns
 from orpo.data.repeats import ROWS, repeats_prompt
 from orpo.data.sources import as_dataset
+from orpo.data.tools import unread_tools
 from orpo.tokens.pretokenized import COLUMNS
 from orpo.tokens.prompts import first_row
 
@@ -53,6 +54,7 @@ def report_first_rows(
         IMPLIED if implies_prompt(first) else None,
         repeats_prompt(rows),
         unread_columns(first),
+        unread_tools(first.get("tools"), tokenizer),
     )
     for sentence in filter(None, said):
         report(sentence)

@@ -11,11 +11,13 @@ EQUAL_ONCE_CUT = "pair whose answers are equal once cut"
 NO_PROMPT = "pair without a prompt"
 PROMPTS_DIFFER = "pair whose prompts differ"
 UNMARKED = f"dialogue without {ASSISTANT!r}"
-USERS_TURN = "answer with a user's turn"
+ENDS_OTHERWISE = "answer whose last turn is not the assistant's"
 NO_CONTENT = "conversation with a message that holds nothing"
 REFUSED = "row that the chat template refuses"
 LEFT_OUT = "answer that the chat template leaves out"
 OTHER_ROLE = "answer in another role than the generation prompt opens"
+TURNS_CHANGE = "answer whose turns the chat template alters once others follow"
+NOTHING_SCORED = "answer of which no token is scored"
 
 # Every reason but that of a prompt that is too long, which names the limit.
 REASONS = (
@@ -25,11 +27,13 @@ REASONS = (
     NO_PROMPT,
     PROMPTS_DIFFER,
     UNMARKED,
-    USERS_TURN,
+    ENDS_OTHERWISE,
     NO_CONTENT,
     REFUSED,
     LEFT_OUT,
     OTHER_ROLE,
+    TURNS_CHANGE,
+    NOTHING_SCORED,
 )
 
 

@@ -187,6 +187,7 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
                     num_proc=args.dataset_num_proc,
                     escape_special_tokens=args.escape_special_tokens,
                     columns=args.columns,
+                    score_turns=args.score_turns,
                     report=report,
                 )
 
