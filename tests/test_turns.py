@@ -165,6 +165,21 @@ def test_turns_that_the_template_alters_once_others_follow_are_dropped(family, r
     assert (value, text) == (1, ends.get(family, "<think>\nhm\n</think>\n\nyes<|im_end|>\n"))
 
 
+def test_an_opening_that_the_turn_does_not_begin_with_takes_nothing_of_it():
+    """DeepSeek-R1's opens thoughts, which a turn without any does not show: it may begin with the same character."""
+    template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    tokenizer = make_tokenizer(chat_template=template, eos_token="<|im_end|>")
+    row = {**ROW, "chosen": [turn("assistant", "<b>"), MORE, turn("assistant", "<thanks>")]}
+    example = prepare([row], tokenizer)[0][0]
+    assert stretches(example, "chosen", tokenizer) == [
+        (0, OPENING),
+        (1, "<b><|im_end|>\n"),
+        (0, TURN),
+        (1, "<thanks><|im_end|>\n"),
+    ]
+    assert pair_text({**row, "chosen": row["chosen"][2:]}, tokenizer).chosen == "<thanks><|im_end|>\n"
+
+
 def test_empty_thoughts_in_front_of_a_last_turn_are_no_change():
     """Qwen 3's frame around the last turn alone; its earlier turns are scored as they stand."""
     tokenizer = family_tokenizer("Qwen 3")

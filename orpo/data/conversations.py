@@ -11,12 +11,12 @@ from orpo.data.messages import (
     Messages,
     is_conversation,
     plain,
+    probed,
     read_messages,
     render_messages,
-    text_part,
 )
 from orpo.data.tools import calls_as_taken
-from orpo.data.turns import Turns, scored_turns, shared
+from orpo.data.turns import Turns, opened, scored_turns, shared
 from orpo.data.unusable import (
     EMPTY_ANSWER,
     ENDS_OTHERWISE,
@@ -102,7 +102,7 @@ def _side(
     if answer[0]["role"] != "assistant" and not whole.startswith(opening):
         # Roles of other names, gpt for instance: what follows the generation prompt would be learned as another turn.
         raise UnusableRow(OTHER_ROLE, f"role {answer[0]['role']!r}")
-    split = shared(opening, whole)
+    split = opened(opening, whole, messages, len(prompt), tokenizer, keywords)
     turns = scored_turns(messages, len(prompt), whole, opening, tokenizer, keywords, score_turns)
     return SideText(whole[:split], whole[split:], turns)
 
@@ -114,10 +114,8 @@ def _is_rendered(messages: Messages, k: int, whole: str, tokenizer: Any, keyword
     def changed(to: dict[str, Any]) -> str:
         return render_messages([*messages[:k], to, *messages[k + 1 :]], tokenizer, **keywords)
 
-    if plain(message.get("content")).strip():
-        probe = PROBE if isinstance(message["content"], str) else text_part(PROBE)
-        if PROBE not in changed({**message, "content": probe}):
-            return False
+    if plain(message.get("content")).strip() and PROBE not in changed(probed(message)):
+        return False
     if not message.get("tool_calls"):
         return True
     silent = {"content": "", **{name: part for name, part in message.items() if name != "tool_calls"}}

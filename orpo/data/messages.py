@@ -109,18 +109,23 @@ def _content(content: Any, tokenizer: Any) -> Any:
             )
         texts.append(text)
     # A template that knows strings only would write the list as Python does.
-    return text_part(*texts) if _takes_parts(tokenizer) else "".join(texts)
+    return _text_parts(*texts) if _takes_parts(tokenizer) else "".join(texts)
 
 
-def text_part(*texts: str) -> list[dict[str, str]]:
-    """`texts` as content in parts."""
+def probed(message: dict[str, Any]) -> dict[str, Any]:
+    """`message` with :data:`PROBE` as its content, in parts where it has parts."""
+    in_parts = isinstance(message.get("content"), list)
+    return {**message, "content": _text_parts(PROBE) if in_parts else PROBE}
+
+
+def _text_parts(*texts: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text} for text in texts]
 
 
 def _takes_parts(tokenizer: Any) -> bool:
     """Whether the chat template renders content that is a list of parts by their text."""
     try:
-        text = render_messages([{"role": "user", "content": text_part(PROBE)}], tokenizer)
+        text = render_messages([{"role": "user", "content": _text_parts(PROBE)}], tokenizer)
     except UnusableRow:
         return False
     return PROBE in text and "'text'" not in text and '"text"' not in text

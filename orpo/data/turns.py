@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
-from orpo.data.messages import OTHERS, PROBE, Messages, apply_template, render_messages
+from orpo.data.messages import OTHERS, PROBE, Messages, apply_template, probed, render_messages
 from orpo.data.unusable import NOTHING_SCORED, TURNS_CHANGE, UnusableRow
 
 SCORE_TURNS = ("all", "last")
@@ -90,7 +90,7 @@ def _rendered(
 
     before = messages[:k]
     opening = render(*before, add_generation_prompt=True) if opening is None else opening
-    start = shared(opening, whole)
+    start = opened(opening, whole, messages, k, tokenizer, keywords)
     if start < len(opening) and not whole.startswith(render(*before)):
         return None
     if k + 1 == len(messages):
@@ -102,10 +102,25 @@ def _rendered(
     # says itself has to stay: a model that answers without its thoughts would be trained otherwise than it is used.
     most = min(len(shown), len(whole) - start)
     length = next((n for n in range(most, 0, -1) if shown.endswith(whole[start : start + n])), 0)
-    framed = render(*before, {"role": messages[k]["role"], "content": PROBE})
+    framed = render(*before, _alone(messages[k]))
     frame = framed[shared(opening, framed) : framed.find(PROBE)]
     is_whole = length and shown[shared(opening, shown) : len(shown) - length] == frame
     return (start, start + length) if is_whole else None
+
+
+def opened(opening: str, whole: str, messages: Messages, k: int, tokenizer: Any, keywords: Mapping[str, Any]) -> int:
+    """How many characters of `whole` come before message `k`, in front of which the template writes `opening`."""
+    start = shared(opening, whole)
+    if start == len(opening):
+        return start
+    # An opening with thoughts to come, "<think>", that the turn itself shows none of; it may begin with "<" as well.
+    framed = render_messages([*messages[:k], _alone(messages[k])], tokenizer, **keywords)
+    return min(start, shared(opening, framed))
+
+
+def _alone(message: dict[str, Any]) -> dict[str, Any]:
+    """`message` with a probe for all that it says and calls."""
+    return {"role": message["role"], "content": probed(message)["content"]}
 
 
 def shared(one: Any, other: Any) -> int:

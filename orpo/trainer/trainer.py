@@ -177,7 +177,6 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
         def prepare(data: Any, name: str) -> Any:
             if data is None:
                 return None
-            report = print if args.should_log else lambda _: None
             with args.main_process_first(desc=f"tokenizing the {name} set"):
                 return prepare_dataset(
                     data,
@@ -188,7 +187,7 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
                     escape_special_tokens=args.escape_special_tokens,
                     columns=args.columns,
                     score_turns=args.score_turns,
-                    report=report,
+                    report=print if args.should_log else lambda _: None,
                 )
 
         return prepare
