@@ -6,8 +6,9 @@
     orpo-generate out --prompts question.jsonl --format mt-bench --output model_answer/my-model.jsonl
 
 The model is a folder, a folder of an adapter, or a model of the hub. Prompts are the lines of a text file, or the
-column ``prompt`` of a data set in any form that orpo-train reads, as strings or as lists of messages. With
-``--format`` they are a judge's own file of questions (:mod:`orpo.judges`).
+column ``prompt`` of a data set in any form that orpo-train reads, as strings or as lists of messages, or lists in its
+column ``messages``; a column ``tools`` goes to the chat template. A list that ends with the assistant's message is
+continued. With ``--format`` they are a judge's own file of questions (:mod:`orpo.judges`).
 """
 
 from __future__ import annotations
@@ -22,33 +23,45 @@ from orpo import judges
 from orpo.cli.errors import OneLineErrors, run_command
 from orpo.data.misread import refuse_dates, refuse_messages_as_text
 from orpo.data.sources import load_pairs
+from orpo.data.tools import read_tools
 from orpo.files import as_json, read_text, write_whole
 from orpo.generation import Answer, Messages, check_temperature, generate, load
 
 
 def read_prompts(name: str, split: str = "train") -> list[str | Messages]:
-    """The prompts of a text file, a line each, or the column ``prompt`` of a data set.
+    """The prompts of a text file, a line each, or of a data set's column ``prompt`` or ``messages``.
 
     Raises:
         ValueError: the file holds none, or the data set has no such column, or other prompts in it than its file.
     """
+    return read_prompts_and_tools(name, split)[0]
+
+
+def read_prompts_and_tools(name: str, split: str = "train") -> tuple[list[str | Messages], list[Any]]:
+    """:func:`read_prompts`, and what each row's column ``tools`` holds, None where there is none."""
     path = Path(name).expanduser()
     if path.suffix.lower() == ".txt" and path.is_file():
         prompts: list[Any] = [line for line in read_text(path).split("\n") if line.strip()]
+        tools: list[Any] = [None] * len(prompts)
     else:
         data = load_pairs(name, split)
-        if "prompt" not in data.column_names:
-            raise ValueError(f"{name} has the columns {data.column_names}; prompts are read from one named 'prompt'")
-        prompts = list(data["prompt"])
-        for row, prompt in enumerate(prompts):
+        columns = [column for column in ("prompt", "messages") if column in data.column_names]
+        if not columns:
+            raise ValueError(
+                f"{name} has the columns {data.column_names}; prompts are read from one named 'prompt' or 'messages'"
+            )
+        prompts = list(data[columns[0]])
+        tools = list(data["tools"]) if "tools" in data.column_names else [None] * len(prompts)
+        for row, (prompt, schemas) in enumerate(zip(prompts, tools, strict=True)):
             try:
-                refuse_dates(prompt)
+                refuse_dates([prompt, schemas])
                 refuse_messages_as_text(prompt)
+                read_tools(schemas)
             except ValueError as error:
                 raise ValueError(f"{name}, row {row}, counted from 0: {error}") from error
     if not prompts:
         raise ValueError(f"{name} holds no prompt")
-    return prompts
+    return prompts, tools
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", help="a folder, a folder of an adapter, or a model of the hub")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="one prompt")
-    what.add_argument("--prompts", help="a text file, a line each, or a data set with a column 'prompt'")
+    what.add_argument("--prompts", help="a text file, a line each, or a data set with a column 'prompt' or 'messages'")
     parser.add_argument("--split", default="train", help='of the data set, for example "test[:20]"')
     parser.add_argument("--output", help="a JSONL file of prompt and answer; default: the screen")
     parser.add_argument("--format", choices=("alpacaeval", "mt-bench"), help="--output as this judge reads it")
@@ -104,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.format is not None:
         _answer_judge(options, parser)
         return
-    prompts = [options.prompt] if options.prompt is not None else read_prompts(options.prompts, options.split)
+    prompts, tools = [options.prompt], [None]
+    if options.prompt is None:
+        prompts, tools = read_prompts_and_tools(options.prompts, options.split)
     model, tokenizer = load(
         options.model, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
     )
@@ -117,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer,
         prompts,
         chat_template=options.chat_template,
+        tools=tools,
         progress=options.output is not None,
         **settings,
     )
@@ -124,12 +140,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.output is None:
         for prompt, answer in zip(prompts, answers, strict=True):
             if len(prompts) > 1:
-                print(f">>> {prompt if isinstance(prompt, str) else prompt[-1]['content']}")
+                print(f">>> {prompt if isinstance(prompt, str) else prompt[-1].get('content') or ''}")
             print(answer)
         return
     records = (
-        {"prompt": prompt, "answer": answer, "model": options.model, **settings}
-        for prompt, answer in zip(prompts, answers, strict=True)
+        {"prompt": prompt, **({"tools": own} if own else {}), "answer": answer, "model": options.model, **settings}
+        for prompt, own, answer in zip(prompts, tools, answers, strict=True)
     )
     write_whole(options.output, "".join(as_json(record) + "\n" for record in records))
     print(f"{len(answers)} answers in {options.output}", file=sys.stderr)

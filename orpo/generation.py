@@ -12,7 +12,8 @@ from orpo_kernels.cpu import logits as cpu_logits
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from orpo.data.conversations import is_conversation, read_messages, render_messages
+from orpo.data.messages import is_conversation, read_messages, render_messages
+from orpo.data.tools import calls_as_taken, read_tools
 from orpo.data.unusable import UnusableRow
 from orpo.model.adapters import adapter_folder, load_adapter
 from orpo.model.attach import evaluating
@@ -21,7 +22,7 @@ from orpo.model.load import find_device, load_model, load_tokenizer
 from orpo.tokens.prompts import encoder_tokens, left_to_the_answer, prompt_tokens, trained_escaped, trained_plain
 from orpo.tokens.special_tokens import ALTERED, WrittenOut, spare_marks, without_marks
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 # Below it float32 logits of an ordinary size become infinite, and no token has a probability.
 LEAST_TEMPERATURE = 1e-6
@@ -50,7 +51,13 @@ class Answer(str):
         return Answer(super().removeprefix(start), self.cut)
 
 
-def render(prompt: str | Messages, tokenizer: Any, chat_template: bool | None = None, system: str | None = None) -> str:
+def render(
+    prompt: str | Messages,
+    tokenizer: Any,
+    chat_template: bool | None = None,
+    system: str | None = None,
+    tools: Any = None,
+) -> str:
     """The text that the model continues.
 
     Args:
@@ -58,16 +65,19 @@ def render(prompt: str | Messages, tokenizer: Any, chat_template: bool | None = 
         chat_template: whether a string becomes a user's turn. Default: where the tokenizer has a template, and does not
             come from a run that trained on strings.
         system: a system message before the turn.
+        tools: schemas for the template, a list of dictionaries or JSON text of one.
 
     Raises:
-        ValueError: messages, or a system message, without a chat template; messages that hold no text, or that the
-            template refuses.
+        ValueError: messages, a system message or tools, without a chat template; messages that hold no text, or that
+            the template refuses.
     """
     if not isinstance(prompt, str) and not (prompt and is_conversation(prompt)):
         raise ValueError(f"a prompt has to be a string or a list of messages, not {prompt!r:.80}")
+    schemas = read_tools(tools)
     if not _is_turn(prompt, tokenizer, chat_template):
-        if system is not None:
-            raise ValueError("system is given, but a prompt without a chat template has no place for it")
+        for name, given in (("system", system), ("tools", schemas)):
+            if given is not None:
+                raise ValueError(f"{name} is given, but a prompt without a chat template has no place for it")
         return prompt
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the tokenizer has no chat template: give prompts as strings, without a chat template")
@@ -75,10 +85,12 @@ def render(prompt: str | Messages, tokenizer: Any, chat_template: bool | None = 
     if system is not None:
         messages = [{"role": "system", "content": system}, *messages]
     messages = read_messages(messages, tokenizer)
+    keywords = {"tools": schemas} if schemas else {}
+    messages = calls_as_taken(messages, tokenizer, keywords)(messages)
     turn_open = messages[-1]["role"] == "assistant"
     try:
         return render_messages(
-            messages, tokenizer, add_generation_prompt=not turn_open, continue_final_message=turn_open
+            messages, tokenizer, add_generation_prompt=not turn_open, continue_final_message=turn_open, **keywords
         )
     except UnusableRow as error:
         raise ValueError(f"the chat template refuses a prompt: {error.detail}") from error
@@ -102,6 +114,7 @@ def generate(
     seed: int = 0,
     chat_template: bool | None = None,
     system: str | None = None,
+    tools: Sequence[Any] | None = None,
     progress: bool = False,
 ) -> list[Answer]:
     """The model's answer to each prompt, in their order, without special tokens: strings with ``cut`` beside them.
@@ -123,6 +136,7 @@ def generate(
         batch_size: prompts at a time.
         seed: of the sampling.
         chat_template, system: as in :func:`render`.
+        tools: for each prompt what :func:`render` takes.
         progress: whether to show a bar.
 
     Raises:
@@ -137,8 +151,14 @@ def generate(
         if value < 1:
             raise ValueError(f"{name} is {value}; it has to be at least 1")
     encodes = is_encoder_decoder(model)
-    marks = spare_marks([prompts, system]) if trained_escaped(tokenizer) and not encodes else ""
-    texts = [_marked(prompt, tokenizer, chat_template, system, marks) for prompt in prompts]
+    tools = [None] * len(prompts) if tools is None else tools
+    if len(tools) != len(prompts):
+        raise ValueError(f"tools has {len(tools)} entries for {len(prompts)} prompts; it has to have one for each")
+    marks = spare_marks([prompts, system, tools]) if trained_escaped(tokenizer) and not encodes else ""
+    texts = [
+        _marked(prompt, tokenizer, chat_template, system, own, marks)
+        for prompt, own in zip(prompts, tools, strict=True)
+    ]
     ids = [
         encoder_tokens(text, tokenizer) if encodes else _tokens(text, prompt, tokenizer, chat_template, marks)
         for text, prompt in zip(texts, prompts, strict=True)
@@ -246,17 +266,20 @@ def _generation_settings(model: Any, settings: GenerationConfig) -> Iterator[Non
             holder.generation_config = before
 
 
-def _marked(prompt: str | Messages, tokenizer: Any, chat_template: bool | None, system: str | None, marks: str) -> str:
-    """:func:`render`, with `marks` around the special tokens that `prompt` and `system` themselves hold."""
-    text = render(prompt, tokenizer, chat_template, system)
+def _marked(
+    prompt: str | Messages, tokenizer: Any, chat_template: bool | None, system: str | None, tools: Any, marks: str
+) -> str:
+    """:func:`render`, with `marks` around the special tokens that `prompt`, `system` and `tools` themselves hold."""
+    text = render(prompt, tokenizer, chat_template, system, tools)
     if not marks:
         return text
     written = WrittenOut(tokenizer)
-    if not written.first([prompt, system]):
+    if not written.first([prompt, system, tools]):
         return text
     if not _is_turn(prompt, tokenizer, chat_template):
         return written.mark_strings(prompt, "", marks)
-    marked = render(*written.mark([prompt], marks), tokenizer, chat_template, written.mark(system, marks))
+    own = (written.mark(part, marks) for part in (prompt, system, tools))
+    marked = render(next(own), tokenizer, chat_template, *own)
     if without_marks(marked, marks) != text:
         raise ValueError(f"prompt {prompt!r} cannot be rendered as in training, by the chat template: {ALTERED}")
     return marked

@@ -84,6 +84,86 @@ TRAINING = [
     ),
     *_in(
         "layouts/batch.py",
+        "test_turns.py",
+        (
+            "turns: what a tool says is scored",
+            "response = response & (mask_T[1:] > 0)",
+            "response = response & (mask_T[1:] >= 0)",
+            "test_loss_and_gradient_are_those_of_the_scored_tokens",
+        ),
+        (
+            "turns: the NLL scores what is left out",
+            "scored = scored & (mask_T[1:] >= 0)",
+            "pass",
+            "test_loss_and_gradient_are_those_of_the_scored_tokens",
+        ),
+    ),
+    *_in(
+        "data/turns.py",
+        "test_turns.py",
+        (
+            "turns: the last alone",
+            '(which == "all" or k + 1 == len(messages))',
+            "k + 1 == len(messages)",
+            "test_the_assistants_turns_alone_are_scored",
+        ),
+        (
+            "turns: all, though the last is asked for",
+            '(which == "all" or k + 1 == len(messages))',
+            "True",
+            "test_the_last_turn_alone_where_that_is_asked",
+        ),
+        (
+            "turns: a turn without its thoughts",
+            "shown[shared(opening, shown) : len(shown) - length] == frame",
+            "True",
+            "test_turns_that_the_template_alters_once_others_follow_are_dropped",
+        ),
+        (
+            "turns: an opening takes the answer's first character",
+            "return min(start, shared(opening, framed))",
+            "return start",
+            "test_an_opening_that_the_turn_does_not_begin_with_takes_nothing_of_it",
+        ),
+    ),
+    *_in(
+        "data/masks.py",
+        "test_turns.py",
+        (
+            "turns: the prompt is scored",
+            "mask = [0] * length",
+            "mask = [1] * length",
+            "test_the_assistants_turns_alone_are_scored",
+        ),
+        (
+            "turns: a mask is not cut with its prompt",
+            "if len(kept) < len(prompt):",
+            "if False:",
+            "test_masks_are_cut_along",
+        ),
+    ),
+    *_in(
+        "data/messages.py",
+        "test_tools.py",
+        (
+            "tools: nulls within lists stay",
+            "[without_none(part) for part in value]",
+            "value",
+            "test_what_arrow_adds_is_taken_out_at_every_depth",
+        ),
+    ),
+    *_in(
+        "data/tools.py",
+        "test_tools.py",
+        (
+            "tools: arguments stay JSON text",
+            'return {**function, "arguments": parsed} if _is_dict(parsed) else function',
+            "return function",
+            "test_arguments_are_given_as_the_template_takes_them",
+        ),
+    ),
+    *_in(
+        "layouts/batch.py",
         "test_layout.py",
         (
             "rows: a token is skipped in answers only",
@@ -344,8 +424,8 @@ TRAINING = [
         ),
         (
             "decoder: the first token is not scored",
-            "first + np.arange(len(ids) + 1), np.concatenate([ids[:1], ids]), prompt_length=1",
-            "first + np.arange(len(ids)), ids, prompt_length=1",
+            "first + np.arange(len(ids) + 1), np.concatenate([ids[:1], ids]), 1, counted",
+            "first + np.arange(len(ids)), ids, 1, counted",
             "test_a_pair_becomes_one_prompt_and_two_answers",
         ),
     ),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from chat_templates import family_tokenizer
 from tiny import CHATML, SEVEN, make_model, make_tokenizer
 from trainers import make_args
 
@@ -261,6 +262,23 @@ def test_the_first_row_is_read_as_all_are():
     assert read_first(None, tokenizer) == read_first([], tokenizer) == {}
     prepared, _ = prepare([TALK])
     assert read_first(prepared, tokenizer, {"chosen": "good"}) == prepared[0]
+
+
+def test_the_rows_with_tools_and_turns_of_the_page_train():
+    page = Path(__file__).resolve().parents[1] / "docs/data.md"
+    tools, turns = (json.loads(row) for row in re.findall(r"```json\n(.*?)\n```", page.read_text(), re.DOTALL))
+    tokenizer = family_tokenizer("Hermes")
+    for row, scored in (
+        (tools, [("add", "It is 4."), ("It is 5.",)]),
+        (turns, [("4", "6"), ("7",)]),
+    ):
+        (pair,) = prepare_dataset([row], tokenizer, Limits(), report=lambda _: None)
+        for side, texts in zip(("chosen", "rejected"), scored, strict=True):
+            ids, first = pair[f"{side}_input_ids"], pair[f"{side}_prompt_length"]
+            mask = pair.get(f"{side}_mask") or [0] * first + [1] * (len(ids) - first)
+            text = tokenizer.decode([token for token, value in zip(ids, mask, strict=True) if value == 1])
+            turns_scored = text.removesuffix("<|im_end|>\n").split("<|im_end|>\n")
+            assert len(turns_scored) == len(texts) and all(map(str.__contains__, turns_scored, texts)), text
 
 
 def test_the_rows_of_the_page_train():

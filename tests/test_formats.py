@@ -89,7 +89,10 @@ def test_equal_conversations_keep_their_last_message_as_the_answer(chat_tokenize
         ({"chosen": [USER, GOOD], "rejected": [{**USER, "content": "bye"}, BAD]}, "pair whose prompts differ"),
         ({"prompt": [SYSTEM], "chosen": [USER, GOOD], "rejected": [MORE, BAD]}, "pair whose prompts differ"),
         ({"prompt": "hi", "chosen": [USER, GOOD], "rejected": [MORE, BAD]}, "pair whose prompts differ"),
-        ({"chosen": [USER, GOOD, MORE, GOOD], "rejected": [USER, BAD, MORE, BAD]}, "answer with a user's turn"),
+        (
+            {"chosen": [USER, GOOD, MORE], "rejected": [USER, BAD, MORE]},
+            "last turn is not the assistant's: role 'user'",
+        ),
         ({"prompt": [USER], "chosen": [{**GOOD, "role": "gpt"}], "rejected": [BAD]}, "another role .* role 'gpt'"),
         ({"prompt": [USER], "chosen": [CALL], "rejected": [BAD]}, "the chat template leaves out: role 'assistant'"),
         ({"prompt": [{**USER, "content": None}], "chosen": [GOOD], "rejected": [BAD]}, "holds nothing: role 'user'"),

@@ -2,13 +2,16 @@
 
 import json
 import pickle
+import shutil
 
 import peft
 import pytest
 import torch
+from chat_templates import family_tokenizer
 from tiny import CHATML, SMALL, make_model, make_tokenizer
 from transformers import GenerationConfig, LlamaConfig, LlamaModel
 
+from orpo.data.formats import pair_text
 from orpo.generate import main, read_prompts
 from orpo.generation import generate, load, render
 
@@ -181,6 +184,57 @@ def test_prompts_from_files(tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="holds no prompt"):
         read_prompts(str(tmp_path / "empty.txt"))
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps(TOOL), [{**TOOL, "x": None}]])
+def test_a_prompt_with_tools_is_rendered_as_in_training(tools):
+    tokenizer = family_tokenizer("Qwen 2.5")
+    arguments = {"city": "Paris", "none": None}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+    prompt = [{"role": "user", "content": "Paris?", "weight": 1}, call, {"role": "tool", "content": "18 C"}]
+    answers = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    trained = pair_text({"prompt": prompt, **answers, "tools": tools}, tokenizer).chosen_prompt
+    assert render(prompt, tokenizer, tools=tools) == trained
+    assert '"arguments": {"city": "Paris"}}' in trained and f"<tools>\n{json.dumps(TOOL)}\n</tools>" in trained
+    # Of no tools, no list of them.
+    assert "<tools>" not in render("hello", tokenizer, tools=[])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"chat_template": False, "tools": [[TOOL]]}, "tools is given, but a prompt without a chat template"),
+        ({"tools": [None, [TOOL]]}, "tools has 2 entries for 1 prompts"),
+        ({"chat_template": True, "tools": ["{"]}, "'tools' holds '{', which is no JSON"),
+    ],
+)
+def test_tools_without_a_place_are_refused(settings, words, model):
+    with pytest.raises(ValueError, match=words):
+        generate(model, make_tokenizer(), ["hello"], **settings)
+
+
+def test_the_command_reads_messages_and_tools(folder, tmp_path, capsys):
+    saved, out = tmp_path / "chat", tmp_path / "answers.jsonl"
+    shutil.copytree(folder, saved)
+    family_tokenizer("Hermes").save_pretrained(saved)
+    talk = [{"role": "user", "content": "Paris?"}]
+    rows = [{"messages": talk, "tools": [TOOL]}, {"messages": talk, "tools": None}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = [str(saved), "--device", "cpu", "--max_new_tokens", "8"]
+    main([*line, "--prompts", str(tmp_path / "p.jsonl"), "--output", str(out)])
+    records = [json.loads(text) for text in out.read_text().splitlines()]
+    model, tokenizer = load(str(saved), device="cpu")
+    assert [r["answer"] for r in records] == [
+        generate(model, tokenizer, [talk], tools=[own], max_new_tokens=8)[0] for own in ([TOOL], None)
+    ]
+    assert records[0]["answer"] != records[1]["answer"]
+    assert records[0]["prompt"] == talk and records[0]["tools"] == [TOOL] and "tools" not in records[1]
+    (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": "hello", "tools": "[{"}) + "\n")
+    with pytest.raises(ValueError, match=r"q\.jsonl, row 0, counted from 0: 'tools' holds"):
+        read_prompts(str(tmp_path / "q.jsonl"))
 
 
 def test_the_command_writes_prompt_and_answer(folder, tmp_path, model, capsys):

@@ -399,9 +399,9 @@ def test_messages_that_repeat_their_prompt_are_trained_once():
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_columns_of_a_prompt_that_are_not_read_are_told(stream):
-    row = {"prompt": "a", "chosen": "b", "rejected": "c", "system_prompt": "be kind", "history": [], "tools": "[]"}
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "system_prompt": "be kind", "history": [], "input": "x"}
     data = datasets.Dataset.from_list([row])
     lines = prepare(data.to_iterable_dataset() if stream else data)[1]
     assert [
-        line for line in lines if line.startswith("train: the columns system_prompt, tools are not read: ")
+        line for line in lines if line.startswith("train: the columns system_prompt, input are not read: ")
     ] == lines[1:]

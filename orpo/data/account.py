@@ -10,8 +10,8 @@ from orpo.data.bad_rows import refuse_bad_rows
 from orpo.data.unusable import BAD
 
 # Of each pair, until those that cannot train are dropped: why, what else of it, a special token in its text, and what
-# of it is cut.
-ACCOUNT = ["dropped", "detail", "written_out", "cut"]
+# of it is cut. With the type of each column.
+ACCOUNT = {"dropped": "string", "detail": "string", "written_out": "string", "cut": "int64"}
 
 # What may be cut of a pair that is kept, each a bit of the column `cut`.
 CUT = ("chosen", "rejected", "prompt")

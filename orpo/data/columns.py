@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from itertools import product
 from typing import Any, NamedTuple
 
-from orpo.data.conversations import is_conversation, without_none
+from orpo.data.messages import is_conversation, without_none
 from orpo.data.unusable import FileFault
 
 Row = Mapping[str, Any]
@@ -28,7 +28,7 @@ OPENAI = ("input", "preferred_output", "non_preferred_output")
 SIDES = ("chosen", "rejected")
 # What is read of a row, in any form.
 NAMES = (
-    *("prompt", *SIDES, "system", "chat_template_kwargs"),
+    *("prompt", *SIDES, "system", "tools", "chat_template_kwargs"),
     *(*OPENAI, "conversations", "messages", "question", "instruction", "completion", "label"),
 )
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
@@ -177,7 +177,7 @@ def _openai(row: Row, _: bool) -> Row:
     out = _without(row, *OPENAI) | {"prompt": given["messages"]}
     out |= dict(zip(SIDES, (row["preferred_output"], row["non_preferred_output"]), strict=True))
     if given.get("tools"):
-        out["chat_template_kwargs"] = {**(row.get("chat_template_kwargs") or {}), "tools": without_none(given["tools"])}
+        out["tools"] = given["tools"]
     return out
 
 

@@ -2,42 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+from orpo.data.messages import (
+    OTHERS,
+    PROBE,
+    Messages,
+    is_conversation,
+    plain,
+    probed,
+    read_messages,
+    render_messages,
+)
+from orpo.data.tools import calls_as_taken
+from orpo.data.turns import Turns, opened, scored_turns, shared
 from orpo.data.unusable import (
     EMPTY_ANSWER,
+    ENDS_OTHERWISE,
     LEFT_OUT,
     NO_CONTENT,
     NO_PROMPT,
     OTHER_ROLE,
     PROMPTS_DIFFER,
-    REFUSED,
-    USERS_TURN,
     UnusableRow,
 )
 
-Messages = list[dict[str, Any]]
 
-# Stands in a message's place to see what a template makes of it; trimmed or not, no text holds it by chance.
-PROBE = "xq7probe7qx"
+class SideText(NamedTuple):
+    """One side of a pair as text. `turns` are the spans of prompt and answer that count, where it is not all answer."""
 
-
-def is_conversation(value: Any) -> bool:
-    """Whether `value` is a list of messages, which may be empty."""
-    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(m, Mapping) for m in value)
+    prompt: str
+    answer: str
+    turns: Turns | None
 
 
 def conversation_text(
-    prompt: Any, chosen: Any, rejected: Any, tokenizer: Any, keywords: Mapping[str, Any]
-) -> tuple[str, str, str, str]:
-    """(prompt, chosen answer, prompt, rejected answer) as `tokenizer`'s chat template renders them.
+    prompt: Any, chosen: Any, rejected: Any, tokenizer: Any, keywords: Mapping[str, Any], score_turns: str = "all"
+) -> tuple[SideText, SideText]:
+    """The chosen and the rejected side as `tokenizer`'s chat template renders them.
 
     Args:
         prompt: messages, a string that is the user's turn, or None where both answers begin with the prompt.
         chosen, rejected: messages.
         tokenizer: a tokenizer with a chat template.
         keywords: for the template.
+        score_turns: which turns of the assistant count, "all" in an answer or its "last".
 
     Raises:
         UnusableRow: the row has no prompt or no answer in it, or the template refuses it.
@@ -50,71 +60,70 @@ def conversation_text(
         raise ValueError(
             f"'prompt' has to be a string or a list of messages, not {type(prompt).__name__}: {prompt!r:.80}"
         )
-    messages, chosen, rejected = _split(prompt, chosen, rejected)
-    for answer in (chosen, rejected):
-        last = answer[-1]
-        if not _plain(last.get("content")).strip() and not last.get("tool_calls"):
+    messages, *answers = _split(prompt, chosen, rejected)
+    for answer in answers:
+        if not plain(answer[-1].get("content")).strip() and not answer[-1].get("tool_calls"):
             raise UnusableRow(EMPTY_ANSWER)
-    if any(answer[0]["role"] in ("user", "system") for answer in (chosen, rejected)):
+    if any(answer[0]["role"] in ("user", "system") for answer in answers):
         raise UnusableRow(PROMPTS_DIFFER)
-    if any(message["role"] == "user" for answer in (chosen, rejected) for message in answer):
-        raise UnusableRow(USERS_TURN)
+    for role in (answer[-1]["role"] for answer in answers):
+        if role in OTHERS:
+            raise UnusableRow(ENDS_OTHERWISE, f"role {role!r}")
     if not messages:
         raise UnusableRow(NO_PROMPT)
-    for message in (*messages, *chosen, *rejected):
+    for message in (*messages, *answers[0], *answers[1]):
         if message.get("content") is None and not message.get("tool_calls"):
             raise UnusableRow(NO_CONTENT, f"role {message['role']!r}")
-    turn_open = messages[-1]["role"] == "assistant"
-    opening = render_messages(
-        messages, tokenizer, add_generation_prompt=not turn_open, continue_final_message=turn_open, **keywords
-    )
-    sides = (_side(messages, answer, opening, tokenizer, keywords) for answer in (chosen, rejected))
-    return tuple(text for side in sides for text in side)
+    longest = max(answers, key=lambda answer: sum("tool_calls" in message for message in answer))
+    as_taken = calls_as_taken([*messages, *longest], tokenizer, keywords)
+    messages, *answers = map(as_taken, (messages, *answers))
+    # What an answer begins with decides how the prompt ends: a tool's result follows a call that is not open.
+    openings: dict[bool, str] = {}
+    sides = []
+    for answer in answers:
+        answers_itself = answer[0]["role"] not in OTHERS
+        if answers_itself not in openings:
+            turn_open = answers_itself and messages[-1]["role"] == "assistant"
+            options = {"add_generation_prompt": answers_itself and not turn_open, "continue_final_message": turn_open}
+            openings[answers_itself] = render_messages(messages, tokenizer, **options, **keywords)
+        sides.append(_side(messages, answer, openings[answers_itself], tokenizer, keywords, score_turns))
+    return tuple(sides)
 
 
 def _side(
-    prompt: Messages, answer: Messages, opening: str, tokenizer: Any, keywords: Mapping[str, Any]
-) -> tuple[str, str]:
-    """(prompt, answer) text. Templates may render a prompt otherwise once an answer follows; the answer decides."""
-    whole = render_messages([*prompt, *answer], tokenizer, **keywords)
-    if not _is_rendered(prompt, answer, whole, tokenizer, keywords):
-        raise UnusableRow(LEFT_OUT, f"role {answer[-1]['role']!r}")
+    prompt: Messages, answer: Messages, opening: str, tokenizer: Any, keywords: Mapping[str, Any], score_turns: str
+) -> SideText:
+    """One side. Templates may render a prompt otherwise once an answer follows; the answer decides."""
+    messages = [*prompt, *answer]
+    whole = render_messages(messages, tokenizer, **keywords)
+    for k in range(len(prompt), len(messages)):
+        if not _is_rendered(messages, k, whole, tokenizer, keywords):
+            raise UnusableRow(LEFT_OUT, f"role {messages[k]['role']!r}")
     if answer[0]["role"] != "assistant" and not whole.startswith(opening):
         # Roles of other names, gpt for instance: what follows the generation prompt would be learned as another turn.
         raise UnusableRow(OTHER_ROLE, f"role {answer[0]['role']!r}")
-    split = 0
-    while split < min(len(opening), len(whole)) and opening[split] == whole[split]:
-        split += 1
-    return whole[:split], whole[split:]
+    split = opened(opening, whole, messages, len(prompt), tokenizer, keywords)
+    turns = scored_turns(messages, len(prompt), whole, opening, tokenizer, keywords, score_turns)
+    return SideText(whole[:split], whole[split:], turns)
 
 
-def _is_rendered(prompt: Messages, answer: Messages, whole: str, tokenizer: Any, keywords: Mapping[str, Any]) -> bool:
-    """Whether `whole`, the conversation as rendered, shows what the last message of `answer` says or calls."""
-    before, last = [*prompt, *answer[:-1]], answer[-1]
-    if _plain(last.get("content")).strip():
-        probe = PROBE if isinstance(last["content"], str) else _part(PROBE)
-        return PROBE in render_messages([*before, {**last, "content": probe}], tokenizer, **keywords)
-    try:
-        return whole != render_messages([*before, {"role": last["role"], "content": ""}], tokenizer, **keywords)
-    except UnusableRow:
-        # A template that refuses a turn without content and calls has read the calls.
+def _is_rendered(messages: Messages, k: int, whole: str, tokenizer: Any, keywords: Mapping[str, Any]) -> bool:
+    """Whether `whole`, the conversation as rendered, shows what message `k` says and calls."""
+    message = messages[k]
+
+    def changed(to: dict[str, Any]) -> str:
+        return render_messages([*messages[:k], to, *messages[k + 1 :]], tokenizer, **keywords)
+
+    if plain(message.get("content")).strip() and PROBE not in changed(probed(message)):
+        return False
+    if not message.get("tool_calls"):
         return True
-
-
-def render_messages(messages: Messages, tokenizer: Any, **keywords: Any) -> str:
-    """What the chat template makes of `messages`, which :func:`read_messages` has read.
-
-    Raises:
-        UnusableRow: the template refuses them, or fails.
-    """
+    silent = {"content": "", **{name: part for name, part in message.items() if name != "tool_calls"}}
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **keywords)
-    except ImportError:
-        raise
-    except Exception as error:
-        # The template's own refusal, or whatever its expressions raise, of any type.
-        line = f" (line {error.lineno} of the template)" if getattr(error, "lineno", None) else ""
-        raise UnusableRow(REFUSED, f"{error}{line}") from error
+        return whole != changed(silent)
+    except UnusableRow:
+        # A template that refuses a turn without content and calls, or a result without its call, has read the calls.
+        return True
 
 
 def _split(prompt: Any, chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
@@ -130,85 +139,14 @@ def _split(prompt: Any, chosen: Messages, rejected: Messages) -> tuple[Messages,
     if isinstance(prompt, str) and chosen[0]["role"] == rejected[0]["role"] == "assistant":
         messages = [{"role": "user", "content": prompt}]
     # The last message is the answer even where both sides give the same one.
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
+    alike = min(shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     if messages:
         # With a prompt of its own, an answer may well begin like the other one; a user's turn answers nothing.
-        while shared and chosen[shared - 1]["role"] not in ("user", "system"):
-            shared -= 1
+        while alike and chosen[alike - 1]["role"] not in ("user", "system"):
+            alike -= 1
     # Or the answers alone have the system message, in front of the prompt.
-    repeats = chosen[0]["role"] == "system" and shared > len(messages) and chosen[1 : 1 + len(messages)] == messages
-    messages = [*([] if repeats else messages), *chosen[:shared]]
+    repeats = chosen[0]["role"] == "system" and alike > len(messages) and chosen[1 : 1 + len(messages)] == messages
+    messages = [*([] if repeats else messages), *chosen[:alike]]
     if isinstance(prompt, str) and prompt and all(message["role"] == "system" for message in messages):
         messages = [*messages, {"role": "user", "content": prompt}]
-    return messages, chosen[shared:], rejected[shared:]
-
-
-def read_messages(messages: Any, tokenizer: Any) -> Messages:
-    """`messages` as templates know them: content a string (or parts of text, for a template that takes them).
-
-    A column of dictionaries holds None for the names that a row does not have, and templates ask whether a message has
-    ``tool_calls``: names without a value are left out.
-
-    Raises:
-        ValueError: a message has no role, or its content is no text.
-    """
-    out = []
-    for message in messages:
-        read = without_none(message)
-        if not isinstance(read.get("role"), str) or not ({"content", "tool_calls"} & set(message)):
-            raise ValueError(
-                f"a message holds {sorted(message)}, and needs 'role', a string, and 'content'; "
-                "ShareGPT's 'from' and 'value' have to be renamed, and its human and gpt to user and assistant"
-            )
-        if "content" in message:
-            read["content"] = _content(message["content"], tokenizer)
-        out.append(read)
-    return out
-
-
-def without_none(value: Any) -> Any:
-    """`value` without the names that hold None, in it and in what it is made of."""
-    if isinstance(value, Mapping):
-        return {name: without_none(part) for name, part in value.items() if part is not None}
-    return [without_none(part) for part in value] if isinstance(value, list) else value
-
-
-def _content(content: Any, tokenizer: Any) -> Any:
-    if content is None or isinstance(content, str):
-        return content
-    if not isinstance(content, Sequence):
-        raise ValueError(f"a message's content has to be a string or parts of text, not {type(content).__name__}")
-    texts = []
-    for part in content:
-        kind = (
-            part.get("type") if isinstance(part, Mapping) else "text" if isinstance(part, str) else type(part).__name__
-        )
-        text = part.get("text") if isinstance(part, Mapping) else part
-        if kind != "text" or not isinstance(text, str):
-            raise ValueError(
-                f"a message's content holds a part of type {kind!r}: only text is trained on, so leave out such rows, "
-                "or their parts that are no text"
-            )
-        texts.append(text)
-    # A template that knows strings only would write the list as Python does.
-    return _part(*texts) if _takes_parts(tokenizer) else "".join(texts)
-
-
-def _part(*texts: str) -> list[dict[str, str]]:
-    return [{"type": "text", "text": text} for text in texts]
-
-
-def _takes_parts(tokenizer: Any) -> bool:
-    """Whether the chat template renders content that is a list of parts by their text."""
-    try:
-        text = render_messages([{"role": "user", "content": _part(PROBE)}], tokenizer)
-    except UnusableRow:
-        return False
-    return PROBE in text and "'text'" not in text and '"text"' not in text
-
-
-def _plain(content: Any) -> str:
-    """The text of a message's content."""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content or ())
+    return messages, chosen[alike:], rejected[alike:]

@@ -9,7 +9,14 @@ from typing import Any
 
 from orpo.data.formats import PairText
 from orpo.data.prepare import PairTokenizer
-from orpo.data.unusable import EQUAL_ANSWERS, EQUAL_ONCE_CUT, NO_PROMPT, PROMPTS_DIFFER, UnusableRow
+from orpo.data.unusable import (
+    EQUAL_ANSWERS,
+    EQUAL_ONCE_CUT,
+    NO_PROMPT,
+    PROMPTS_DIFFER,
+    SEVERAL_TURNS,
+    UnusableRow,
+)
 from orpo.tokens.limits import Limits
 
 
@@ -21,7 +28,7 @@ class EncoderDecoderTokenizer(PairTokenizer):
     own limit is None; the special tokens around it stay.
 
     Args:
-        tokenizer, limits, columns: as of :class:`orpo.data.prepare.PairTokenizer`.
+        tokenizer, limits, columns, score_turns: as of :class:`orpo.data.prepare.PairTokenizer`.
         escape: has to be False.
 
     Raises:
@@ -31,25 +38,37 @@ class EncoderDecoderTokenizer(PairTokenizer):
     joined = False
 
     def __init__(
-        self, tokenizer: Any, limits: Limits, escape: bool = False, columns: Mapping[str, str] | None = None
+        self,
+        tokenizer: Any,
+        limits: Limits,
+        escape: bool = False,
+        columns: Mapping[str, str] | None = None,
+        score_turns: str = "all",
     ) -> None:
         if escape:
             raise ValueError(
                 "escape_special_tokens is true, and the model is an encoder-decoder, for which special tokens in the "
                 "text cannot be kept text: leave the option out"
             )
-        super().__init__(tokenizer, limits, False, columns)
+        super().__init__(tokenizer, limits, False, columns, score_turns)
         self.code += hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         self.around_prompt = _around(tokenizer("a"), tokenizer("a", add_special_tokens=False))
         self.around_answer = _around(tokenizer(text_target="a"), tokenizer(text_target="a", add_special_tokens=False))
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        prompts, answers = self.tokenizer(texts[::2])["input_ids"], self.tokenizer(text_target=texts[1::2])["input_ids"]
+    def _text(self, row: Mapping[str, Any]) -> PairText:
+        text = super()._text(row)
+        if any(spans is not None for spans in text.turns):
+            raise UnusableRow(SEVERAL_TURNS)
+        return text
+
+    def _ids(self, sides: list[list[str]]) -> list[list[int]]:
+        prompts, answers = ([*part] for part in zip(*sides, strict=True))
+        prompts, answers = self.tokenizer(prompts)["input_ids"], self.tokenizer(text_target=answers)["input_ids"]
         return [ids for side in zip(prompts, answers, strict=True) for ids in side]
 
     @staticmethod
-    def _parts(text: PairText) -> tuple[str, str, str, str]:
-        return text.chosen_prompt, text.chosen, text.rejected_prompt, text.rejected
+    def _parts(text: PairText) -> list[list[str]]:
+        return [[text.chosen_prompt, text.chosen], [text.rejected_prompt, text.rejected]]
 
     def _side(self, prompt: list[int], whole: list[int], templated: bool, text: str) -> tuple[list[int], list[int]]:
         eos = self.tokenizer.eos_token_id

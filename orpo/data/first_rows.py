@@ -14,6 +14,7 @@ from orpo.data.ratings import describe_ratings
 from orpo.data.repeats import ROWS, repeats_prompt
 from orpo.data.sources import as_dataset
 from orpo.data.splits import refuse_splits
+from orpo.data.tools import unread_tools
 from orpo.data.unusable import BAD, FileFault
 from orpo.tokens.pretokenized import COLUMNS
 
@@ -74,6 +75,7 @@ def report_first_rows(
         repeats_prompt(rows),
         unread_columns(first),
         describe_ratings(data, given),
+        unread_tools(first.get("tools"), tokenizer),
     )
     for sentence in filter(None, said):
         report(sentence)

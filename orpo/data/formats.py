@@ -17,9 +17,12 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from orpo.data.columns import OPENAI
-from orpo.data.conversations import conversation_text, is_conversation
+from orpo.data.conversations import conversation_text
 from orpo.data.images import refuse_images
+from orpo.data.messages import is_conversation, without_none
 from orpo.data.misread import refuse_dates, refuse_messages_as_text
+from orpo.data.tools import read_tools, refuse_tools
+from orpo.data.turns import Turns
 from orpo.data.unusable import (
     ASSISTANT,
     EMPTY_ANSWER,
@@ -50,13 +53,17 @@ def skips_template(row: Mapping[str, Any], tokenizer: Any) -> bool:
 
 
 class PairText(NamedTuple):
-    """Text of one pair. The prompts differ where a chat template renders the same messages in two ways."""
+    """Text of one pair. The prompts differ where a chat template renders the same messages in two ways.
+
+    `turns` are the spans of each side that count, in prompt and answer together, or None for all of its answer.
+    """
 
     chosen_prompt: str
     chosen: str
     rejected_prompt: str
     rejected: str
     templated: bool
+    turns: tuple[Turns | None, Turns | None] = (None, None)
 
 
 def check_columns(names: Collection[str]) -> None:
@@ -87,21 +94,25 @@ def check_columns(names: Collection[str]) -> None:
 
 def unread_columns(row: Mapping[str, Any]) -> str | None:
     """What has to be said of columns that belong to the prompt by their names, and are no part of it; or None."""
-    candidates = ("system", "system_prompt", "instruction", "input", "history", "tools")
+    candidates = ("system", "system_prompt", "instruction", "input", "history")
     names = [name for name in candidates if isinstance(value := row.get(name), str | list | Mapping) and value]
     if not names:
         return None
     return (
         f"the columns {', '.join(names)} are not read: a prompt is what 'prompt' holds, or the messages that both "
-        "answers begin with; a system message is read of a column 'system' (--columns system=NAME), tools of "
-        "'chat_template_kwargs'"
+        "answers begin with; a system message is read of a column 'system' (--columns system=NAME), tools of 'tools'"
     )
 
 
-def pair_text(row: Mapping[str, Any], tokenizer: Any) -> PairText:
+def pair_text(row: Mapping[str, Any], tokenizer: Any, score_turns: str = "all") -> PairText:
     """The texts of one row in any of the forms above; others are made these by :func:`orpo.data.columns.read_row`.
 
-    A row's ``chat_template_kwargs`` go to the chat template, as in TRL.
+    A row's ``tools`` and ``chat_template_kwargs`` go to the chat template, as in TRL.
+
+    Args:
+        row: with the columns of one of the forms.
+        tokenizer: whose chat template renders conversations.
+        score_turns: "all" or "last", which turns of the assistant count in an answer of several.
 
     Raises:
         UnusableRow: the row is of one of the forms above and cannot train; :mod:`orpo.data.unusable` names the reasons.
@@ -111,7 +122,7 @@ def pair_text(row: Mapping[str, Any], tokenizer: Any) -> PairText:
     refuse_images(row)
     check_columns(row.keys())
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    refuse_dates([prompt, chosen, rejected, row.get("chat_template_kwargs")])
+    refuse_dates([prompt, chosen, rejected, row.get("tools"), row.get("chat_template_kwargs")])
     refuse_messages_as_text(prompt, chosen, rejected)
     if chosen is None or rejected is None:
         raise UnusableRow(MISSING, f"{'chosen' if chosen is None else 'rejected'!r} is null")
@@ -121,11 +132,14 @@ def pair_text(row: Mapping[str, Any], tokenizer: Any) -> PairText:
                 "the data set holds conversations, and the tokenizer has no chat template to render them with: "
                 "set tokenizer.chat_template (--chat_template), or give prompt, chosen and rejected as strings"
             )
-        keywords = _keywords(row.get("chat_template_kwargs") or {})
-        return PairText(*conversation_text(prompt, chosen, rejected, tokenizer, keywords), templated=True)
+        keywords = _keywords(row.get("chat_template_kwargs") or {}, row.get("tools"))
+        sides = conversation_text(prompt, chosen, rejected, tokenizer, keywords, score_turns)
+        texts = (part for side in sides for part in (side.prompt, side.answer))
+        return PairText(*texts, templated=True, turns=tuple(side.turns for side in sides))
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
         kinds = f"{type(chosen).__name__} and {type(rejected).__name__}"
         raise ValueError(f"'chosen' and 'rejected' have to be two strings or two lists of messages, not {kinds}")
+    refuse_tools(row.get("tools"))
     if prompt is None:
         return _without_prompt(chosen, rejected, "prompt" in row)
     if not isinstance(prompt, str):
@@ -134,16 +148,21 @@ def pair_text(row: Mapping[str, Any], tokenizer: Any) -> PairText:
     return PairText(prompt, chosen, prompt, rejected, templated=False)
 
 
-def _keywords(given: Any) -> dict[str, Any]:
+def _keywords(given: Any, tools: Any) -> dict[str, Any]:
     """What a row says to the chat template."""
     if not isinstance(given, Mapping):
         raise ValueError(f"'chat_template_kwargs' has to be a dictionary, not {type(given).__name__}")
     # A column of dictionaries holds None for the names that a row does not have.
-    keywords = {name: value for name, value in given.items() if value is not None}
+    keywords = without_none(given)
     own = {"conversation", "tokenize", "add_generation_prompt", "continue_final_message"} & keywords.keys()
     if own:
         raise ValueError(f"'chat_template_kwargs' sets {', '.join(sorted(own))}, which is set here: leave it out")
-    return keywords
+    schemas = read_tools(tools)
+    if schemas and keywords.get("tools"):
+        raise ValueError("a row has tools in its column 'tools' and in 'chat_template_kwargs': leave one out")
+    # Not an empty list, of which some templates make a list of no tools.
+    schemas = schemas or read_tools(keywords.pop("tools", None))
+    return {**keywords, "tools": schemas} if schemas else keywords
 
 
 def _refuse_empty(*answers: str) -> None:

@@ -2,7 +2,8 @@
 
 A prepared data set has six columns: ``chosen_input_ids`` and ``rejected_input_ids`` (prompt and answer in one list),
 ``chosen_prompt_length`` and ``rejected_prompt_length`` (tokens before the answer), ``length`` (of both sequences
-together), and ``pair_id`` (the row of the data set as it was given).
+together), and ``pair_id`` (the row of the data set as it was given). Where not all of an answer is scored there are
+``chosen_mask`` and ``rejected_mask`` too (:data:`orpo.tokens.pretokenized.MASKS`).
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from orpo import __version__
-from orpo.data import bad_rows, conversations, formats, misread, unusable
+from orpo.data import account, bad_rows, conversations, formats, masks, messages, misread, tools, turns, unusable
 from orpo.data import columns as data_columns
 from orpo.data.account import ACCOUNT, read_account, what_is_cut
 from orpo.data.bad_rows import what_it_holds
@@ -23,9 +24,11 @@ from orpo.data.columns import each_pair, read_row, renamed, with_our_names
 from orpo.data.first_rows import ROWS, check_first_rows, report_first_rows
 from orpo.data.formats import PairText, check_columns, pair_text
 from orpo.data.labelled import is_labelled, pair_by_prompt
+from orpo.data.masks import cut_masks, empty_masks, features, texts_of, token_mask, without_empty_masks
 from orpo.data.prepared import check_prepared, mark
 from orpo.data.sources import as_dataset
 from orpo.data.streams import ATTRIBUTE, DropCounter
+from orpo.data.turns import shared
 from orpo.data.unusable import (
     BAD,
     EMPTY_ANSWER,
@@ -39,14 +42,14 @@ from orpo.data.unusable import (
 )
 from orpo.tokens import limits, special_tokens
 from orpo.tokens.limits import Limits
-from orpo.tokens.pretokenized import COLUMNS
+from orpo.tokens.pretokenized import COLUMNS, MASKS
 from orpo.tokens.special_tokens import ALTERED, WrittenOut, describe_written, spare_marks, token_ids, without_marks
 
 # Where a prepared data set keeps the report on it.
 SUMMARY = "orpo_summary"
 
 # The columns that hold a row's text.
-TEXTS = ("prompt", "chosen", "rejected")
+TEXTS = ("prompt", "chosen", "rejected", "tools")
 
 
 @functools.cache
@@ -56,7 +59,8 @@ def code_version() -> str:
     ``datasets`` looks up tokens that it has made before by the attributes of what made them: without this among them, a
     run would train on those that an older version of this package made.
     """
-    parts = (bad_rows, conversations, data_columns, formats, limits, misread, special_tokens, unusable)
+    text = (account, bad_rows, conversations, data_columns, formats, messages, misread, tools, turns, unusable)
+    parts = (*text, limits, masks, special_tokens)
     files = (__file__, *(part.__file__ for part in parts))
     return hashlib.sha256(__version__.encode() + b"".join(Path(f).read_bytes() for f in files)).hexdigest()
 
@@ -75,6 +79,7 @@ class PairTokenizer:
         escape: whether special tokens written out in the rows' text stay text. Those of the template stay tokens, and
             so do, of strings, a BOS that begins the prompt and an EOS that ends an answer.
         columns: our name -> the column's, of columns that have other names.
+        score_turns: "all" or "last", which turns of the assistant count in an answer of several.
 
     Raises:
         ValueError: with `escape`, the tokenizer cannot keep them text.
@@ -84,12 +89,18 @@ class PairTokenizer:
     joined = True
 
     def __init__(
-        self, tokenizer: Any, limits: Limits, escape: bool = False, columns: Mapping[str, str] | None = None
+        self,
+        tokenizer: Any,
+        limits: Limits,
+        escape: bool = False,
+        columns: Mapping[str, str] | None = None,
+        score_turns: str = "all",
     ) -> None:
         self.tokenizer = tokenizer
         self.limits = limits
         self.escape = escape
         self.columns = columns
+        self.score_turns = score_turns
         self.code = code_version()
         self.written = WrittenOut(tokenizer)
         if escape:
@@ -111,7 +122,7 @@ class PairTokenizer:
         for i, row in enumerate(given):
             try:
                 row = read_row(row, self.tokenizer)
-                text = pair_text(row, self.tokenizer)
+                text = self._text(row)
                 found[i] = self._first_written(row, text)
                 if found[i] and self.escape:
                     text, escaped[i] = self._escaped(row, text)
@@ -126,17 +137,22 @@ class PairTokenizer:
             except ValueError as error:
                 texts.append(None)
                 dropped[i], details[i] = MALFORMED, f"{error}; {what_it_holds(given[i])}"
-        flat = [t for i, text in enumerate(texts) if text and i not in escaped for t in self._parts(text)]
-        ids = iter(self._ids(flat) if flat else [])
-        out: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        sides = [side for i, text in enumerate(texts) if text and i not in escaped for side in self._parts(text)]
+        ids = iter(self._ids(sides) if sides else [])
+        out: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, *MASKS)}
         for i, text in enumerate(texts):
-            pair = None
+            pair, counted = None, [[], []]
             if text is not None:
                 own = escaped.get(i, ids)
-                sides = [self._side(next(own), next(own), text.templated, t) for t in (text.chosen, text.rejected)]
+                sides = []
+                for side, (answer, spans) in enumerate(zip((text.chosen, text.rejected), text.turns, strict=True)):
+                    prompt, whole, *cuts = (next(own) for _ in range(2 + 2 * len(spans or ())))
+                    sides.append(self._side(prompt, whole, text.templated, answer))
+                    counted[side] = token_mask(spans, cuts, whole, sum(map(len, sides[-1])))
                 try:
                     pair = self._fit(sides)
                     cut[i] = what_is_cut(sides, pair)
+                    counted = cut_masks(counted, sides, pair, self.limits, self.tokenizer.bos_token_id)
                 except UnusableRow as unusable:
                     dropped[i], details[i] = unusable.reason, unusable.detail
             (chosen_prompt, chosen), (rejected_prompt, rejected) = pair or (([], []), ([], []))
@@ -144,6 +160,8 @@ class PairTokenizer:
             out["rejected_input_ids"].append(rejected_prompt + rejected)
             out["chosen_prompt_length"].append(len(chosen_prompt))
             out["rejected_prompt_length"].append(len(rejected_prompt))
+            for name, mask in zip(MASKS, counted if pair else ([], []), strict=True):
+                out[name].append(mask)
         # transformers groups batches by this column, where `train_sampling_strategy` asks for it.
         length = [len(c) + len(r) for c, r in zip(out["chosen_input_ids"], out["rejected_input_ids"], strict=True)]
         account = dict(zip(ACCOUNT, (dropped, details, found, cut), strict=True))
@@ -160,13 +178,16 @@ class PairTokenizer:
         """(texts as they end, tokens of their parts) of a row whose special tokens stay text."""
         marks = spare_marks([row.get(name) for name in TEXTS])
         if text.templated:
-            marked = pair_text(row | {name: self.written.mark(row.get(name), marks) for name in TEXTS}, self.tokenizer)
-            parts = self._parts(marked)
-            bare, plain = ([without_marks(part, marks) for part in parts], self._parts(text))
+            with_marks = {name: self.written.mark(row[name], marks) for name in TEXTS if name in row}
+            marked = pair_text(row | with_marks, self.tokenizer, self.score_turns)
+            sides = self._parts(marked)
+            bare = [[without_marks(part, marks) for part in side] for side in sides]
             # A prompt may end elsewhere: where the answer's special token begins like what opens the answer's turn.
-            if bare[1::2] != list(plain[1::2]) or not all(map(str.startswith, bare[1::2], bare[::2])):
+            wholes, starts = zip(*((whole, (prompt, *cuts)) for prompt, whole, *cuts in bare), strict=True)
+            plain = tuple(side[1] for side in self._parts(text))
+            if wholes != plain or not all(w.startswith(t) for w, own in zip(wholes, starts, strict=True) for t in own):
                 raise UnusableRow(REFUSED, ALTERED)
-            return marked, iter(token_ids(parts, self.tokenizer, marks))
+            return marked, iter(token_ids([*chain(*sides)], self.tokenizer, marks))
         pieces = (
             *((text.chosen_prompt, ""), (text.chosen_prompt, text.chosen)),
             *((text.rejected_prompt, ""), (text.rejected_prompt, text.rejected)),
@@ -174,24 +195,21 @@ class PairTokenizer:
         parts = [self.written.mark_strings(*piece, marks) for piece in pieces]
         return text, iter(token_ids(parts, self.tokenizer, marks))
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        """Tokens of the :meth:`_parts` of rows, one behind the other."""
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    def _text(self, row: Mapping[str, Any]) -> PairText:
+        return pair_text(row, self.tokenizer, self.score_turns)
 
     @staticmethod
-    def _parts(text: PairText) -> tuple[str, str, str, str]:
-        return (
-            text.chosen_prompt,
-            text.chosen_prompt + text.chosen,
-            text.rejected_prompt,
-            text.rejected_prompt + text.rejected,
-        )
+    def _parts(text: PairText) -> list[list[str]]:
+        """Of each side: its prompt, what its tokens are split from, and where its turns begin and end."""
+        return texts_of(text)
+
+    def _ids(self, sides: list[list[str]]) -> list[list[int]]:
+        """Tokens of the :meth:`_parts` of rows, one behind the other."""
+        return self.tokenizer([*chain(*sides)], add_special_tokens=False)["input_ids"]
 
     def _side(self, prompt: list[int], whole: list[int], templated: bool, text: str) -> tuple[list[int], list[int]]:
         """(prompt tokens, answer tokens) of one side, whose answer is `text`, with BOS and EOS."""
-        split = 0
-        while split < min(len(prompt), len(whole)) and prompt[split] == whole[split]:
-            split += 1
+        split = shared(prompt, whole)
         prompt, answer = whole[:split], whole[split:]
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if templated:
@@ -236,6 +254,7 @@ def prepare_dataset(
     num_proc: int | None = None,
     escape_special_tokens: bool = False,
     columns: Mapping[str, str] | None = None,
+    score_turns: str = "all",
     max_bad_rows: float = 0.01,
     pair_answers: bool = False,
     pair_tokenizer: type[PairTokenizer] = PairTokenizer,
@@ -272,18 +291,19 @@ def prepare_dataset(
     if pair_answers and is_labelled(renamed(dict.fromkeys(names), columns)):
         data, columns = pair_by_prompt(with_our_names(data, columns), name, max_bad_rows, report), None
         names = data.column_names
-    tokenize = pair_tokenizer(tokenizer, limits, escape_special_tokens, columns)
+    tokenize = pair_tokenizer(tokenizer, limits, escape_special_tokens, columns, score_turns)
     is_stream = isinstance(data, datasets.IterableDataset)
     if not is_stream and not len(data):
         raise ValueError(f"the {name} set holds no rows")
     check_columns(renamed(dict.fromkeys(names), columns, f"the {name} set").keys())
     check_first_rows(tokenize, data, names, name, max_bad_rows)
     if is_stream:
+        tokenize = functools.partial(without_empty_masks, tokenize)
         tokenized = data.map(tokenize, batched=True, with_indices=True, remove_columns=names)
         report(f"{name}: a stream; rows that cannot train are left out as they come, and counted after each epoch")
         report_first_rows(data, tokenizer, columns, lambda said: report(f"{name}: {said}"))
         counter = DropCounter(name, (*REASONS, *limits.reasons), escape_special_tokens, max_bad_rows)
-        prepared = tokenized.filter(counter).remove_columns(ACCOUNT)
+        prepared = tokenized.filter(counter).remove_columns([*ACCOUNT])
         setattr(prepared, ATTRIBUTE, counter)
         return prepared
     tokenized = data.map(
@@ -291,6 +311,7 @@ def prepare_dataset(
         batched=True,
         with_indices=True,
         remove_columns=names,
+        features=features(ACCOUNT),
         num_proc=num_proc,
         desc=f"Tokenizing the {name} set",
     )
@@ -301,7 +322,7 @@ def prepare_dataset(
         report(f"{name}: {describe_written(len(written), escape_special_tokens, f'row {row}, {token!r}')}")
     report_first_rows(data, tokenizer, columns, lambda said: report(f"{name}: {said}"))
     kept = tokenized.filter(_is_kept, num_proc=num_proc, desc=f"Filtering the {name} set") if dropped else tokenized
-    prepared = kept.remove_columns(ACCOUNT)
+    prepared = kept.remove_columns([*ACCOUNT, *empty_masks(kept)])
     setattr(prepared, SUMMARY, summary)
     mark(prepared, tokenizer, limits)
     return prepared

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import groupby
 from typing import Any
 
 from orpo.data.streams import counters, summarize
@@ -55,17 +56,35 @@ def check_token_ids(data: Any, vocabulary: int) -> None:
 
 
 def describe_example(example: Mapping[str, Any], layout: Callable[..., dict[str, Any]], tokenizer: Any) -> str:
-    """One pair, decoded, as each term of the loss scores it: read off the rows that `layout` makes of it."""
+    """One pair, decoded, as each term of the loss scores it: read off the rows that `layout` makes of it.
+
+    Where an answer holds what is not scored, that is shown too, and stretches with others between them one by one.
+    """
     batch = layout([example])
     rows = batch["orpo"].rows
     chosen = rows.sequence_N == 0
-    spans = {
-        "NLL": rows.targets_N[rows.in_nll_N],
-        "odds ratio, chosen": rows.targets_N[rows.in_response_N & chosen],
-        "odds ratio, rejected": rows.targets_N[rows.in_response_N & ~chosen],
+    kept = {
+        "NLL": rows.in_nll_N,
+        "odds ratio, chosen": rows.in_response_N & chosen,
+        "odds ratio, rejected": rows.in_response_N & ~chosen,
     }
+    shown = {label: (rows.rows_N[own].tolist(), rows.targets_N[own].tolist()) for label, own in kept.items()}
     if "labels" in batch:
         # An encoder-decoder's prompt is in no row of the loss.
-        spans = {"nothing (encoder)": batch["input_ids"][0], **spans}
-    lines = (f"  {label:<20} {len(ids):>5} tokens  {tokenizer.decode(ids.tolist())!r}" for label, ids in spans.items())
+        prompt = batch["input_ids"][0].tolist()
+        shown = {"nothing (encoder)": ([*range(len(prompt))], prompt), **shown}
+    for side in ("chosen", "rejected"):
+        ids, mask = example[f"{side}_input_ids"], example.get(f"{side}_mask") or ()
+        unscored = [at for at in range(example[f"{side}_prompt_length"], len(mask)) if mask[at] != 1]
+        if unscored:
+            shown[f"not scored, {side}"] = unscored, [ids[at] for at in unscored]
+    lines = (
+        f"  {label:<20} {len(at):>5} tokens  {_stretches(at, ids, tokenizer)}" for label, (at, ids) in shown.items()
+    )
     return "what each term scores, in the first pair:\n" + "\n".join(lines)
+
+
+def _stretches(places: list[int], ids: list[int], tokenizer: Any) -> str:
+    """The text of the tokens `ids`, which stand at `places`, with a sign where others stand between them."""
+    runs = groupby(enumerate(places), lambda pair: pair[1] - pair[0])
+    return " … ".join(repr(tokenizer.decode([ids[at] for at, _ in run])) for _, run in runs) or repr("")

@@ -11,13 +11,16 @@ EQUAL_ONCE_CUT = "pair whose answers are equal once cut"
 NO_PROMPT = "pair without a prompt"
 PROMPTS_DIFFER = "pair whose prompts differ"
 UNMARKED = f"dialogue without {ASSISTANT!r}"
-USERS_TURN = "answer with a user's turn"
+ENDS_OTHERWISE = "answer whose last turn is not the assistant's"
 NO_CONTENT = "conversation with a message that holds nothing"
 REFUSED = "row that the chat template refuses"
 LEFT_OUT = "answer that the chat template leaves out"
 OTHER_ROLE = "answer in another role than the generation prompt opens"
 MISSING = "row with null where a text belongs"
 MALFORMED = "malformed row"
+TURNS_CHANGE = "answer whose turns the chat template alters once others follow"
+NOTHING_SCORED = "answer of which no token is scored"
+SEVERAL_TURNS = "answer of several turns, for an encoder-decoder"
 
 # What no row of a sound file is: `max_bad_rows` says how many of these a run takes. The others are left out, however
 # many they are.
@@ -33,11 +36,14 @@ REASONS = (
     NO_PROMPT,
     PROMPTS_DIFFER,
     UNMARKED,
-    USERS_TURN,
+    ENDS_OTHERWISE,
     NO_CONTENT,
     REFUSED,
     LEFT_OUT,
     OTHER_ROLE,
+    TURNS_CHANGE,
+    NOTHING_SCORED,
+    SEVERAL_TURNS,
 )
 
 

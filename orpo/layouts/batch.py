@@ -99,19 +99,27 @@ class RowBuilder:
         self.columns: list[tuple[np.ndarray, ...]] = []
         self.response_tokens = np.zeros(2 * pairs, dtype=np.int64)
 
-    def add(self, sequence: int, source_T: np.ndarray, ids_T: np.ndarray, prompt_length: int) -> None:
+    def add(
+        self, sequence: int, source_T: np.ndarray, ids_T: np.ndarray, prompt_length: int, mask_T: np.ndarray | None
+    ) -> None:
         """Adds sequence number `sequence` (rejected: ``pairs + p``); call in ascending order.
 
         Args:
             source_T: int64 (T,), where the hidden state of each token lies in ``hidden.reshape(-1, D)``.
             ids_T: int64 (T,), the tokens. Token t is predicted from the hidden state of token t - 1.
             prompt_length: tokens before the answer.
+            mask_T: int8 (T,), 1 for tokens of the answer, 0 for others, -1 for those that the NLL leaves out even where
+                it scores the prompt. None: all that follows the prompt is the answer.
         """
         targets = ids_T[1:]
         response = np.arange(1, len(ids_T)) >= prompt_length
+        if mask_T is not None:
+            response = response & (mask_T[1:] > 0)
         scored = np.zeros_like(response)
         if sequence < self.pairs:
             scored = response | self.nll.prompt
+            if mask_T is not None:
+                scored = scored & (mask_T[1:] >= 0)
             if self.nll.skip_token_id is not None:
                 scored = scored & (targets != self.nll.skip_token_id)
         kept = response | scored

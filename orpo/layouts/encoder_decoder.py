@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from orpo.layouts.batch import WHOLE_CHOSEN, NLLSpan, RowBuilder
+from orpo.layouts.layout import sequences_of
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,8 @@ class EncoderDecoderLayout:
             ValueError: a pair has no prompt, or two that differ.
         """
         prompts = [_prompt(example) for example in examples]
-        answers = [
-            np.asarray(example[f"{side}_input_ids"][example[f"{side}_prompt_length"] :], dtype=np.int64)
-            for side in ("chosen", "rejected")
-            for example in examples
-        ]
+        sequences = [*sequences_of(examples)]
+        answers = [ids[length:] for ids, length, _ in sequences]
         input_ids = np.full((len(prompts), max(map(len, prompts))), self.pad_token_id, dtype=np.int64)
         attention_mask = np.zeros_like(input_ids)
         for p, ids in enumerate(prompts):
@@ -48,11 +46,12 @@ class EncoderDecoderLayout:
             attention_mask[p, : len(ids)] = 1
         labels = np.full((len(answers), max(map(len, answers))), -100, dtype=np.int64)
         builder = RowBuilder(len(examples), self.nll)
-        for s, ids in enumerate(answers):
+        for s, (ids, (_, length, mask)) in enumerate(zip(answers, sequences, strict=True)):
             labels[s, : len(ids)] = ids
             # A prompt of one token stands for the decoder's first, which predicts the answer's.
+            counted = None if mask is None else np.concatenate([[0], mask[length:]])
             first = s * labels.shape[1]
-            builder.add(s, first + np.arange(len(ids) + 1), np.concatenate([ids[:1], ids]), prompt_length=1)
+            builder.add(s, first + np.arange(len(ids) + 1), np.concatenate([ids[:1], ids]), 1, counted)
         return {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(attention_mask),

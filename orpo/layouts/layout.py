@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +20,24 @@ from orpo.layouts.batch import WHOLE_CHOSEN, NLLSpan, RowBuilder
 from orpo.layouts.prefix_mask import CHOSEN, PROMPT, REJECTED, SharedPrefixMask
 
 
-def _sequences(examples: list[Mapping[str, Any]]) -> Iterable[tuple[np.ndarray, int]]:
-    """(tokens, prompt length) of every sequence, chosen ones first."""
+class _Sequence(NamedTuple):
+    """A sequence's tokens, how many of them are its prompt, and what each counts for where that is not all."""
+
+    ids: np.ndarray
+    prompt_length: int
+    mask: np.ndarray | None
+
+
+def sequences_of(examples: list[Mapping[str, Any]]) -> Iterable[_Sequence]:
+    """Every sequence, chosen ones first."""
     for side in ("chosen", "rejected"):
         for example in examples:
-            yield np.asarray(example[f"{side}_input_ids"], dtype=np.int64), int(example[f"{side}_prompt_length"])
+            mask = example.get(f"{side}_mask")
+            yield _Sequence(
+                np.asarray(example[f"{side}_input_ids"], dtype=np.int64),
+                int(example[f"{side}_prompt_length"]),
+                None if mask is None or not len(mask) else np.asarray(mask, dtype=np.int8),
+            )
 
 
 @dataclass(frozen=True)
@@ -43,16 +56,16 @@ class PaddedLayout:
 
     def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, Any]:
         """`examples` -> ``{"input_ids", "attention_mask", "orpo": PairBatch}``."""
-        sequences = list(_sequences(examples))
-        longest = max(len(ids) for ids, _ in sequences)
+        sequences = list(sequences_of(examples))
+        longest = max(len(sequence.ids) for sequence in sequences)
         width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         input_ids = np.full((len(sequences), width), self.pad_token_id, dtype=np.int64)
         attention_mask = np.zeros_like(input_ids)
         builder = RowBuilder(len(examples), self.nll)
-        for s, (ids, prompt_length) in enumerate(sequences):
+        for s, (ids, *counted) in enumerate(sequences):
             input_ids[s, : len(ids)] = ids
             attention_mask[s, : len(ids)] = 1
-            builder.add(s, s * width + np.arange(len(ids)), ids, prompt_length)
+            builder.add(s, s * width + np.arange(len(ids)), ids, *counted)
         return {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(attention_mask),
@@ -93,8 +106,8 @@ class PackedLayout:
 
     def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, Any]:
         """`examples` -> ``{"input_ids", "position_ids", "orpo": PairBatch}``."""
-        sequences = list(_sequences(examples))
-        lengths = [len(ids) for ids, _ in sequences]
+        sequences = list(sequences_of(examples))
+        lengths = [len(sequence.ids) for sequence in sequences]
         packed = _pack(lengths, sum(lengths) if self.single_row else max(lengths))
         width = max(sum(lengths[s] for s in row) for row in packed)
         input_ids = np.full((len(packed), width), self.pad_token_id, dtype=np.int64)
@@ -103,15 +116,15 @@ class PackedLayout:
         for r, row in enumerate(packed):
             t = 0
             for s in row:
-                input_ids[r, t : t + lengths[s]] = sequences[s][0]
+                input_ids[r, t : t + lengths[s]] = sequences[s].ids
                 position_ids[r, t : t + lengths[s]] = np.arange(lengths[s])
                 starts[s] = r * width + t
                 t += lengths[s]
             # Counted from 0 again, padding is a sequence of its own, which nothing reads.
             position_ids[r, t:] = np.arange(width - t)
         builder = RowBuilder(len(examples), self.nll)
-        for s, (ids, prompt_length) in enumerate(sequences):
-            builder.add(s, starts[s] + np.arange(len(ids)), ids, prompt_length)
+        for s, (ids, *counted) in enumerate(sequences):
+            builder.add(s, starts[s] + np.arange(len(ids)), ids, *counted)
         return {
             "input_ids": torch.from_numpy(input_ids),
             "position_ids": torch.from_numpy(position_ids),
@@ -136,10 +149,10 @@ class SharedLayout:
 
     def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, Any]:
         """`examples` -> ``{"input_ids", "position_ids", "attention_mask": SharedPrefixMask, "orpo": PairBatch}``."""
-        sequences = list(_sequences(examples))
+        sequences = list(sequences_of(examples))
         pairs = list(zip(sequences[: len(examples)], sequences[len(examples) :], strict=True))
         shared = [_common_prompt(*pair) for pair in pairs]
-        lengths = [len(c) + len(r) - n for ((c, _), (r, _)), n in zip(pairs, shared, strict=True)]
+        lengths = [len(c.ids) + len(r.ids) - n for (c, r), n in zip(pairs, shared, strict=True)]
         width = max(lengths)
         packed = _pack(lengths, width)
         input_ids = np.full((len(packed), width), self.pad_token_id, dtype=np.int64)
@@ -149,7 +162,7 @@ class SharedLayout:
         for r, row in enumerate(packed):
             t = 0
             for p in row:
-                (chosen, _), (rejected, _) = pairs[p]
+                chosen, rejected = (sequence.ids for sequence in pairs[p])
                 n, middle, end = shared[p], t + len(chosen), t + lengths[p]
                 input_ids[r, t:middle], input_ids[r, middle:end] = chosen, rejected[n:]
                 position_ids[r, t:middle] = np.arange(len(chosen))
@@ -161,13 +174,13 @@ class SharedLayout:
                 t = end
             position_ids[r, t:] = np.arange(width - t)
         builder = RowBuilder(len(examples), self.nll)
-        for s, (ids, prompt_length) in enumerate(sequences):
+        for s, (ids, *counted) in enumerate(sequences):
             p = s % len(examples)
             source = starts[p] + np.arange(len(ids))
             if s >= len(examples):
-                source[shared[p] :] += len(pairs[p][0][0]) - shared[p]
-            builder.add(s, source, ids, prompt_length)
-        position_BT, longest = torch.from_numpy(position_ids), max(len(ids) for ids, _ in sequences)
+                source[shared[p] :] += len(pairs[p][0].ids) - shared[p]
+            builder.add(s, source, ids, *counted)
+        position_BT, longest = torch.from_numpy(position_ids), max(len(sequence.ids) for sequence in sequences)
         return {
             "input_ids": torch.from_numpy(input_ids),
             "position_ids": position_BT,
@@ -176,10 +189,10 @@ class SharedLayout:
         }
 
 
-def _common_prompt(chosen: tuple[np.ndarray, int], rejected: tuple[np.ndarray, int]) -> int:
+def _common_prompt(chosen: _Sequence, rejected: _Sequence) -> int:
     """How many tokens of the prompt both sequences of a pair begin with."""
-    n = min(chosen[1], rejected[1])
-    differs = np.flatnonzero(chosen[0][:n] != rejected[0][:n])
+    n = min(chosen.prompt_length, rejected.prompt_length)
+    differs = np.flatnonzero(chosen.ids[:n] != rejected.ids[:n])
     return int(differs[0]) if len(differs) else n
 
 

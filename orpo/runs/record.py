@@ -15,6 +15,7 @@ from torch import nn
 from orpo.files import write_whole
 from orpo.ranks import fsdp_plugin
 from orpo.runs.manifest import describe_files, describes_files
+from orpo.tokens.pretokenized import MASKS
 
 RECORD = "orpo_run.json"
 
@@ -29,6 +30,7 @@ FIXED = (
     *("dataloader_drop_last", "train_sampling_strategy", "length_column_name", "ignore_data_skip"),
     *("beta", "nll_weight", "nll_span", "nll_scores_eos", "normalization", "disable_dropout"),
     *("max_length", "max_prompt_length", "max_completion_length", "truncation_mode", "escape_special_tokens"),
+    "score_turns",
 )
 STREAM = "a stream"
 LENGTH = ("num_train_epochs", "max_steps")
@@ -192,13 +194,14 @@ def _digest_frozen(model: nn.Module) -> str:
 
 
 def describe_data(data: Any) -> str:
-    """Its size and a digest of all lengths and of the tokens of up to 64 pairs; of a stream, that it is one."""
+    """Its size and a digest of all lengths, and of tokens and masks of up to 64 pairs; of a stream, that it is one."""
     if data is None or not hasattr(data, "__len__"):
         return STREAM
     digest = [repr(np.asarray(data["length"]).tolist())]
     for i in range(0, len(data), max(len(data) // 64, 1)):
         row = data[i]
-        digest.append(repr((list(row["chosen_input_ids"]), list(row["rejected_input_ids"]))))
+        names = ("chosen_input_ids", "rejected_input_ids", *(mask for mask in MASKS if mask in row))
+        digest.append(repr(tuple(list(row[name]) for name in names)))
     return f"{len(data):,} pairs ({_digest(''.join(digest).encode())})"
 
 

@@ -8,6 +8,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 COLUMNS = ("chosen_input_ids", "rejected_input_ids", "chosen_prompt_length", "rejected_prompt_length")
+# Optional: what each token counts for. 1 is the answer, which both terms score. 0 is no part of it, such as a tool's
+# result: only an NLL that scores the prompt scores it. -1 is left out of both. An empty one: 0 in the prompt, then 1.
+MASKS = ("chosen_mask", "rejected_mask")
 _REMEDY = "leave out such rows, data.filter(...)"
 
 
@@ -15,12 +18,14 @@ def checked(data: Any, name: str) -> Any:
     """`data` with the column ``length``, tokens of both sequences together. A stream is checked as it is read.
 
     Args:
-        data: a ``datasets.Dataset`` or ``IterableDataset`` with the columns of :data:`COLUMNS`.
+        data: a ``datasets.Dataset`` or ``IterableDataset`` with the columns of :data:`COLUMNS`, and perhaps of
+            :data:`MASKS`.
         name: what errors call it.
 
     Raises:
         ValueError: a column is of another type, or a row holds null, a negative id, no answer, two equal answers, a
-            prompt longer than its sequence, or another ``length`` than its own. The message names column and row.
+            prompt longer than its sequence, a mask that does not fit it, or another ``length`` than its own. The
+            message names column and row.
     """
     import datasets
 
@@ -50,6 +55,9 @@ def _lengths(table: pa.Table, name: str, first: int) -> list[int]:
         is_whole = not (ids.null_count or flat.null_count or prompt.null_count)
         if not is_whole or not _fits(flat, sizes, prompt):
             _refuse(ids.to_pylist(), prompt.to_pylist(), name, side, first)
+        if f"{side}_mask" in table.column_names:
+            masks = table.column(f"{side}_mask").to_pylist()
+            _check_masks(masks, sizes.to_pylist(), prompt.to_pylist(), name, side, first)
         total = pc.add(pc.cast(sizes, pa.int64()), total)
         sides += [(ids, sizes, prompt)]
     lengths = total.to_pylist()
@@ -94,3 +102,18 @@ def _refuse(ids: list[Any], prompts: list[Any], name: str, side: str, first: int
         else:
             continue
         raise ValueError(f"{name}: row {row} cannot be trained on: {problem}")
+
+
+def _check_masks(masks: list[Any], sizes: list[int], prompts: list[int], name: str, side: str, first: int) -> None:
+    for row, (mask, size, prompt) in enumerate(zip(masks, sizes, prompts, strict=True), first):
+        if mask is None or len(mask) not in (0, size):
+            problem = f"holds {'null' if mask is None else f'{len(mask)} values'} for {size} tokens"
+        elif not set(mask) <= {-1, 0, 1}:
+            problem = f"holds {next(v for v in mask if v not in (-1, 0, 1))!r}; it has to hold 1, 0 and -1"
+        elif 1 in mask[:prompt]:
+            problem = f"scores token {mask.index(1)}, which is among the {prompt} of the prompt"
+        elif mask and 1 not in mask[1:]:
+            problem = f"scores no token that another precedes; {_REMEDY}"
+        else:
+            continue
+        raise ValueError(f"{name}: row {row} cannot be trained on: {side}_mask {problem}")

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from orpo.data.columns import read_columns
+from orpo.data.turns import SCORE_TURNS
 from orpo.layouts.batch import NLL_SPANS, NLLSpan
 from orpo.layouts.layout import LAYOUTS
 from orpo.packages import require
@@ -104,6 +105,11 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
     escape_special_tokens: bool = _setting(
         False,
         "Special tokens written out in the rows' text (</s>) stay text. Default: they become those tokens, as in TRL.",
+    )
+    score_turns: str = _setting(
+        "all",
+        "Which of the assistant's turns in an answer are scored: all or last. What users and tools say between them is "
+        "scored by an NLL that scores the prompt alone.",
     )
     columns: dict | str | None = _setting(  # noqa: RUF009
         None, "Columns that have other names in the data: chosen=good,rejected=bad,prompt=question,system=sys."
@@ -250,6 +256,7 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
         for name, allowed in (
             ("normalization", ("global", "micro_batch")),
             ("nll_span", NLL_SPANS),
+            ("score_turns", SCORE_TURNS),
             ("layout", ("auto", *LAYOUTS)),
             ("loss_backend", (None, *BACKENDS)),
         ):

@@ -42,6 +42,7 @@ def preparation(args: ORPOConfig, tokenizer: Any, encoder_decoder: bool) -> Call
                 num_proc=args.dataset_num_proc,
                 escape_special_tokens=args.escape_special_tokens,
                 columns=args.columns,
+                score_turns=args.score_turns,
                 max_bad_rows=args.max_bad_rows,
                 pair_answers=args.pair_by_prompt,
                 pair_tokenizer=EncoderDecoderTokenizer if encoder_decoder else PairTokenizer,
