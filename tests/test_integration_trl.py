@@ -3,7 +3,7 @@
 import pytest
 import torch
 from record_trl_trace import EVALUATED, SETTINGS, trace_model, trace_pairs, trace_tokenizer
-from tiny import make_model
+from tiny import make_encoder_decoder, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 trl = pytest.importorskip("trl", reason="needs TRL: pip install '.[paper]'")
@@ -71,6 +71,13 @@ def test_trls_trainer_logs_the_same(name, tmp_path):
         assert ours.keys() == theirs.keys()
         for metric, value in theirs.items():
             assert ours[metric] == pytest.approx(value, rel=1e-5, abs=1e-5), metric
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    """Its labels are not shifted: as a causal model's they would be the next position's."""
+    fused.patch()
+    with pytest.raises(ValueError, match="encoder-decoder.*unpatch"):
+        make_trainer(tmp_path, model=make_encoder_decoder("t5"))
 
 
 class Largest(TorchDispatchMode):

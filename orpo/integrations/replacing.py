@@ -9,6 +9,7 @@ from packaging.version import Version
 from torch import nn
 
 from orpo.model.attach import attach_orpo_loss, base_model
+from orpo.model.encoder_decoder import is_encoder_decoder
 from orpo.ranks import fsdp_plugin, prepare_ranks
 
 
@@ -38,7 +39,7 @@ class Replacements:
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
             init(self, *args, **kwargs)
             prepare_ranks(self.accelerator, self.model)
-            attach_orpo_loss(self.model)
+            _attach(self.model)
 
         self.replace(trainer, "__init__", __init__)
 
@@ -65,7 +66,16 @@ def check_attached(trainer: Any, model: nn.Module) -> None:
         return
     if fsdp_plugin(trainer.accelerator) is not None:
         raise ValueError("FSDP has cut the model before the loss was attached: call patch() before a trainer is made")
-    attach_orpo_loss(plain)
+    _attach(plain)
+
+
+def _attach(model: nn.Module) -> None:
+    if is_encoder_decoder(base_model(model)):
+        raise ValueError(
+            "the model is an encoder-decoder, whose labels stand elsewhere than those of a causal model: call unpatch(), "
+            "or train it with orpo.ORPOTrainer"
+        )
+    attach_orpo_loss(model)
 
 
 def refuse_unknown(package: str, version: str, first: str, beyond: str) -> None:
