@@ -29,7 +29,21 @@ def prepare_ranks(accelerator: Accelerator, model: nn.Module) -> None:
             'modules_to_save=["lm_head"] copies a head that is tied to the embeddings, and FSDP cannot cut a weight '
             "that two of its groups share: train the head by LoRA (target_modules with lm_head), or use ddp or zero2"
         )
+    if fsdp_plugin(accelerator) is not None and (others := _other_owners(model)):
+        raise ValueError(
+            f"{', '.join(others)} share the weight of the embeddings, as in an encoder-decoder, and FSDP cannot cut a "
+            "weight that two of its groups share: use ddp or zero2 (orpo-train --print-config ddp)"
+        )
     keep_outputs_exact(accelerator)
+
+
+def _other_owners(model: nn.Module) -> list[str]:
+    """Names of the modules that share the input embeddings' weight, but for the head, which accelerate looks for."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    known = (base.get_input_embeddings(), base.get_output_embeddings())
+    weight = getattr(known[0], "weight", None)
+    found = ((name, part) for name, part in base.named_modules() if getattr(part, "weight", None) is weight)
+    return [name for name, part in found if weight is not None and not any(part is one for one in known)]
 
 
 def _copied_from_embeddings(model: nn.Module) -> bool:
