@@ -326,7 +326,7 @@ TRAINING = [
             "generation: an encoder's prompt is filled up on the left",
             "place = slice(len(ids[i])) if encodes else",
             "place =",
-            "test_saved_resumed_and_asked",
+            "test_an_answer_does_not_depend_on_the_other_prompts_of_its_batch",
         ),
     ),
 ]
