@@ -334,6 +334,14 @@ def test_the_commands_train_merge_and_answer(tmp_path, capsys):
         assert len(answer) > 1 and "hello" not in answer
 
 
+@pytest.mark.parametrize(("model_type", "lacks"), itertools.product(("t5", "bart"), ("pad", "decoder_start")))
+def test_a_config_without_the_decoders_first_token_is_told_before_training(model_type, lacks):
+    model = make_encoder_decoder(model_type)
+    setattr(model.config, f"{lacks}_token_id", None)
+    with pytest.raises(ValueError, match=r"set decoder_start_token_id and pad_token_id in the model's config"):
+        attach_orpo_loss(model)
+
+
 def test_a_model_made_by_model_init(tmp_path):
     args = make_args(tmp_path, is_encoder_decoder=True)
     trainer = ORPOTrainer(
