@@ -41,6 +41,11 @@ def prepare_ranks(accelerator: Accelerator, model: nn.Module) -> None:
             "fsdp_cpu_ram_efficient_loading ties the head to the embeddings once more after it has cut them, which a "
             "LoRA on a tied head does not allow: set it false, or leave lm_head out of target_modules"
         )
+    if fsdp_plugin(accelerator) is not None and (others := _other_owners(model)):
+        raise ValueError(
+            f"{', '.join(others)} share the weight of the embeddings, as in an encoder-decoder, and FSDP cannot cut a "
+            "weight that two of its groups share: use ddp or zero2 (orpo-train --print-config ddp)"
+        )
     keep_outputs_exact(accelerator)
 
 
@@ -68,6 +73,17 @@ def _adapted_beside_embeddings(model: nn.Module) -> bool:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layer = getattr(base.get_output_embeddings(), "base_layer", None)
     return layer is not None and layer.weight is base.get_input_embeddings().weight
+
+
+def _other_owners(model: nn.Module) -> list[str]:
+    """Names of the modules that share the input embeddings' weight, but for the head, which accelerate looks for."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    weight = getattr(embeddings, "weight", None)
+    # The head of an adapter holds the model's own.
+    known = {id(part) for module in (embeddings, head) if module is not None for part in module.modules()}
+    found = ((name, part) for name, part in base.named_modules() if getattr(part, "weight", None) is weight)
+    return [name for name, part in found if weight is not None and id(part) not in known]
 
 
 def _copied_from_embeddings(model: nn.Module) -> bool:

@@ -380,20 +380,20 @@ TRAINING = [
         "test_encoder_decoder.py",
         (
             "encoder: run for each answer",
-            "(input_ids=ids, attention_mask=mask, return_dict=True)[0]",
-            "(input_ids=ids.repeat(2, 1), attention_mask=mask.repeat(2, 1), return_dict=True)[0][: len(ids)]",
+            'ids, mask = inputs["input_ids"], inputs["attention_mask"]',
+            'ids, mask = inputs["input_ids"].repeat(2, 1), inputs["attention_mask"].repeat(2, 1)',
             "test_the_encoder_runs_once_a_pair",
         ),
         (
             "encoder: its output for another pair's answers",
-            "hidden.repeat(answers, 1, 1)",
-            "hidden.repeat_interleave(answers, 0)",
+            "last_hidden_state.repeat(answers, 1, 1)",
+            "last_hidden_state.repeat_interleave(answers, 0)",
             "test_the_loss_and_its_gradient_are_those_of_the_models_own_logits",
         ),
         (
             "encoder: no gradient comes back to it",
-            "return_dict=True)[0]",
-            "return_dict=True)[0].detach()",
+            "encoded.last_hidden_state.repeat",
+            "encoded.last_hidden_state.detach().repeat",
             "test_the_loss_and_its_gradient_are_those_of_the_models_own_logits",
         ),
         (
@@ -446,7 +446,7 @@ TRAINING = [
             "generation: an encoder's prompt is filled up on the left",
             "place = slice(len(ids[i])) if encodes else",
             "place =",
-            "test_saved_resumed_and_asked",
+            "test_an_answer_does_not_depend_on_the_other_prompts_of_its_batch",
         ),
     ),
     *_in(

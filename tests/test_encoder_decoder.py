@@ -239,6 +239,23 @@ def test_saved_resumed_and_asked(model_type, tmp_path, capsys):
     assert generate(model, tokenizer, prompts[:1], max_new_tokens=2)[0].cut
 
 
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_an_answer_does_not_depend_on_the_other_prompts_of_its_batch(model_type):
+    """BART counts positions from the row's first token: filled up in front, a prompt would stand elsewhere."""
+    model, tokenizer = make_encoder_decoder(model_type), tokenizer_of(model_type)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Much of what is answered is from the encoder then, and much of that by position.
+            if "encoder_attn" in name or "embed_positions" in name or "EncDecAttention" in name:
+                parameter.mul_(8)
+        if model_type == "bart":
+            model.final_logits_bias.zero_()
+    prompts = SEVEN["prompt"][:4] + SEVEN["chosen"]
+    alone = generate(model, tokenizer, prompts, max_new_tokens=8, batch_size=1)
+    assert len(set(alone)) > 5
+    assert generate(model, tokenizer, prompts, max_new_tokens=8, batch_size=20) == alone
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradient_checkpointing_trains_the_same(checkpointing, tmp_path):
     plain = encoder_trainer(tmp_path, gradient_checkpointing=False, train_dataset=PAIRS)
@@ -315,6 +332,14 @@ def test_the_commands_train_merge_and_answer(tmp_path, capsys):
         command.main([str(tmp_path / folder), "--prompt", "hello", "--max_new_tokens", "3"])
         answer = capsys.readouterr().out
         assert len(answer) > 1 and "hello" not in answer
+
+
+@pytest.mark.parametrize(("model_type", "lacks"), itertools.product(("t5", "bart"), ("pad", "decoder_start")))
+def test_a_config_without_the_decoders_first_token_is_told_before_training(model_type, lacks):
+    model = make_encoder_decoder(model_type)
+    setattr(model.config, f"{lacks}_token_id", None)
+    with pytest.raises(ValueError, match=r"set decoder_start_token_id and pad_token_id in the model's config"):
+        attach_orpo_loss(model)
 
 
 def test_a_model_made_by_model_init(tmp_path):

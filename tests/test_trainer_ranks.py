@@ -83,14 +83,14 @@ def test_several_ranks_equal_one(head, wrapper, ranks, tmp_path, one_process):
         assert_same_run(one_process("tied" if head else "untied", head), seen)
 
 
-@pytest.mark.parametrize("wrapper", [{}, {"fsdp": True}], ids=["ddp", "fsdp2"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_an_encoder_decoder_on_two_ranks_equals_one(tied, wrapper, tmp_path, one_process):
-    options = {"model": {"model_type": "t5", "tie_word_embeddings": tied}}
-    one, two = one_process(f"t5 {tied}", options), returned(train, 2, tmp_path / "two", {**options, **wrapper})[0]
-    # Two blocks of the encoder, two of the decoder, and the root.
-    assert two["sharded"] >= 5 if wrapper else two["wrapper"] == "DistributedDataParallel"
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_an_encoder_decoder_on_two_ranks_equals_one(model_type, tmp_path, one_process):
+    options = {"model": {"model_type": model_type, "tie_word_embeddings": True}}
+    one, two = one_process(model_type, options), returned(train, 2, tmp_path / "two", options)[0]
+    assert two["wrapper"] == "DistributedDataParallel"
     assert_same_run(one, two)
+    for *_, error in launch(train, 2, tmp_path / "fsdp", {**options, "fsdp": True}):
+        assert "encoder.embed_tokens, " in error and "share the weight of the embeddings" in error, error
 
 
 def test_router_losses_of_two_ranks_are_means(tmp_path):

@@ -94,7 +94,10 @@ ENCODER_DECODERS = {
     },
 }
 # Of one config, under another name.
-ENCODER_DECODERS |= {"mt5": {**ENCODER_DECODERS["t5"], "tie_word_embeddings": False}}
+ENCODER_DECODERS |= {
+    "mt5": {**ENCODER_DECODERS["t5"], "tie_word_embeddings": False},
+    "switch_transformers": {**ENCODER_DECODERS["t5"], "num_experts": 2},
+}
 ENCODER_DECODERS |= dict.fromkeys(("pegasus", "marian", "mbart", "plbart"), ENCODER_DECODERS["bart"])
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
 
 # What BART and its kin add to the output of their head: (1, V), a buffer.
 _BIAS = "final_logits_bias"
@@ -26,7 +26,8 @@ def check_encoder_decoder(model: nn.Module) -> None:
     """Refuses an encoder-decoder that :func:`encode_once` cannot run. Other models are not looked at.
 
     Raises:
-        ValueError: its encoder reads no tokens, it does not shift labels itself, or it has a router's loss.
+        ValueError: its encoder reads no tokens, it does not shift labels itself or its config lacks what that takes, or
+            it has a router's loss.
     """
     if not is_encoder_decoder(model):
         return
@@ -36,6 +37,15 @@ def check_encoder_decoder(model: nn.Module) -> None:
             f"{name} is an encoder-decoder that does not make its decoder's tokens of labels, or reads something else "
             "than tokens: T5, BART, Pegasus, Marian and their kin can be trained"
         )
+    try:
+        # The vocabulary's last token: mBART moves an answer's last one to its beginning, and looks for one.
+        last = model.get_input_embeddings().weight.shape[0] - 1
+        model.prepare_decoder_input_ids_from_labels(labels=torch.full((1, 2), last, device=model.device))
+    except Exception as error:  # Of each model its own: what its config lacks is met as it comes.
+        raise ValueError(
+            f"{name} cannot make its decoder's tokens of labels ({error}): set decoder_start_token_id and pad_token_id "
+            "in the model's config"
+        ) from error
     if getattr(model.config, "output_router_logits", False):
         raise ValueError(
             f"{name} is an encoder-decoder with output_router_logits, whose router's loss is over both answers' "
@@ -59,13 +69,14 @@ def encode_once(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     answers = labels.shape[0] // ids.shape[0]
-    hidden = model.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)[0]
+    encoded = model.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)
+    # The gradients of both answers add up in it.
+    encoded.last_hidden_state = encoded.last_hidden_state.repeat(answers, 1, 1)
     return inputs | {
         "input_ids": None,
         "labels": None,
         "attention_mask": mask.repeat(answers, 1),
-        # The gradients of both answers add up in it.
-        "encoder_outputs": BaseModelOutput(last_hidden_state=hidden.repeat(answers, 1, 1)),
+        "encoder_outputs": encoded,
         "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels),
     }
 
