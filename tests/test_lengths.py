@@ -188,10 +188,10 @@ def test_an_encoder_decoder_counts_prompt_and_answer_each_by_itself(tmp_path, ca
     # Together they are longer than max_length, which either part may have.
     trainer = of_encoder_decoder(tmp_path, rows, max_length=most, truncation="drop")
     assert len(trainer.train_dataset) == 2 and trainer.evaluate(trainer.train_dataset)["eval_loss"] > 0
-    for most_of, what in (({"max_length": most - 1}, "an answer"), ({"max_prompt_length": 3}, "a prompt")):
+    for most_of, what in (({"max_length": most - 1}, "an answer"), ({"max_prompt_length": prompt - 1}, "a prompt")):
         capsys.readouterr()
         if what == "a prompt":
-            with pytest.raises(ValueError, match="2 pairs with a prompt of more than 3 tokens"):
+            with pytest.raises(ValueError, match=f"2 pairs with a prompt of more than {prompt - 1} tokens"):
                 of_encoder_decoder(tmp_path, rows, truncation="drop", **most_of)
         else:
             of_encoder_decoder(tmp_path, rows, truncation="drop", **most_of)
