@@ -26,6 +26,7 @@ FIXED = (
     *("dataloader_drop_last", "train_sampling_strategy", "length_column_name", "ignore_data_skip"),
     *("beta", "nll_weight", "nll_span", "nll_scores_eos", "normalization", "disable_dropout"),
     *("max_length", "max_prompt_length", "max_completion_length", "truncation_mode", "escape_special_tokens"),
+    *("truncation", "pair_by_prompt"),
 )
 LENGTH = ("num_train_epochs", "max_steps")
 ADAPTER = " of the adapter"
