@@ -55,9 +55,8 @@ def test_several_conversations_on_either_side_are_paired_each_with_each():
 
 
 def test_a_list_of_messages_is_one_answer_still():
-    row = {"prompt": USER, "chosen": say("a"), "rejected": [*say("b"), *USER, *say("c")]}
-    with pytest.raises(ValueError, match="kept 0 of 1: 1 answer with a user's turn"):
-        prepare([row], CHATML)
+    pairs, lines = prepare([{"prompt": USER, "chosen": say("a"), "rejected": [*say("b"), *say("c")]}], CHATML)
+    assert len(pairs) == 1 and lines == ["train: kept 1 of 1"]
 
 
 KTO = [
