@@ -16,15 +16,10 @@ def prepare_ranks(accelerator: Accelerator, model: nn.Module) -> None:
     """Settings of accelerate that a run on several ranks needs; refuses what would hang or fail later.
 
     Raises:
-        ValueError: ``even_batches`` is off, ``dispatch_batches`` is on, ranks would share a sequence or a weight's
-            rows, or FSDP cannot cut the model with the adapter that it has.
+        ValueError: ``even_batches`` is off, ranks would share a sequence or a matmul, or FSDP cannot cut the model, or
+            not with the adapter that it has.
     """
     refuse_parallel(accelerator.parallelism_config)
-    if accelerator.num_processes > 1 and accelerator.dataloader_config.dispatch_batches:
-        raise ValueError(
-            "accelerator_config: dispatch_batches is True, which cuts a batch of one rank by its first dimension; the "
-            "rows of pairs have others: leave it out, and every rank reads its own"
-        )
     if accelerator.num_processes > 1 and not accelerator.even_batches:
         raise ValueError(
             f"accelerator_config: even_batches is False, and {accelerator.num_processes} ranks may have different "

@@ -55,8 +55,8 @@ def test_several_conversations_on_either_side_are_paired_each_with_each():
 
 
 def test_a_list_of_messages_is_one_answer_still():
-    row = {"prompt": USER, "chosen": say("a"), "rejected": [*say("b"), *USER, *say("c")]}
-    assert len(prepare([row], CHATML)) == 1
+    pairs, lines = prepare([{"prompt": USER, "chosen": say("a"), "rejected": [*say("b"), *say("c")]}], CHATML)
+    assert len(pairs) == 1 and lines == ["train: kept 1 of 1"]
 
 
 KTO = [

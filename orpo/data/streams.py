@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from orpo.data.account import CUT, is_cut, summarize
-from orpo.data.bad_rows import LEAST_ROWS, refuse_bad_rows
+from orpo.data.bad_rows import LEAST_ROWS, SHOWN, refuse_bad_rows
 from orpo.data.unusable import BAD
 from orpo.tokens.special_tokens import describe_written
 
@@ -54,14 +54,16 @@ class DropCounter:
 
     def __call__(self, example: Mapping[str, Any]) -> bool:
         reason = example["dropped"]
-        if example["detail"]:
+        if detail := example["detail"]:
             # Once for each text, and from the process that reads: the counts alone are shared.
-            warnings.warn(f"{self.name}: {reason}: {example['detail']}", stacklevel=2)
+            where = f" (row {example['pair_id']})" if reason in BAD else ""
+            warnings.warn(f"{self.name}: {reason}: {detail}{where}", stacklevel=2)
         info = torch.utils.data.get_worker_info()
         worker = 0 if info is None else info.id
         self.counts_WR[worker, self.reasons.index(reason)] += 1
         if reason in BAD:
-            self.first_bad.append(f"row {example['pair_id']}: {reason}: {example['detail']}")
+            if len(self.first_bad) < SHOWN:
+                self.first_bad.append(f"row {example['pair_id']}: {reason}: {example['detail']}")
             read, bad = int(self.counts_WR[worker].sum()), int(self.counts_WR[worker, self.bad].sum())
             if read >= LEAST_ROWS:
                 refuse_bad_rows(

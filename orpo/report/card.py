@@ -22,7 +22,7 @@ SHOWN = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "optim", "weight_decay", "max_grad_norm"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha", "bf16", "fp16", "seed", "data_seed"),
     *("max_length", "max_prompt_length", "max_completion_length", "truncation_mode", "truncation"),
-    *("score_turns", "max_bad_rows", "disable_dropout"),
+    *("score_turns", "max_bad_rows", "pair_by_prompt", "disable_dropout"),
     *("layout", "train_sampling_strategy", "early_stopping_patience", "early_stopping_threshold"),
 )
 NOT_METRICS = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")

@@ -30,7 +30,7 @@ FIXED = (
     *("dataloader_drop_last", "train_sampling_strategy", "length_column_name", "ignore_data_skip"),
     *("beta", "nll_weight", "nll_span", "nll_scores_eos", "normalization", "disable_dropout"),
     *("max_length", "max_prompt_length", "max_completion_length", "truncation_mode", "escape_special_tokens"),
-    "score_turns",
+    *("truncation", "pair_by_prompt", "score_turns"),
 )
 STREAM = "a stream"
 LENGTH = ("num_train_epochs", "max_steps")

@@ -189,9 +189,13 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
             require(tracker, f"report_to {tracker}")
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
-        if self.accelerator_config.dispatch_batches is None:
-            # The rows of a batch cannot be cut in pieces on rank 0, which is what dispatching a streamed batch does.
-            self.accelerator_config.dispatch_batches = False
+        if self.accelerator_config.dispatch_batches and self.world_size > 1:
+            raise ValueError(
+                "accelerator_config: dispatch_batches is True, which cuts a batch of one rank by its first dimension; "
+                "the rows of pairs have others: leave it out, and every rank reads its own"
+            )
+        # Left at None it is True for streams.
+        self.accelerator_config.dispatch_batches = False
 
     @property
     def bf16_by_default(self) -> bool:

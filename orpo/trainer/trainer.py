@@ -57,7 +57,8 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
         tokenizer: the older name of `processing_class`.
         peft_config: a PEFT configuration to wrap the model in.
         compute_metrics: called with predictions (pairs, 2), the mean log-probabilities of chosen and rejected answers;
-            with "loss" in ``args.include_for_metrics`` also with ``losses`` (pairs,), of each pair its batch's.
+            with "loss" in ``args.include_for_metrics`` also with ``losses`` (pairs,), of each pair its batch's; with
+            "inputs" with ``inputs`` (pairs, tokens): prompt, chosen answer, rejected answer, filled up with -100.
         model_init, callbacks, optimizers, preprocess_logits_for_metrics: as in ``transformers.Trainer``.
 
     Raises:
