@@ -123,8 +123,13 @@ def test_generation_marks_are_read_where_a_template_has_them():
         (1, "yes<|im_end|>"),
         (0, "\n"),
     ]
+    options = {"return_dict": True, "return_assistant_tokens_mask": True}
+    theirs = tokenizer.apply_chat_template([USER, *ROW["chosen"]], tokenize=True, **options)
+    assert (example["chosen_input_ids"], example["chosen_mask"]) == (theirs["input_ids"], theirs["assistant_masks"])
     one = prepare([{**ROW, "chosen": [GOOD]}], tokenizer)[0][0]
     assert "chosen_mask" not in one
+    left_out = prepare([{**ROW, "chosen": [{**GOOD, "weight": 0}, *ROW["chosen"][1:]]}], tokenizer)[0][0]
+    assert stretches(left_out, "chosen", tokenizer)[1] == (-1, "hi<|im_end|>")
 
 
 def test_a_template_without_ends_of_turns_ends_the_last_one():
