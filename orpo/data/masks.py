@@ -40,7 +40,9 @@ def token_mask(turns: Turns | None, cuts: list[list[int]], whole: list[int], sid
     for (_, _, value), begin, end in zip(turns, cuts[::2], cuts[1::2], strict=True):
         # As a prompt's end is found: a merge over the boundary belongs to what follows.
         stop = length if end == whole else shared(end, whole)
-        for at in range(shared(begin, whole), stop):
+        # Generation marks may enclose what the prompt ends with already.
+        start = max(shared(begin, whole), len(side[0]) if value == SCORED else 0)
+        for at in range(start, stop):
             mask[at] = value
     return mask
 
