@@ -123,8 +123,30 @@ def test_generation_marks_are_read_where_a_template_has_them():
         (1, "yes<|im_end|>"),
         (0, "\n"),
     ]
+    options = {"return_dict": True, "return_assistant_tokens_mask": True}
+    theirs = tokenizer.apply_chat_template([USER, *ROW["chosen"]], tokenize=True, **options)
+    assert (example["chosen_input_ids"], example["chosen_mask"]) == (theirs["input_ids"], theirs["assistant_masks"])
     one = prepare([{**ROW, "chosen": [GOOD]}], tokenizer)[0][0]
     assert "chosen_mask" not in one
+    left_out = prepare([{**ROW, "chosen": [{**GOOD, "weight": 0}, *ROW["chosen"][1:]]}], tokenizer)[0][0]
+    assert stretches(left_out, "chosen", tokenizer)[1] == (-1, "hi<|im_end|>")
+
+
+def test_marks_around_what_the_prompt_ends_with_score_nothing_of_the_prompt():
+    """Templates for training may mark the thoughts that the generation prompt opens."""
+    template = CHATML.replace(
+        "{{ m['content'] }}",
+        "{% if m.role == 'user' %}b{% else %}{% generation %}<think>{{ m.content }}{% endgeneration %}{% endif %}",
+    )
+    template = template.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+    tokenizer = make_tokenizer(chat_template=template, eos_token="<|im_end|>")
+    row = {"prompt": [turn("assistant", "a"), turn("user", "b")], "chosen": [GOOD, BETTER], "rejected": [BAD]}
+    example = prepare([row], tokenizer)[0][0]
+    first = example["chosen_prompt_length"]
+    text = tokenizer.decode(example["chosen_input_ids"][:first])
+    assert text.endswith("assistant\n<think>") and 1 not in example["chosen_mask"][:first]
+    scored = [text for value, text in stretches(example, "chosen", tokenizer) if value == 1]
+    assert scored == ["hi", "<think>yes"]
 
 
 def test_a_template_without_ends_of_turns_ends_the_last_one():
@@ -365,6 +387,18 @@ def test_a_run_trains_what_the_masks_say(stream, tmp_path, capsys, tokenizer):
     assert last.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="score_turns is 'first'; it has to be one of all, last"):
         make_trainer(tmp_path / "d", train_dataset=data, score_turns="first", **run)
+
+
+def test_a_run_goes_on_with_the_turns_that_it_scored(tmp_path, tokenizer):
+    """Other flags in the data are other data, though their tokens are the same."""
+    run = {"tokenizer": tokenizer, "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, train_dataset=[ROW], **run).train()
+    run["max_steps"] = 2
+    with pytest.raises(ValueError, match="score_turns was all and is last"):
+        make_trainer(tmp_path, train_dataset=[ROW], score_turns="last", **run).train(resume_from_checkpoint=True)
+    flagged = {**ROW, "chosen": [{**GOOD, "weight": 0}, *ROW["chosen"][1:]]}
+    with pytest.raises(ValueError, match="train_dataset was"):
+        make_trainer(tmp_path, train_dataset=[flagged], **run).train(resume_from_checkpoint=True)
 
 
 PREPARED = {

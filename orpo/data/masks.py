@@ -25,8 +25,8 @@ def texts_of(text: PairText) -> list[list[str]]:
     ]
 
 
-def token_mask(turns: Turns | None, cuts: list[list[int]], whole: list[int], length: int) -> list[int]:
-    """What each of a side's `length` tokens counts for; empty where `turns` is None, and all of the answer counts.
+def token_mask(turns: Turns | None, cuts: list[list[int]], whole: list[int], side: Side) -> list[int]:
+    """What each token of `side` counts for; empty where `turns` is None, and all of the answer counts.
 
     Args:
         turns: spans in its text.
@@ -35,11 +35,14 @@ def token_mask(turns: Turns | None, cuts: list[list[int]], whole: list[int], len
     """
     if turns is None:
         return []
+    length = sum(map(len, side))
     mask = [0] * length
     for (_, _, value), begin, end in zip(turns, cuts[::2], cuts[1::2], strict=True):
         # As a prompt's end is found: a merge over the boundary belongs to what follows.
         stop = length if end == whole else shared(end, whole)
-        for at in range(shared(begin, whole), stop):
+        # Generation marks may enclose what the prompt ends with already.
+        start = max(shared(begin, whole), len(side[0]) if value == SCORED else 0)
+        for at in range(start, stop):
             mask[at] = value
     return mask
 

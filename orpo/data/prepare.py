@@ -148,7 +148,7 @@ class PairTokenizer:
                 for side, (answer, spans) in enumerate(zip((text.chosen, text.rejected), text.turns, strict=True)):
                     prompt, whole, *cuts = (next(own) for _ in range(2 + 2 * len(spans or ())))
                     sides.append(self._side(prompt, whole, text.templated, answer))
-                    counted[side] = token_mask(spans, cuts, whole, sum(map(len, sides[-1])))
+                    counted[side] = token_mask(spans, cuts, whole, sides[-1])
                 try:
                     pair = self._fit(sides)
                     cut[i] = what_is_cut(sides, pair)
