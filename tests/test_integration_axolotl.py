@@ -1,7 +1,7 @@
-"""The plugin of axolotl, against a stand-in for axolotl's base class; `python -m tests.hosts axolotl` runs axolotl itself."""
+"""The plugin, against a stand-in for axolotl's base class; `python -m tests.hosts axolotl` runs axolotl itself."""
 
 import sys
-from enum import Enum
+from enum import StrEnum
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -11,7 +11,7 @@ pytest.importorskip("trl", reason="needs TRL: pip install '.[paper]'")
 import orpo.integrations.trl as fused
 
 
-class RLType(str, Enum):
+class RLType(StrEnum):
     ORPO, SIMPO, DPO = "orpo", "simpo", "dpo"
 
 

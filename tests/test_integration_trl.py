@@ -24,9 +24,12 @@ def make_trainer(folder, kind="orpo", model=None, **settings):
     trainer = fused.trainers()[kind == "cpo"]
     config = getattr(__import__(trainer.__module__, fromlist=["_"]), f"{kind.upper()}Config")
     pairs = datasets.Dataset.from_list(trace_pairs())
+    settings = {**SETTINGS, "max_steps": 3, "max_prompt_length": 30, **settings}
+    # Older versions draw rows at random, and have a limit of prompts; both by the same seed in every run.
+    known = {name: value for name, value in settings.items() if name in config.__dataclass_fields__}
     return trainer(
         model or trace_model(),
-        config(output_dir=str(folder), **{**SETTINGS, "max_steps": 3, **settings}),
+        config(output_dir=str(folder), **known),
         processing_class=trace_tokenizer(),
         train_dataset=pairs,
         eval_dataset=pairs.select(range(EVALUATED)),

@@ -70,6 +70,7 @@ def test_a_command_without_the_extra_says_so_in_one_line(command):
 
 
 def test_only_pictures_need_what_draws_them():
+    pytest.importorskip("transformers", reason="needs pip install '.[train]'")
     without = "import sys; sys.modules['matplotlib'] = None; import orpo"
     assert run(f"{without}; print(orpo.ORPOTrainer.__name__)").strip() == "ORPOTrainer"
     # Said before a run, not when its curves are drawn.
@@ -84,6 +85,8 @@ def test_the_extra_installs_what_the_trainer_is_refused_without():
 
 @pytest.mark.parametrize("name", sorted(set(orpo.__all__)))
 def test_public_names_exist(name):
+    if name in ("ORPOConfig", "ORPOTrainer"):
+        pytest.importorskip("transformers", reason="needs pip install '.[train]'")
     assert getattr(orpo, name) is not None and name in dir(orpo)
 
 

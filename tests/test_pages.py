@@ -35,7 +35,7 @@ def test_the_python_of_the_pages_runs(tmp_path, monkeypatch, own_cache):
         labels[i, : len(tokenizer(row["prompt"])["input_ids"])] = -100
     names = {"model": model, "input_ids": ids, "attention_mask": mask, "labels": labels, "pairs": ROWS}
     code = [block for page in PAGES for block in blocks(page)]
-    assert len(blocks(README)) == 4 and len(code) == 6 and sum(MODEL in block for block in code) == 1
+    assert len(blocks(README)) == 4 and len(code) == 7 and sum(MODEL in block for block in code) == 1
     for block in code:
         exec(block.replace(MODEL, "base"), names)
     assert model.lm_head.weight.grad.abs().sum() > 0

@@ -26,7 +26,5 @@ class FusedORPO(BasePlugin):
         """
         rl = getattr(cfg.rl, "value", cfg.rl)
         if rl not in ("orpo", "simpo"):
-            raise ValueError(
-                f"plugins: orpo.integrations.axolotl.FusedORPO is for rl: orpo and rl: simpo, not rl: {rl}"
-            )
+            raise ValueError(f"plugins: {__name__}.FusedORPO is for rl: orpo and rl: simpo, not rl: {rl}")
         trl.patch()

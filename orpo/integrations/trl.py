@@ -38,9 +38,8 @@ def patch() -> None:
     refuse_unknown("trl", trl.__version__, *KNOWN)
     orpo_trainer, cpo_trainer = trainers()
     for trainer, scores_prompt in ((orpo_trainer, True), (cpo_trainer, False)):
-        _replaced.replace(
-            trainer, "concatenated_forward", functools.partialmethod(_concatenated_forward, scores_prompt)
-        )
+        forward = functools.partialmethod(_concatenated_forward, scores_prompt)
+        _replaced.replace(trainer, "concatenated_forward", forward)
         _replaced.attach_after_init(trainer)
     _replaced.replace(orpo_trainer, "odds_ratio_loss", _odds_ratio_loss)
 
