@@ -42,7 +42,7 @@ def stamp() -> dict[str, object]:
             return ""
 
     # Figures stored a moment ago are no change of what is measured.
-    written = (f":(top,exclude)benchmarks/{name}" for name in ("results", "RESULTS.md"))
+    written = (f":(top,exclude){name}" for name in ("benchmarks/results", "benchmarks/RESULTS.md", "docs/memory.png"))
     changed = git("status", "--porcelain", "--", ":/", *written)
     root = git("rev-parse", "--show-toplevel")
     elsewhere = root and not Path(orpo_kernels.__file__).resolve().is_relative_to(Path(root).resolve() / "kernels")

@@ -72,14 +72,15 @@ def test_resident_memory_is_that_of_a_process_of_its_own():
 
 def test_a_stamp_says_dirty_for_code_and_not_for_figures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    files = [tmp_path / name for name in ("benchmarks/results/heads.jsonl", "benchmarks/RESULTS.md", "code.py")]
+    names = ("benchmarks/results/heads.jsonl", "benchmarks/RESULTS.md", "docs/memory.png", "code.py")
+    files = [tmp_path / name for name in names]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("before")
     identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
     for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "first"]):
         subprocess.run(["git", *command], check=True)
-    for file, dirty in zip(files, (False, False, True), strict=True):
+    for file, dirty in zip(files, (False, False, False, True), strict=True):
         file.write_text("after")
         assert ("-dirty" in stamp.__wrapped__()["commit"]) == dirty
     # Those of this checkout are its commit's.
