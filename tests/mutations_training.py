@@ -308,7 +308,7 @@ TRAINING = [
         ),
     ),
     *_in(
-        "data/prepare.py",
+        "data/pair_tokens.py",
         "test_prepare.py",
         (
             "data: a pair of max_length is too long",

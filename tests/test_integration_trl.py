@@ -79,7 +79,7 @@ def test_trls_trainer_logs_the_same(name, tmp_path):
 def test_an_encoder_decoder_is_refused(tmp_path):
     """Its labels are not shifted: as a causal model's they would be the next position's."""
     fused.patch()
-    with pytest.raises(ValueError, match="encoder-decoder.*unpatch"):
+    with pytest.raises(ValueError, match=r"encoder-decoder.*unpatch"):
         make_trainer(tmp_path, model=make_encoder_decoder("t5"))
 
 

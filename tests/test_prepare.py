@@ -9,7 +9,8 @@ import pytest
 from record_trl_trace import SETTINGS, TRACE, trace_pairs, trace_tokenizer
 from tiny import CHATML, NO_END, SEVEN, make_tokenizer
 
-from orpo.data.prepare import Limits, PairTokenizer, as_dataset, code_version, prepare_dataset
+from orpo.data.pair_tokens import PairTokenizer, code_version
+from orpo.data.prepare import Limits, as_dataset, prepare_dataset
 from orpo.data.preview import check_token_ids, describe_example, first_pair
 from orpo.data.sources import load_pairs
 from orpo.layouts.layout import PaddedLayout
@@ -347,7 +348,7 @@ def test_tokens_that_an_older_version_made_are_not_taken_for_ours(own_cache, tmp
     calls = []
     monkeypatch.setattr(PairTokenizer, "_fit", lambda self, sides: calls.append(1) or sides)
     for version, expected in (("old", 2), ("old", 3), ("new", 5)):
-        monkeypatch.setattr("orpo.data.prepare.code_version", lambda version=version: version)
+        monkeypatch.setattr("orpo.data.pair_tokens.code_version", lambda version=version: version)
         prepare(load_pairs(str(tmp_path / "pairs.jsonl")))
         # Once for the first row, which is looked at each time.
         assert len(calls) == expected, version

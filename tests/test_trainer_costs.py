@@ -69,7 +69,7 @@ def test_tokens_are_cached(tmp_path, monkeypatch, own_cache):
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     first = prepare_dataset(load_pairs(str(file), "train"), make_tokenizer(), Limits(max_length=64), report=str)
     calls = []
-    monkeypatch.setattr("orpo.data.prepare.PairTokenizer._side", lambda *a: calls.append(a))
+    monkeypatch.setattr("orpo.data.pair_tokens.PairTokenizer._side", lambda *a: calls.append(a))
     second = prepare_dataset(load_pairs(str(file), "train"), make_tokenizer(), Limits(max_length=64), report=str)
     assert second.to_list() == first.to_list() and not calls
     with pytest.raises(ValueError, match="no row of the train set can train"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo.data.formats import PairText
-from orpo.data.prepare import PairTokenizer
+from orpo.data.pair_tokens import PairTokenizer
 from orpo.data.unusable import (
     EQUAL_ANSWERS,
     EQUAL_ONCE_CUT,
@@ -28,7 +28,7 @@ class EncoderDecoderTokenizer(PairTokenizer):
     own limit is None; the special tokens around it stay.
 
     Args:
-        tokenizer, limits, columns, score_turns: as of :class:`orpo.data.prepare.PairTokenizer`.
+        tokenizer, limits, columns, score_turns: as of :class:`orpo.data.pair_tokens.PairTokenizer`.
         escape: has to be False.
 
     Raises:

@@ -72,8 +72,8 @@ def check_attached(trainer: Any, model: nn.Module) -> None:
 def _attach(model: nn.Module) -> None:
     if is_encoder_decoder(base_model(model)):
         raise ValueError(
-            "the model is an encoder-decoder, whose labels stand elsewhere than those of a causal model: call unpatch(), "
-            "or train it with orpo.ORPOTrainer"
+            "the model is an encoder-decoder, whose labels stand elsewhere than those of a causal model: call "
+            "unpatch(), or train it with orpo.ORPOTrainer"
         )
     attach_orpo_loss(model)
 

@@ -8,7 +8,8 @@ from typing import Any
 from orpo.data.encoder_decoder import EncoderDecoderTokenizer
 from orpo.data.first_rows import read_first
 from orpo.data.overlap import report_overlap
-from orpo.data.prepare import PairTokenizer, prepare_dataset
+from orpo.data.pair_tokens import PairTokenizer
+from orpo.data.prepare import prepare_dataset
 from orpo.data.preview import check_stream
 from orpo.tokens.prompts import boundary_note, remember_form
 from orpo.trainer.config import ORPOConfig
