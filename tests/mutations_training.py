@@ -14,6 +14,32 @@ _TWO_ANSWERS = "test_metrics_are_means_over_the_pairs_with_two_answers"
 
 TRAINING = [
     *_in(
+        "loss/logprobs.py",
+        "test_preferences.py",
+        (
+            "sequences: means over all positions",
+            "sums / lengths.clamp(min=1)",
+            "sums / labels.shape[1]",
+            "test_sums_means_and_lengths_by_hand",
+        ),
+    ),
+    *_in(
+        "integrations/trl.py",
+        "test_integration_trl.py",
+        (
+            "TRL: the NLL of the answer alone",
+            "if scores_prompt:\n        # ORPO's",
+            "if False:\n        # ORPO's",
+            "test_trls_trainer_logs_the_same",
+        ),
+        (
+            "TRL: pairs without an answer count",
+            "weights = answered * (len(answered) / answered.sum().clamp(min=1))",
+            "weights = answered.float()",
+            "test_a_pair_with_an_empty_answer_is_left_out_where_trl_gives_nan",
+        ),
+    ),
+    *_in(
         "loss/call.py",
         "test_loss.py",
         ("metrics: means over all pairs", "self.pair_mask.sum().clamp(min=1)", "self.pair_mask.numel()", _TWO_ANSWERS),

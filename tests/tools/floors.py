@@ -42,7 +42,7 @@ FLOORS = {
         "the trainer",
         (
             "torch==2.13.0",
-            "transformers==5.20.2 datasets==5.2.0 accelerate==1.14.0 peft==0.20.0 triton==3.9.0 numpy matplotlib "
+            "transformers==5.20.2 datasets==5.2.0 accelerate==1.15.0 peft==0.20.0 triton==3.9.0 numpy matplotlib "
             f"pyyaml tqdm tensorboard {TOOLS}",
         ),
         "attach trainer probe config layout prefix_mask lora train checkpoints evaluation prepare start resuming "
