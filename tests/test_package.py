@@ -80,7 +80,7 @@ def test_only_pictures_need_what_draws_them():
 def test_the_extra_installs_what_the_trainer_is_refused_without():
     extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["train"]
     installed = {re.match(r"\w+", entry)[0].replace("pyyaml", "yaml") for entry in extra}
-    assert installed == {*TRAINER, "matplotlib"}
+    assert installed == {*TRAINER, "jinja2", "matplotlib"}
 
 
 @pytest.mark.parametrize("name", sorted(set(orpo.__all__)))

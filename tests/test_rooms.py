@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     ("orpo_kernels", "compat", "files", "packages", "hub", "ranks", "tokens", "launch"),
     ("loss", "layouts", "data", "runs", "recipes"),
-    ("model", "report"),
+    ("model", "rendering", "report"),
     ("generation", "integrations"),
     ("judges", "trainer"),
     ("cli", "demo"),
