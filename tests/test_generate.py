@@ -13,7 +13,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaModel
 
 from orpo.data.formats import pair_text
 from orpo.generate import main, read_prompts
-from orpo.generation import generate, load, render
+from orpo.generation import generate, load
+from orpo.rendering import render
 
 PROMPTS = ["hello", "how are you, my dear friend", "What is your name?", "hello hello hello hello"]
 
