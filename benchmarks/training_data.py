@@ -51,8 +51,8 @@ def pairs_of(data: str | None, tokenizer: Any, count: int, longest: int) -> list
     """`count` pairs of strings that no trainer cuts or drops."""
     if data is None:
         return synthetic_pairs(tokenizer, count, longest)
-    from orpo.data.formats import UnusableRow, pair_text
-    from orpo.data.sources import load_pairs
+    from orpo.data.files.sources import load_pairs
+    from orpo.data.forms.formats import UnusableRow, pair_text
 
     out: list[dict[str, str]] = []
     for row in load_pairs(data, "train"):

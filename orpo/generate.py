@@ -21,9 +21,9 @@ from typing import Any
 
 from orpo import judges
 from orpo.cli.errors import OneLineErrors, run_command
-from orpo.data.misread import refuse_dates, refuse_messages_as_text
-from orpo.data.sources import load_pairs
-from orpo.data.tools import read_tools
+from orpo.data.files.sources import load_pairs
+from orpo.data.forms.misread import refuse_dates, refuse_messages_as_text
+from orpo.data.forms.tools import read_tools
 from orpo.files import as_json, read_text, write_whole
 from orpo.generation import Answer, Messages, check_temperature, generate, load
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from orpo.data.messages import is_conversation, read_messages, render_messages
-from orpo.data.tools import calls_as_taken, read_tools
-from orpo.data.unusable import UnusableRow
+from orpo.data.forms.messages import is_conversation, read_messages, render_messages
+from orpo.data.forms.tools import calls_as_taken, read_tools
+from orpo.data.forms.unusable import UnusableRow
 from orpo.tokens.prompts import prompt_tokens, trained_plain
 from orpo.tokens.special_tokens import ALTERED, WrittenOut, without_marks
 

@@ -125,7 +125,7 @@ TRAINING = [
         ),
     ),
     *_in(
-        "data/turns.py",
+        "data/forms/turns.py",
         "test_turns.py",
         (
             "turns: the last alone",
@@ -169,7 +169,7 @@ TRAINING = [
         ),
     ),
     *_in(
-        "data/messages.py",
+        "data/forms/messages.py",
         "test_tools.py",
         (
             "tools: nulls within lists stay",
@@ -179,7 +179,7 @@ TRAINING = [
         ),
     ),
     *_in(
-        "data/tools.py",
+        "data/forms/tools.py",
         "test_tools.py",
         (
             "tools: arguments stay JSON text",

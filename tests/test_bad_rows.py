@@ -5,9 +5,9 @@ import pytest
 from tiny import CHATML, SEVEN, make_tokenizer
 from trainers import make_args, make_trainer
 
+from orpo.data.forms.unusable import BAD, REASONS, FileFault
 from orpo.data.prepare import Limits, prepare_dataset
 from orpo.data.streams import DropCounter
-from orpo.data.unusable import BAD, REASONS, FileFault
 
 GOOD = {"prompt": "hello", "chosen": " hi", "rejected": " no"}
 TURN = {"role": "user", "content": "hello"}

@@ -11,10 +11,10 @@ import datasets
 import pytest
 from tiny import CHATML, ROWS, make_model, make_tokenizer
 
-from orpo.data.file_check import MOST_LEVELS
+from orpo.data.files.file_check import MOST_LEVELS
+from orpo.data.files.sources import load_pairs
 from orpo.data.prepare import Limits, prepare_dataset
 from orpo.data.preview import first_pair
-from orpo.data.sources import load_pairs
 from orpo.generate import read_prompts
 from orpo.generation import load
 from orpo.judges import read_questions

@@ -11,8 +11,8 @@ from tiny import CHATML, SEVEN, make_model, make_tokenizer
 from trainers import make_args
 
 from orpo.cli.arguments import parse
-from orpo.data.columns import read_columns
 from orpo.data.first_rows import read_first
+from orpo.data.forms.columns import read_columns
 from orpo.data.prepare import Limits, prepare_dataset
 from orpo.trainer.trainer import ORPOTrainer
 

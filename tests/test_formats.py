@@ -6,7 +6,7 @@ from datetime import date, time
 import pytest
 from tiny import CHATML, make_tokenizer
 
-from orpo.data.formats import PairText, UnusableRow, pair_text
+from orpo.data.forms.formats import PairText, UnusableRow, pair_text
 
 USER = {"role": "user", "content": "hello"}
 GOOD = {"role": "assistant", "content": "hi"}

@@ -11,7 +11,7 @@ from chat_templates import family_tokenizer
 from tiny import CHATML, SMALL, make_model, make_tokenizer
 from transformers import GenerationConfig, LlamaConfig, LlamaModel
 
-from orpo.data.formats import pair_text
+from orpo.data.forms.formats import pair_text
 from orpo.generate import main, read_prompts
 from orpo.generation import generate, load
 from orpo.rendering import render

@@ -9,7 +9,7 @@ from tiny import SEVEN, make_model, make_tokenizer
 from trainers import make_args
 
 from orpo import ORPOTrainer, hub
-from orpo.data.sources import load_pairs
+from orpo.data.files.sources import load_pairs
 from orpo.model.load import load_model, load_tokenizer
 
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 from tiny import CHATML, make_tokenizer
 
-from orpo.data.formats import IMPLIED, pair_text
+from orpo.data.forms.formats import IMPLIED, pair_text
 from orpo.data.prepare import Limits, prepare_dataset
 
 # Lines of the Zen of Python, of which a preference is made: (prompt, chosen, rejected).

@@ -8,8 +8,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
+from orpo.cli.arguments import parse
 from orpo.launch import launch_config, launch_names
-from orpo.train import parse
 
 KINDS = {
     "ddp": DistributedType.MULTI_GPU,

@@ -7,9 +7,9 @@ import datasets
 import pytest
 from tiny import make_tokenizer
 
-from orpo.data.mixed_forms import mixed_columns
+from orpo.data.files.mixed_forms import mixed_columns
+from orpo.data.files.sources import as_dataset, load_pairs
 from orpo.data.prepare import Limits, prepare_dataset
-from orpo.data.sources import as_dataset, load_pairs
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -8,8 +8,8 @@ from tiny import CHATML, ROWS, SEVEN, make_tokenizer
 from trainers import make_args, make_trainer
 
 from orpo.cli.arguments import parse
+from orpo.data.files.sources import NoSuchSplit, load_pairs
 from orpo.data.prepare import Limits, prepare_dataset
-from orpo.data.sources import NoSuchSplit, load_pairs
 
 USER = [{"role": "user", "content": "hello"}]
 

@@ -11,7 +11,7 @@ from tiny import CHATML, ROWS, make_model, make_tokenizer
 from transformers import BertConfig, BertModel
 
 from benchmarks.paper import diversity, generations, methods, policies, reward, winrates
-from orpo.data.formats import pair_text
+from orpo.data.forms.formats import pair_text
 from orpo.data.prepare import Limits, prepare_dataset
 
 PAPER = Path(generations.__file__).parent

@@ -9,10 +9,10 @@ import pytest
 from record_trl_trace import SETTINGS, TRACE, trace_pairs, trace_tokenizer
 from tiny import CHATML, NO_END, SEVEN, make_tokenizer
 
+from orpo.data.files.sources import load_pairs
 from orpo.data.pair_tokens import PairTokenizer, code_version
 from orpo.data.prepare import Limits, as_dataset, prepare_dataset
 from orpo.data.preview import check_token_ids, describe_example, first_pair
-from orpo.data.sources import load_pairs
 from orpo.layouts.layout import PaddedLayout
 
 UNLIMITED = Limits(max_length=None)

@@ -44,7 +44,7 @@ def imports(path: Path) -> list[tuple[int, str]]:
 @pytest.mark.parametrize("room", [room for room in FLOOR if room != "orpo_kernels"])
 def test_a_room_imports_those_below_it_alone(room):
     path = ROOT / "orpo" / room
-    files = sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    files = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
     assert files
     for file in files:
         for line, module in imports(file):

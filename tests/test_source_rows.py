@@ -8,8 +8,8 @@ import warnings
 import pytest
 from tiny import make_tokenizer
 
+from orpo.data.files.sources import load_pairs
 from orpo.data.prepare import Limits, prepare_dataset
-from orpo.data.sources import load_pairs
 from orpo.generate import read_prompts
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -8,10 +8,10 @@ import pytest
 from chat_templates import FAMILIES, family_tokenizer
 from tiny import CHATML, make_tokenizer
 
-from orpo.data.formats import pair_text
+from orpo.data.forms.formats import pair_text
+from orpo.data.forms.tools import read_tools
+from orpo.data.forms.unusable import UnusableRow
 from orpo.data.prepare import Limits, prepare_dataset
-from orpo.data.tools import read_tools
-from orpo.data.unusable import UnusableRow
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 SCHEMA = '{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}'

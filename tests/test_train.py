@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from orpo import train
 from orpo.cli.arguments import parse
-from orpo.data.sources import NoSuchSplit, load_pairs, reader_for
+from orpo.data.files.sources import NoSuchSplit, load_pairs, reader_for
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from tiny import ROWS, make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainers import make_trainer
 
+from orpo.data.files.sources import load_pairs
 from orpo.data.prepare import Limits, prepare_dataset
-from orpo.data.sources import load_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = str(Path(torch.__file__).parent)

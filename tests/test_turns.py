@@ -10,10 +10,10 @@ from orpo_kernels.settings import LossSettings
 from tiny import CHATML, NO_END, log_odds, make_model, make_tokenizer
 from trainers import make_trainer
 
-from orpo.data.formats import pair_text
+from orpo.data.forms.formats import pair_text
+from orpo.data.forms.unusable import UnusableRow
 from orpo.data.prepare import Limits, prepare_dataset
 from orpo.data.preview import describe_example
-from orpo.data.unusable import UnusableRow
 from orpo.layouts.batch import NLLSpan
 from orpo.layouts.layout import PackedLayout, PaddedLayout, SharedLayout
 from orpo.model.attach import LossCall, attach_orpo_loss

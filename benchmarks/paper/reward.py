@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
 
-from orpo.data.formats import UnusableRow, pair_text
-from orpo.data.sources import load_pairs
+from orpo.data.files.sources import load_pairs
+from orpo.data.forms.formats import UnusableRow, pair_text
 from orpo.model.load import load_tokenizer
 
 from . import loop

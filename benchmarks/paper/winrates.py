@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from orpo.data.formats import PairText, UnusableRow, pair_text
-from orpo.data.sources import load_pairs
+from orpo.data.files.sources import load_pairs
+from orpo.data.forms.formats import PairText, UnusableRow, pair_text
 from orpo.demo.data import FRAMES
 from orpo.demo.experiment import DemoSettings, load, one_thread
 from orpo.generation import Answer, answer_tokens

@@ -17,7 +17,7 @@ from orpo.cli.errors import OneLineErrors
 from orpo.cli.other_names import say_unknown
 from orpo.cli.run_file import read_run_file
 from orpo.cli.short_help import short_help
-from orpo.data.sources import NoSuchSplit, load_pairs
+from orpo.data.files.sources import NoSuchSplit, load_pairs
 from orpo.files import read_text
 from orpo.launch import launch_config
 from orpo.model.load import load_tokenizer

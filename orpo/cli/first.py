@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orpo.cli.other_names import say_unknown
-from orpo.data.kinds import refuse_missing
+from orpo.data.files.kinds import refuse_missing
 from orpo.launch import launch_config, launch_names
 from orpo.recipes import describe_recipes, find_config
 

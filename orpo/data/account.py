@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orpo.data.bad_rows import refuse_bad_rows
-from orpo.data.unusable import BAD
+from orpo.data.forms.unusable import BAD
 
 # Of each pair, until those that cannot train are dropped: why, what else of it, a special token in its text, and what
 # of it is cut. With the type of each column.

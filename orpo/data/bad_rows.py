@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orpo.data.conversations import is_conversation
+from orpo.data.forms.conversations import is_conversation
 
 # What is said of each, where there are too many.
 SHOWN = 3

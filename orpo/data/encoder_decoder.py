@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from orpo.data.formats import PairText
-from orpo.data.pair_tokens import PairTokenizer
-from orpo.data.unusable import (
+from orpo.data.forms.formats import PairText
+from orpo.data.forms.unusable import (
     EQUAL_ANSWERS,
     EQUAL_ONCE_CUT,
     NO_PROMPT,
@@ -17,6 +16,7 @@ from orpo.data.unusable import (
     SEVERAL_TURNS,
     UnusableRow,
 )
+from orpo.data.pair_tokens import PairTokenizer
 from orpo.tokens.limits import Limits
 
 

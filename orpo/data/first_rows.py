@@ -7,15 +7,15 @@ from itertools import islice
 from typing import Any
 
 from orpo.data.bad_rows import refuse_bad_rows
-from orpo.data.columns import describe_forms, each_pair, read_row, renamed
-from orpo.data.formats import AS_THEY_ARE, IMPLIED, implies_prompt, skips_template, unread_columns
+from orpo.data.files.sources import as_dataset
+from orpo.data.files.splits import refuse_splits
+from orpo.data.forms.columns import describe_forms, each_pair, read_row, renamed
+from orpo.data.forms.formats import AS_THEY_ARE, IMPLIED, implies_prompt, skips_template, unread_columns
+from orpo.data.forms.tools import unread_tools
+from orpo.data.forms.unusable import BAD, FileFault
 from orpo.data.labelled import is_labelled
 from orpo.data.ratings import describe_ratings
 from orpo.data.repeats import ROWS, repeats_prompt
-from orpo.data.sources import as_dataset
-from orpo.data.splits import refuse_splits
-from orpo.data.tools import unread_tools
-from orpo.data.unusable import BAD, FileFault
 from orpo.tokens.pretokenized import COLUMNS
 
 Row = Mapping[str, Any]

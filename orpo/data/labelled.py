@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from orpo.data.bad_rows import refuse_bad_rows, what_it_holds
-from orpo.data.sources import as_dataset
+from orpo.data.files.sources import as_dataset
 
 COLUMNS = ("prompt", "completion", "label")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from orpo.data.formats import PairText
-from orpo.data.turns import SCORED, Turns, shared
-from orpo.data.unusable import NOTHING_SCORED, UnusableRow
+from orpo.data.forms.formats import PairText
+from orpo.data.forms.turns import SCORED, Turns, shared
+from orpo.data.forms.unusable import NOTHING_SCORED, UnusableRow
 from orpo.tokens.limits import Limits
 from orpo.tokens.pretokenized import COLUMNS, MASKS
 

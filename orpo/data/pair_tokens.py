@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from orpo import __version__
-from orpo.data import account, bad_rows, conversations, formats, masks, messages, misread, tools, turns, unusable
-from orpo.data import columns as data_columns
+from orpo.data import account, bad_rows, masks
 from orpo.data.account import ACCOUNT, what_is_cut
 from orpo.data.bad_rows import what_it_holds
-from orpo.data.columns import each_pair, read_row, renamed
-from orpo.data.formats import PairText, pair_text
-from orpo.data.masks import cut_masks, texts_of, token_mask
-from orpo.data.turns import shared
-from orpo.data.unusable import (
+from orpo.data.forms import columns as data_columns
+from orpo.data.forms import conversations, formats, messages, misread, tools, turns, unusable
+from orpo.data.forms.columns import each_pair, read_row, renamed
+from orpo.data.forms.formats import PairText, pair_text
+from orpo.data.forms.turns import shared
+from orpo.data.forms.unusable import (
     BAD,
     EMPTY_ANSWER,
     EQUAL_ANSWERS,
@@ -28,6 +28,7 @@ from orpo.data.unusable import (
     FileFault,
     UnusableRow,
 )
+from orpo.data.masks import cut_masks, texts_of, token_mask
 from orpo.tokens import limits, special_tokens
 from orpo.tokens.limits import Limits
 from orpo.tokens.pretokenized import COLUMNS, MASKS

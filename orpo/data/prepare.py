@@ -14,16 +14,16 @@ from itertools import islice
 from typing import Any
 
 from orpo.data.account import ACCOUNT, read_account
-from orpo.data.columns import renamed, with_our_names
+from orpo.data.files.sources import as_dataset
 from orpo.data.first_rows import ROWS, check_first_rows, report_first_rows
-from orpo.data.formats import check_columns
+from orpo.data.forms.columns import renamed, with_our_names
+from orpo.data.forms.formats import check_columns
+from orpo.data.forms.unusable import REASONS
 from orpo.data.labelled import is_labelled, pair_by_prompt
 from orpo.data.masks import empty_masks, features, without_empty_masks
 from orpo.data.pair_tokens import PairTokenizer
 from orpo.data.prepared import check_prepared, mark
-from orpo.data.sources import as_dataset
 from orpo.data.streams import ATTRIBUTE, DropCounter
-from orpo.data.unusable import REASONS
 from orpo.tokens.limits import Limits
 from orpo.tokens.pretokenized import COLUMNS
 from orpo.tokens.special_tokens import describe_written
@@ -50,8 +50,8 @@ def prepare_dataset(
     """Tokenizes `data` and drops the rows that cannot train, saying how many and why.
 
     Args:
-        data: anything that :func:`as_dataset` takes, in any form of :mod:`orpo.data.formats` or
-            :mod:`orpo.data.columns`, or prepared already.
+        data: anything that :func:`as_dataset` takes, in any form of :mod:`orpo.data.forms.formats` or
+            :mod:`orpo.data.forms.columns`, or prepared already.
         tokenizer: a Hugging Face tokenizer.
         limits: lengths in tokens.
         name: what the report calls this data set.
@@ -59,7 +59,8 @@ def prepare_dataset(
         escape_special_tokens: whether special tokens written out in the rows' text stay text (:class:`PairTokenizer`).
         columns: our name -> the column's, of columns that have other names.
         score_turns: "all" of the assistant's turns of an answer, or the "last".
-        max_bad_rows: the largest share of rows that may be malformed, :data:`orpo.data.unusable.BAD`, and left out.
+        max_bad_rows: the largest share of rows that may be malformed (:data:`orpo.data.forms.unusable.BAD`) and left
+            out.
         pair_answers: whether rows of one answer each, good or bad, are paired by prompt (:mod:`orpo.data.labelled`).
         pair_tokenizer: what makes token pairs of text pairs.
         report: called with the report, which counts rows from 0. A stream is counted as it is read:

@@ -13,7 +13,7 @@ def repeats_prompt(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """What has to be said where nearly all string answers of one side begin with their row's prompt; or None.
 
     Args:
-        rows: the first of a data set, in any form of :mod:`orpo.data.formats`.
+        rows: the first of a data set, in any form of :mod:`orpo.data.forms.formats`.
     """
     looked_at = 0
     found: dict[str, list[int]] = {"chosen": [], "rejected": []}

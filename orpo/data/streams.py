@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from orpo.data.account import CUT, is_cut, summarize
 from orpo.data.bad_rows import LEAST_ROWS, SHOWN, refuse_bad_rows
-from orpo.data.unusable import BAD
+from orpo.data.forms.unusable import BAD
 from orpo.tokens.special_tokens import describe_written
 
 ATTRIBUTE = "orpo_drop_counter"

@@ -17,7 +17,7 @@ def remember_form(tokenizer: Any, data: Any, escape: bool = False) -> None:
     """Leaves in `tokenizer`, and in what it saves, whether the prompts of `data` are strings or chat turns.
 
     Args:
-        data: pairs in any form of :mod:`orpo.data.formats`; told by the first. Prepared ones leave nothing.
+        data: pairs in any form of :mod:`orpo.data.forms.formats`; told by the first. Prepared ones leave nothing.
         escape: whether special tokens in their text stay text, which is left too.
     """
     answer = first_row(data).get("chosen")

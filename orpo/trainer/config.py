@@ -11,8 +11,8 @@ from orpo_kernels.settings import LossSettings
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from orpo.compat import Arguments
-from orpo.data.columns import read_columns
-from orpo.data.turns import SCORE_TURNS
+from orpo.data.forms.columns import read_columns
+from orpo.data.forms.turns import SCORE_TURNS
 from orpo.layouts.batch import NLL_SPANS, NLLSpan
 from orpo.layouts.layout import LAYOUTS
 from orpo.packages import require

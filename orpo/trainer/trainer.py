@@ -50,9 +50,8 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
             An adapter by name is trained further; with `peft_config` it is merged first, in ``output_dir/base``.
         args: the settings.
         data_collator: what makes batches of prepared examples. Default: the layout of ``args.layout``.
-        train_dataset, eval_dataset: pairs in any form of :mod:`orpo.data.formats` or :mod:`orpo.data.columns`, as a
-            ``datasets.Dataset`` or ``IterableDataset``, a dict of lists, or a list of dicts; `eval_dataset` may also be
-            a dict of data sets.
+        train_dataset, eval_dataset: pairs in any form of :mod:`orpo.data.forms`, as a ``datasets.Dataset`` or
+            ``IterableDataset``, a dict of lists, or a list of dicts; `eval_dataset` may also be a dict of data sets.
         processing_class: the tokenizer. Default: the one that belongs to the model's name.
         tokenizer: the older name of `processing_class`.
         peft_config: a PEFT configuration to wrap the model in.

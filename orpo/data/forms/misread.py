@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import date, time
 from typing import Any
 
-from orpo.data.unusable import FileFault
+from orpo.data.forms.unusable import FileFault
 
 # As json.dumps and Python's str() write messages; the names are those that messages have here and in ShareGPT.
 _WRITTEN = re.compile(r"""\s*\[?\s*\{.*(['"])(role|from)\1\s*:.*\}\s*\]?\s*""", re.DOTALL)

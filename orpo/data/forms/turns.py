@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
-from orpo.data.messages import OTHERS, PROBE, Messages, apply_template, probed, render_messages
-from orpo.data.unusable import NOTHING_SCORED, TURNS_CHANGE, UnusableRow
+from orpo.data.forms.messages import OTHERS, PROBE, Messages, apply_template, probed, render_messages
+from orpo.data.forms.unusable import NOTHING_SCORED, TURNS_CHANGE, UnusableRow
 
 SCORE_TURNS = ("all", "last")
 # What becomes of a span: both terms score it, or neither does. All else is scored by an NLL that scores the prompt.

@@ -1,4 +1,4 @@
-"""Columns of other names, and forms of other projects: each row as :mod:`orpo.data.formats` knows it.
+"""Columns of other names, and forms of other projects: each row as :mod:`orpo.data.forms.formats` knows it.
 
 =============  ===========================================================================================
 OpenAI         ``input`` (``{"messages": [...]}``), ``preferred_output``, ``non_preferred_output``
@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping
 from itertools import product
 from typing import Any, NamedTuple
 
-from orpo.data.messages import is_conversation, without_none
-from orpo.data.unusable import FileFault
+from orpo.data.forms.messages import is_conversation, without_none
+from orpo.data.forms.unusable import FileFault
 
 Row = Mapping[str, Any]
 
@@ -110,7 +110,7 @@ def _are_several(answers: Any) -> bool:
 
 
 def read_row(row: Row, tokenizer: Any, columns: Mapping[str, str] | None = None) -> Row:
-    """`row` in a form of :mod:`orpo.data.formats`; one that has such a form, or none that is known, as it is.
+    """`row` in a form of :mod:`orpo.data.forms.formats`; one that has such a form, or none that is known, as it is.
 
     Args:
         row: of a data set.

@@ -14,9 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from orpo.data.file_check import LINES_OF_A_STREAM, OPENERS, check_file
-from orpo.data.kinds import READERS, reader_for, refuse_missing
-from orpo.data.mixed_forms import (
+from orpo.data.files.file_check import LINES_OF_A_STREAM, OPENERS, check_file
+from orpo.data.files.kinds import READERS, reader_for, refuse_missing
+from orpo.data.files.mixed_forms import (
     as_json_columns,
     decode_columns,
     encode_columns,
@@ -24,7 +24,7 @@ from orpo.data.mixed_forms import (
     json_rows,
     mixed_columns,
 )
-from orpo.data.splits import NoSuchSplit, from_disk, is_saved, refuse_splits, which_splits
+from orpo.data.files.splits import NoSuchSplit, from_disk, is_saved, refuse_splits, which_splits
 from orpo.hub import check_hub_name
 from orpo.packages import require
 
@@ -139,7 +139,7 @@ def load_pairs(name: str, split: str = "train", *, config: str | None = None, st
 
 
 def _check_files(path: Path, streaming: bool) -> None:
-    """:func:`orpo.data.file_check.check_file` of the text files that `path` is, or that lie below it."""
+    """:func:`orpo.data.files.file_check.check_file` of the text files that `path` is, or that lie below it."""
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         reader = reader_for(file)
         if reader is None or not file.is_file():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orpo.data.unusable import REFUSED, UnusableRow
+from orpo.data.forms.unusable import REFUSED, UnusableRow
 
 Messages = list[dict[str, Any]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from orpo.data.messages import (
+from orpo.data.forms.messages import (
     OTHERS,
     PROBE,
     Messages,
@@ -15,9 +15,9 @@ from orpo.data.messages import (
     read_messages,
     render_messages,
 )
-from orpo.data.tools import calls_as_taken
-from orpo.data.turns import Turns, opened, scored_turns, shared
-from orpo.data.unusable import (
+from orpo.data.forms.tools import calls_as_taken
+from orpo.data.forms.turns import Turns, opened, scored_turns, shared
+from orpo.data.forms.unusable import (
     EMPTY_ANSWER,
     ENDS_OTHERWISE,
     LEFT_OUT,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from typing import Any
 
-from orpo.data.messages import PROBE, Messages, render_messages, without_none
-from orpo.data.unusable import UnusableRow
+from orpo.data.forms.messages import PROBE, Messages, render_messages, without_none
+from orpo.data.forms.unusable import UnusableRow
 
 
 def read_tools(given: Any) -> list[dict[str, Any]] | None:

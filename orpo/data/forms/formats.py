@@ -8,7 +8,7 @@
   ``"\\n\\nAssistant:"``.
 * Other strings without a ``prompt``: it is what both begin with, as in TRL, but for a space in front of the difference.
 
-:mod:`orpo.data.columns` makes these of the forms of other projects.
+:mod:`orpo.data.forms.columns` makes these of the forms of other projects.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from orpo.data.columns import OPENAI
-from orpo.data.conversations import conversation_text
-from orpo.data.images import refuse_images
-from orpo.data.messages import is_conversation, without_none
-from orpo.data.misread import refuse_dates, refuse_messages_as_text
-from orpo.data.tools import read_tools, refuse_tools
-from orpo.data.turns import Turns
-from orpo.data.unusable import (
+from orpo.data.forms.columns import OPENAI
+from orpo.data.forms.conversations import conversation_text
+from orpo.data.forms.images import refuse_images
+from orpo.data.forms.messages import is_conversation, without_none
+from orpo.data.forms.misread import refuse_dates, refuse_messages_as_text
+from orpo.data.forms.tools import read_tools, refuse_tools
+from orpo.data.forms.turns import Turns
+from orpo.data.forms.unusable import (
     ASSISTANT,
     EMPTY_ANSWER,
     MISSING,
@@ -105,7 +105,7 @@ def unread_columns(row: Mapping[str, Any]) -> str | None:
 
 
 def pair_text(row: Mapping[str, Any], tokenizer: Any, score_turns: str = "all") -> PairText:
-    """The texts of one row in any of the forms above; others are made these by :func:`orpo.data.columns.read_row`.
+    """The texts of one row in any of the forms above, which :func:`orpo.data.forms.columns.read_row` makes of others.
 
     A row's ``tools`` and ``chat_template_kwargs`` go to the chat template, as in TRL.
 
@@ -115,8 +115,9 @@ def pair_text(row: Mapping[str, Any], tokenizer: Any, score_turns: str = "all") 
         score_turns: "all" or "last", which turns of the assistant count in an answer of several.
 
     Raises:
-        UnusableRow: the row is of one of the forms above and cannot train; :mod:`orpo.data.unusable` names the reasons.
-        FileFault: the file was misread (:mod:`orpo.data.misread`), or has no such columns.
+        UnusableRow: the row is of one of the forms above and cannot train, for a reason that
+            :mod:`orpo.data.forms.unusable` names.
+        FileFault: the file was misread (:mod:`orpo.data.forms.misread`), or has no such columns.
         ValueError: the row has none of the forms above, or an image.
     """
     refuse_images(row)

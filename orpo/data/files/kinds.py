@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orpo.data.file_check import OPENERS
+from orpo.data.files.file_check import OPENERS
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 COMPRESSIONS = (*OPENERS, ".zst")

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from orpo.data.file_check import OPENERS
+from orpo.data.files.file_check import OPENERS
 
 
 def json_rows(path: Path) -> Iterator[dict[str, Any]]:

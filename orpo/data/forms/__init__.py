@@ -1,0 +1,1 @@
+"""What a row may look like, and the prompt and answers that it is read as."""
