@@ -58,6 +58,20 @@ def refuse_parallel(parallel: ParallelismConfig | None) -> None:
             )
 
 
+def read_by_each_rank(config: Any, ranks: int) -> None:
+    """Sets ``dispatch_batches`` of accelerate's `config`, which left alone is True for streams, to False.
+
+    Raises:
+        ValueError: it is True, and there are several `ranks`.
+    """
+    if config.dispatch_batches and ranks > 1:
+        raise ValueError(
+            "accelerator_config: dispatch_batches is True, which cuts a batch of one rank by its first dimension; the "
+            "rows of pairs have others: leave it out, and every rank reads its own"
+        )
+    config.dispatch_batches = False
+
+
 def _waits_for_weights(accelerator: Accelerator) -> bool:
     """Whether ranks other than the first get their weights when the model is cut."""
     plugin = fsdp_plugin(accelerator)

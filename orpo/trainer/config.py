@@ -16,7 +16,7 @@ from orpo.data.forms.turns import SCORE_TURNS
 from orpo.layouts.batch import NLL_SPANS, NLLSpan
 from orpo.layouts.layout import LAYOUTS
 from orpo.packages import require
-from orpo.ranks import refuse_parallel
+from orpo.ranks import read_by_each_rank, refuse_parallel
 from orpo.tokens.limits import Limits
 from orpo.trainer.diagnose import refuse_cut_gradients
 from orpo.trainer.ranges import check_ranges, name_nothing
@@ -189,13 +189,7 @@ class ORPOConfig(RedactedArguments, Arguments):
             require(tracker, f"report_to {tracker}")
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
-        if self.accelerator_config.dispatch_batches and self.world_size > 1:
-            raise ValueError(
-                "accelerator_config: dispatch_batches is True, which cuts a batch of one rank by its first dimension; "
-                "the rows of pairs have others: leave it out, and every rank reads its own"
-            )
-        # Left at None it is True for streams.
-        self.accelerator_config.dispatch_batches = False
+        read_by_each_rank(self.accelerator_config, self.world_size)
 
     @property
     def bf16_by_default(self) -> bool:
