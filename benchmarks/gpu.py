@@ -50,7 +50,7 @@ def run_tests(device: str) -> int:
     if device == "cuda":
         command = ["tests", "-m", "kernels", "--kernels=cuda", "-q"]
     else:
-        command = ["tests/test_kernel_numerics.py", "-m", "kernels", "--kernels=interpret", "-q", "-x"]
+        command = ["tests/kernel/test_kernel_numerics.py", "-m", "kernels", "--kernels=interpret", "-q", "-x"]
     return subprocess.run([sys.executable, "-m", "pytest", *command], cwd=Path(__file__).parents[1]).returncode
 
 

@@ -31,25 +31,25 @@ ALL = [*MUTATIONS, *TRAINING]
 
 # Seconds each; the loss's own tests come after the watched ones because they take longer.
 CHECKS = (
-    ("watched", ["--kernels=interpret", "tests/test_kernel_memory.py", "tests/test_kernel_numerics.py"]),
+    ("watched", ["--kernels=interpret", "tests/kernel/test_kernel_memory.py", "tests/kernel/test_kernel_numerics.py"]),
     (
         "loss",
         [
             "--kernels=interpret",
             "-m",
             "kernels",
-            "tests/test_fused.py::test_float32_is_exact",
-            "tests/test_kernel_kept.py",
-            "tests/test_kernel_blocks.py",
+            "tests/kernel/test_fused.py::test_float32_is_exact",
+            "tests/kernel/test_kernel_kept.py",
+            "tests/kernel/test_kernel_blocks.py",
         ],
     ),
-    ("executed", ["--kernels=simt", "-m", "kernels", "tests/test_fused.py::test_float32_is_exact"]),
+    ("executed", ["--kernels=simt", "-m", "kernels", "tests/kernel/test_fused.py::test_float32_is_exact"]),
     (
         "tiles",
         [
             "--kernels=interpret",
-            "tests/test_kernel_tuning.py",
-            "tests/test_kernel_tiles.py",
+            "tests/kernel/test_kernel_tuning.py",
+            "tests/kernel/test_kernel_tiles.py",
         ],
     ),
 )

@@ -37,8 +37,8 @@ def _in(file: str, *faults: tuple) -> list[Mutation]:
     return [Mutation(fault, KERNELS + file, *edit) for fault, *edit in faults]
 
 
-_PARTNER = "tests/test_kernel_numerics.py::test_an_answer_without_a_partner_has_no_odds"
-_FLOOR = "tests/test_kernel_numerics.py::test_the_odds_of_a_certain_answer_stop_at_a_floor"
+_PARTNER = "tests/kernel/test_kernel_numerics.py::test_an_answer_without_a_partner_has_no_odds"
+_FLOOR = "tests/kernel/test_kernel_numerics.py::test_the_odds_of_a_certain_answer_stop_at_a_floor"
 _EITHER = ("(length_w > 0.0) & (length_l > 0.0)", "(length_w > 0.0) | (length_l > 0.0)")
 
 MUTATIONS = [

@@ -15,7 +15,7 @@ _TWO_ANSWERS = "test_metrics_are_means_over_the_pairs_with_two_answers"
 TRAINING = [
     *_in(
         "loss/logprobs.py",
-        "test_preferences.py",
+        "loss/test_preferences.py",
         (
             "sequences: means over all positions",
             "sums / lengths.clamp(min=1)",
@@ -25,7 +25,7 @@ TRAINING = [
     ),
     *_in(
         "integrations/trl.py",
-        "test_integration_trl.py",
+        "integrations/test_integration_trl.py",
         (
             "TRL: the NLL of the answer alone",
             "if scores_prompt:\n        # ORPO's",
@@ -41,7 +41,7 @@ TRAINING = [
     ),
     *_in(
         "loss/call.py",
-        "test_loss.py",
+        "loss/test_loss.py",
         ("metrics: means over all pairs", "self.pair_mask.sum().clamp(min=1)", "self.pair_mask.numel()", _TWO_ANSWERS),
         ("metrics: log odds of all pairs", "mean(self.log_odds),", "self.log_odds.mean(),", _TWO_ANSWERS),
         (
@@ -65,7 +65,7 @@ TRAINING = [
     ),
     *_in(
         "trainer/means.py",
-        "test_means.py",
+        "trainer/test_means.py",
         (
             "means: nothing times NaN",
             "value * weight if weight else torch.zeros_like(value)",
@@ -82,7 +82,7 @@ TRAINING = [
     ),
     *_in(
         "layouts/layout.py",
-        "test_layout.py",
+        "model/test_layout.py",
         (
             "shared: a token that differs",
             "return int(differs[0]) if",
@@ -110,7 +110,7 @@ TRAINING = [
     ),
     *_in(
         "layouts/batch.py",
-        "test_turns.py",
+        "data/test_turns.py",
         (
             "turns: what a tool says is scored",
             "response = response & (mask_T[1:] > 0)",
@@ -126,7 +126,7 @@ TRAINING = [
     ),
     *_in(
         "data/forms/turns.py",
-        "test_turns.py",
+        "data/test_turns.py",
         (
             "turns: the last alone",
             '(which == "all" or k + 1 == len(messages))',
@@ -154,7 +154,7 @@ TRAINING = [
     ),
     *_in(
         "data/masks.py",
-        "test_turns.py",
+        "data/test_turns.py",
         (
             "turns: the prompt is scored",
             "mask = [0] * length",
@@ -170,7 +170,7 @@ TRAINING = [
     ),
     *_in(
         "data/forms/messages.py",
-        "test_tools.py",
+        "data/test_tools.py",
         (
             "tools: nulls within lists stay",
             "[without_none(part) for part in value]",
@@ -180,7 +180,7 @@ TRAINING = [
     ),
     *_in(
         "data/forms/tools.py",
-        "test_tools.py",
+        "data/test_tools.py",
         (
             "tools: arguments stay JSON text",
             'return {**function, "arguments": parsed} if _is_dict(parsed) else function',
@@ -190,7 +190,7 @@ TRAINING = [
     ),
     *_in(
         "layouts/batch.py",
-        "test_layout.py",
+        "model/test_layout.py",
         (
             "rows: a token is skipped in answers only",
             "(targets != self.nll.skip_token_id)",
@@ -218,7 +218,7 @@ TRAINING = [
     ),
     *_in(
         "runs/non_finite.py",
-        "test_means.py",
+        "trainer/test_means.py",
         (
             "guard: chosen answers alone",
             "chosen_logps + rejected_logps]",
@@ -228,7 +228,7 @@ TRAINING = [
     ),
     *_in(
         "trainer/trainer.py",
-        "test_trainer.py",
+        "trainer/test_trainer.py",
         (
             "guard: not given the gradient's norm",
             "None if scaled else grad_norm",
@@ -256,7 +256,7 @@ TRAINING = [
     ),
     *_in(
         "trainer/evaluation.py",
-        "test_trainer.py",
+        "trainer/test_trainer.py",
         (
             "evaluation: nll_weight forgotten",
             "loss = self.args.nll_weight * means",
@@ -272,7 +272,7 @@ TRAINING = [
     ),
     *_in(
         "trainer/trainer.py",
-        "test_trainer_ranks.py",
+        "ranks/test_trainer_ranks.py",
         (
             "router: loss of each rank whole",
             "self.current_gradient_accumulation_steps * ranks",
@@ -283,7 +283,7 @@ TRAINING = [
     ),
     *_in(
         "runs/record.py",
-        "test_checkpoints.py",
+        "runs/test_checkpoints.py",
         (
             "record: lengths of the data alone",
             "        digest.append(",
@@ -299,7 +299,7 @@ TRAINING = [
     ),
     *_in(
         "runs/checkpoints.py",
-        "test_checkpoints.py",
+        "runs/test_checkpoints.py",
         (
             "checkpoints: the best one is removed",
             "kept = {complete[-1].resolve(), Path(self.state.best_model_checkpoint or complete[-1]).resolve()}",
@@ -309,7 +309,7 @@ TRAINING = [
     ),
     *_in(
         "runs/find_checkpoint.py",
-        "test_checkpoints.py",
+        "runs/test_checkpoints.py",
         (
             "checkpoints: an interrupted save is whole",
             "if (checkpoint / JIT_SIGN).exists():",
@@ -325,7 +325,7 @@ TRAINING = [
     ),
     *_in(
         "tokens/limits.py",
-        "test_prepare.py",
+        "data/test_prepare.py",
         (
             "data: BOS is cut off",
             "if ids[0] == bos_token_id:",
@@ -335,7 +335,7 @@ TRAINING = [
     ),
     *_in(
         "data/pair_tokens.py",
-        "test_prepare.py",
+        "data/test_prepare.py",
         (
             "data: a pair of max_length is too long",
             "for p, a in sides) > limits.max_length",
@@ -363,7 +363,7 @@ TRAINING = [
     ),
     *_in(
         "data/bad_rows.py",
-        "test_bad_rows.py",
+        "data/test_bad_rows.py",
         (
             "bad rows: the share itself is too much",
             "if bad <= most * rows:",
@@ -373,7 +373,7 @@ TRAINING = [
     ),
     *_in(
         "data/account.py",
-        "test_lengths.py",
+        "data/test_lengths.py",
         (
             "account: the rejected answer's cut is the chosen one's",
             "sum(lost << bit for bit, lost in enumerate([*answers, prompt]))",
@@ -383,7 +383,7 @@ TRAINING = [
     ),
     *_in(
         "data/labelled.py",
-        "test_pairs_of_rows.py",
+        "data/test_pairs_of_rows.py",
         (
             "labelled: good and bad change places",
             '[not row["label"]].append(number)',
@@ -393,7 +393,7 @@ TRAINING = [
     ),
     *_in(
         "trainer/positions.py",
-        "test_lengths.py",
+        "data/test_lengths.py",
         (
             "positions: a stream has no length",
             "longest = args.max_length",
@@ -403,7 +403,7 @@ TRAINING = [
     ),
     *_in(
         "model/encoder_decoder.py",
-        "test_encoder_decoder.py",
+        "model/test_encoder_decoder.py",
         (
             "encoder: run for each answer",
             'ids, mask = inputs["input_ids"], inputs["attention_mask"]',
@@ -431,7 +431,7 @@ TRAINING = [
     ),
     *_in(
         "model/attach.py",
-        "test_encoder_decoder.py",
+        "model/test_encoder_decoder.py",
         (
             "head: T5's scale is left out",
             "self.seen.append(hidden)",
@@ -441,7 +441,7 @@ TRAINING = [
     ),
     *_in(
         "layouts/encoder_decoder.py",
-        "test_encoder_decoder.py",
+        "model/test_encoder_decoder.py",
         (
             "encoder: padding is attended to",
             "attention_mask[p, : len(ids)] = 1",
@@ -457,7 +457,7 @@ TRAINING = [
     ),
     *_in(
         "data/encoder_decoder.py",
-        "test_encoder_decoder.py",
+        "model/test_encoder_decoder.py",
         (
             "data: the end of a cut prompt is lost",
             "return [*ids[:start], *middle, *ids[len(ids) - end :]]",
@@ -467,7 +467,7 @@ TRAINING = [
     ),
     *_in(
         "generation.py",
-        "test_encoder_decoder.py",
+        "model/test_encoder_decoder.py",
         (
             "generation: an encoder's prompt is filled up on the left",
             "place = slice(len(ids[i])) if encodes else",
@@ -477,7 +477,7 @@ TRAINING = [
     ),
     *_in(
         "cli/first.py",
-        "test_first.py",
+        "cli/test_first.py",
         (
             "first: options with hyphens are none",
             'for form in (name, name.replace("_", "-"))',
@@ -487,7 +487,7 @@ TRAINING = [
     ),
     *_in(
         "runs/finished.py",
-        "test_first.py",
+        "cli/test_first.py",
         (
             "finished: whatever is gone",
             "return step if whole else None",
@@ -497,7 +497,7 @@ TRAINING = [
     ),
     *_in(
         "runs/signals.py",
-        "test_first.py",
+        "cli/test_first.py",
         (
             "Ctrl-C: a second one waits too",
             "            raise KeyboardInterrupt",
@@ -513,7 +513,7 @@ TRAINING = [
     ),
     *_in(
         "trainer/start.py",
-        "test_first.py",
+        "cli/test_first.py",
         (
             "start: two numbers of 4 bits are one",
             "return 2 * parameter.element_size() * count if",
@@ -523,7 +523,7 @@ TRAINING = [
     ),
     *_in(
         "report/glossary.py",
-        "test_page.py",
+        "report/test_page.py",
         (
             "report: a metric that ends as another",
             "return max(found)[1:]",

@@ -1,6 +1,6 @@
 """A short run of TRL's ORPOTrainer, recorded: its tokens and what it logs, for tests that have no TRL.
 
-    python tests/record_trl_trace.py        writes tests/data/trl_trace.json; needs trl==1.16.0
+    python tests/record_trl_trace.py        writes tests/trl_trace.json; needs trl==1.16.0
 
 Weights, tokenizer and pairs come from integer arithmetic alone, so they are the same with every torch and on every CPU.
 """
@@ -16,7 +16,7 @@ from tiny import SPECIALS, make_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-TRACE = Path(__file__).parent / "data" / "trl_trace.json"
+TRACE = Path(__file__).with_name("trl_trace.json")
 
 WORDS = "amber birch cedar dusk elm fern glade heath iris jade kelp lark moss nut oak pine".split()
 SETTINGS = {

@@ -80,7 +80,7 @@ def try_floor(floor: Floor, folder: Path) -> str:
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         for packages in floor.packages:
             subprocess.run([python, "-m", "pip", "install", "--quiet", *packages.split()], check=True)
-    tests = [f"tests/test_{name}.py" for name in floor.tests.split()]
+    tests = [str(path) for name in floor.tests.split() for path in (ROOT / "tests").glob(f"*/test_{name}.py")]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadfile", *tests]
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)

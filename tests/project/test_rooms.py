@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # From the bottom: what stands in one line does not know of one another.
 FLOORS = (
     ("orpo_kernels", "compat", "files", "packages", "hub", "ranks", "tokens", "launch"),

@@ -19,7 +19,7 @@ from transformers import BertConfig, BertModel
 from orpo import generate, train
 from orpo.recipes import FOLDER
 
-PAGE = Path(__file__).parents[1] / "benchmarks" / "paper" / "tables.md"
+PAGE = Path(__file__).parents[2] / "benchmarks" / "paper" / "tables.md"
 PARTS = re.split(r"^## ", PAGE.read_text(), flags=re.M)
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.M | re.S)
 INSTALL, JUDGE, NAMES = BLOCK.findall(PARTS[0])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 PREAMBLE = """
 import sys
 sys.path[:0] = [{tests!r}, {tools!r}]

@@ -265,7 +265,7 @@ def test_the_first_row_is_read_as_all_are():
 
 
 def test_the_rows_with_tools_and_turns_of_the_page_train():
-    page = Path(__file__).resolve().parents[1] / "docs/data.md"
+    page = Path(__file__).resolve().parents[2] / "docs/data.md"
     tools, turns = (json.loads(row) for row in re.findall(r"```json\n(.*?)\n```", page.read_text(), re.DOTALL))
     tokenizer = family_tokenizer("Hermes")
     for row, scored in (
@@ -282,7 +282,7 @@ def test_the_rows_with_tools_and_turns_of_the_page_train():
 
 
 def test_the_rows_of_the_page_train():
-    page = Path(__file__).resolve().parents[1] / "docs/data.md"
+    page = Path(__file__).resolve().parents[2] / "docs/data.md"
     rows = [json.loads(row) for row in re.findall(r"\| `(\{.*\})` \|", page.read_text())]
     assert len(rows) == 14
     for row in rows:

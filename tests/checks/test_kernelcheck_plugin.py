@@ -16,7 +16,7 @@ UNMARKED = "def test_unmarked():\n    pass\n"
 
 def _pytest(folder: Path, test: str, *options: str) -> subprocess.CompletedProcess:
     (folder / "test_sample.py").write_text(test)
-    environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parent), PYTHONDONTWRITEBYTECODE="1")
+    environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[1]), PYTHONDONTWRITEBYTECODE="1")
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "kernelcheck.plugin", "-p", "no:cacheprovider", *options]
     return subprocess.run([*command, "test_sample.py"], cwd=folder, env=environment, capture_output=True, text=True)
@@ -69,7 +69,7 @@ with poisoned_empty(), torch.device("meta"):
 with torch.device("meta"):
     assert torch.empty(1).is_meta
 """
-    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, check=True)
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], check=True)
 
 
 def test_other_tests_are_not_poisoned():

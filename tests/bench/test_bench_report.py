@@ -8,7 +8,7 @@ import torch
 from benchmarks import cases, pictures, report, results, tables
 from benchmarks.gate import LIMITS, is_right
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ROW = dict(group="heads", head="h", pairs=1, positions=8, prompt=4, padded=False, V=10, D=4, dtype="float32",
            kind="step", status="measured", q20=1.0, q80=1.0, peak_bytes=2**20, error_loss=0.0, error_dx=0.0,
            error_dw=0.0, device="x")  # fmt: skip

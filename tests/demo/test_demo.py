@@ -126,7 +126,7 @@ def test_the_saved_answers_are_the_models_own(run):
 
 def table_of_the_page():
     """For each metric of the page's table the lowest and highest value in each state."""
-    page = (Path(__file__).resolve().parents[1] / "docs/demonstration.md").read_text()
+    page = (Path(__file__).resolve().parents[2] / "docs/demonstration.md").read_text()
     names = {
         "reward accuracy": "rewards/accuracies",
         "margin, nats per token": "rewards/margins",

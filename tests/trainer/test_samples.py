@@ -146,7 +146,7 @@ def test_early_stopping_that_could_not_work_is_refused(tmp_path, settings, messa
 
 
 def test_two_ranks_write_each_sample_once_and_neither_waits_for_ever(tmp_path):
-    script = str(Path(__file__).with_name("run_samples.py"))
+    script = str(Path(__file__).parents[1] / "run_samples.py")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, str(tmp_path)]
     done = subprocess.run([sys.executable, *launcher], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -13,7 +13,7 @@ import yaml
 from orpo.demo.data import make_pairs, write_jsonl
 from orpo.train import main
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 

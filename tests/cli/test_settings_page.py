@@ -9,7 +9,7 @@ from orpo.cli.arguments import DataArguments, ModelArguments
 from orpo.cli.settings_page import settings_table
 from orpo.trainer.config import ORPOConfig
 
-TABLE = Path(__file__).resolve().parents[1] / "docs/settings.md"
+TABLE = Path(__file__).resolve().parents[2] / "docs/settings.md"
 
 
 def test_the_table_is_that_of_the_code():

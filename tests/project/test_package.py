@@ -11,7 +11,7 @@ import pytest
 import orpo
 from orpo.packages import TRAINER
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(code):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import ROWS, make_model, make_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 PAGES += [ROOT / "benchmarks/README.md", ROOT / "examples/README.md"]

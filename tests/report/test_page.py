@@ -17,7 +17,7 @@ from orpo.report.curves import plot_curves
 from orpo.report.glossary import METRICS, SYMBOLS, explained
 from orpo.report.page import read_samples, write_page
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 VOID = {"meta", "link", "img", "br"}
 
 

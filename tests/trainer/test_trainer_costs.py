@@ -16,7 +16,7 @@ from trainers import make_trainer
 from orpo.data.files.sources import load_pairs
 from orpo.data.prepare import Limits, prepare_dataset
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TORCH = str(Path(torch.__file__).parent)
 # Operators that hand a value from the device to Python, or whose size depends on one.
 SYNCHRONIZING = ("_local_scalar_dense", "nonzero", "masked_select", "unique")

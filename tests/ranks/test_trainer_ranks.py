@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from orpo.data.prepare import Limits, prepare_dataset
 
-SCRIPT = Path(__file__).with_name("run_ranks.py")
+SCRIPT = Path(__file__).parents[1] / "run_ranks.py"
 TIED = {"model": {"tie_word_embeddings": True}}
 LORA = {
     "frozen head": {"target_modules": ["q_proj", "v_proj"]},
