@@ -1,4 +1,4 @@
-"""Plant each fault of mutations.py and mutations_training.py in a copy of the tree, and show which check notices it.
+"""Plant each fault of mutations*.py in a copy of the tree, and show which check notices it.
 
     python tests/mutate_kernels.py                 all; exit status 1 if one is not noticed
     python tests/mutate_kernels.py --only strip    those whose name or file contains "strip"
@@ -23,11 +23,12 @@ from functools import partial
 from pathlib import Path
 
 from mutations import MUTATIONS, Mutation
+from mutations_data import DATA
 from mutations_training import TRAINING
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("kernels", "orpo", "tests", "benchmarks", "pyproject.toml")
-ALL = [*MUTATIONS, *TRAINING]
+ALL = [*MUTATIONS, *DATA, *TRAINING]
 
 # Seconds each; the loss's own tests come after the watched ones because they take longer.
 CHECKS = (

@@ -1,6 +1,6 @@
 """Deliberate faults of the kernels, each a small edit of one file: what the tests of the kernels have to notice.
 
-Those of loss, data, layouts, trainer and checkpoints are in mutations_training.py.
+Those on the way from rows to batches are in mutations_data.py, the rest in mutations_training.py.
 """
 
 from dataclasses import dataclass
@@ -35,6 +35,14 @@ class Mutation:
 
 def _in(file: str, *faults: tuple) -> list[Mutation]:
     return [Mutation(fault, KERNELS + file, *edit) for fault, *edit in faults]
+
+
+def within(file: str, tests: str, *faults: tuple) -> list[Mutation]:
+    """Faults of a file of ``orpo/``: (what, the code, the fault in its place, the test in the file `tests`)."""
+    return [
+        Mutation(fault, f"orpo/{file}", old, new, *which, test=f"tests/{tests}::{test}")
+        for fault, old, new, test, *which in faults
+    ]
 
 
 _PARTNER = "tests/kernel/test_kernel_numerics.py::test_an_answer_without_a_partner_has_no_odds"
