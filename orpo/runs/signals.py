@@ -91,11 +91,14 @@ def ctrl_c_saves(trainer: Any) -> Iterator[SaveOnCtrlC]:
     """While the block trains, a first Ctrl-C saves a checkpoint of the step that it was at, and ends training.
 
     A second one raises KeyboardInterrupt, and so does the first where nothing is saved (``save_strategy`` no), on
-    several ranks, which would have to agree on a step, and with ``dataloader_num_workers``, which Ctrl-C ends too.
+    several ranks, which would have to agree on a step, and with ``dataloader_num_workers``, which Ctrl-C ends too. A
+    process that ignores Ctrl-C, as a shell's background jobs do, goes on to ignore it.
     """
     args, callback = trainer.args, SaveOnCtrlC(trainer)
     alone = args.world_size == 1 and args.dataloader_num_workers == 0
-    if args.save_strategy == "no" or not alone or threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    if args.save_strategy == "no" or not alone or ignored or not on_main_thread:
         yield callback
         return
     # First of all: what it asks for is undone by none that come later, and seen by those that save.

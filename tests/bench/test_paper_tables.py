@@ -16,7 +16,8 @@ from accelerate.commands.launch import launch_command_parser
 from tiny import SEVEN, make_model, make_tokenizer
 from transformers import BertConfig, BertModel
 
-from orpo import generate, train
+from orpo import generate
+from orpo.cli.arguments import parse
 from orpo.recipes import FOLDER
 
 PAGE = Path(__file__).parents[2] / "benchmarks" / "paper" / "tables.md"
@@ -254,7 +255,7 @@ def test_training_has_the_slides_settings(tmp_path):
     arrived = {}
     for words in all_commands(tmp_path, "accelerate"):
         arguments = launch_command_parser().parse_args(words[2:]).training_script_args
-        args = train.parse([*arguments, "--use_cpu", "True", "--bf16", "False"])[2]
+        args = parse([*arguments, "--use_cpu", "True", "--bf16", "False"])[2]
         kept = (args.num_train_epochs, args.lr_scheduler_type, args.load_best_model_at_end, args.beta)
         arrived[args.output_dir] = (args.learning_rate, *kept)
     expected = {
@@ -274,7 +275,7 @@ def test_figures_3_and_9_have_commands(tmp_path):
     found = []
     for _, words in (command for block in blocks for command in commands(block, tmp_path)):
         arguments = launch_command_parser().parse_args(words[2:]).training_script_args
-        model, data, args = train.parse([*arguments, "--use_cpu", "True", "--bf16", "False"])
+        model, data, args = parse([*arguments, "--use_cpu", "True", "--bf16", "False"])
         found.append(
             (model.model_name_or_path, data.dataset_name, args.beta, args.learning_rate, args.num_train_epochs)
         )

@@ -229,6 +229,14 @@ class CtrlC(TrainerCallback):
                 os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.fixture
+def foreground():
+    """Tests in a background job of a shell ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def pressed(monkeypatch, step, times, line):
     plain = ORPOTrainer.__init__
     monkeypatch.setattr(
@@ -240,7 +248,7 @@ def pressed(monkeypatch, step, times, line):
     return stop.value.code
 
 
-def test_ctrl_c_saves_the_step_in_progress_and_says_how_to_go_on(files, tmp_path, monkeypatch, capfd):
+def test_ctrl_c_saves_the_step_in_progress_and_says_how_to_go_on(foreground, files, tmp_path, monkeypatch, capfd):
     plain = signal.getsignal(signal.SIGINT)
     line = options(files, tmp_path, save_steps=50, hub_token="hf_secret")
     assert pressed(monkeypatch, 1, 1, line) == 130
@@ -259,12 +267,25 @@ def test_ctrl_c_saves_the_step_in_progress_and_says_how_to_go_on(files, tmp_path
 
 
 @pytest.mark.parametrize(("times", "changes"), [(2, {}), (1, {"save_strategy": "no"})])
-def test_ctrl_c_twice_or_without_saves_ends_at_once(times, changes, files, tmp_path, monkeypatch, capfd):
+def test_ctrl_c_twice_or_without_saves_ends_at_once(times, changes, foreground, files, tmp_path, monkeypatch, capfd):
     assert pressed(monkeypatch, 1, times, options(files, tmp_path, **changes)) == 130
     assert capfd.readouterr().err.endswith("\norpo-train: interrupted\n") and not complete_checkpoints(tmp_path)
 
 
-def test_ctrl_c_at_once_names_the_checkpoint_before(files, tmp_path, monkeypatch, capfd):
+def test_a_background_job_ignores_ctrl_c(files, tmp_path, monkeypatch, capfd):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        plain = ORPOTrainer.__init__
+        monkeypatch.setattr(
+            ORPOTrainer, "__init__", lambda self, *a, **k: plain(self, *a, **{**k, "callbacks": [CtrlC(1, 2)]})
+        )
+        train.main(options(files, tmp_path))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (tmp_path / "model.safetensors").is_file() and "Ctrl-C" not in capfd.readouterr().err
+
+
+def test_ctrl_c_at_once_names_the_checkpoint_before(foreground, files, tmp_path, monkeypatch, capfd):
     assert pressed(monkeypatch, 1, 2, options(files, tmp_path, save_steps=1)) == 130
     assert f"orpo-train: interrupted; {tmp_path}/checkpoint-1 is whole, to go on: orpo-train " in capfd.readouterr().err
 

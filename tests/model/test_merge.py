@@ -149,7 +149,9 @@ def test_orpo_train_says_before_training_that_it_could_not_merge(tmp_path):
     save_adapter(tmp_path, target_modules=["q_proj"])
     (tmp_path / "out" / "merged").mkdir(parents=True)
     (tmp_path / "out" / "merged" / "mine.txt").write_text("mine")
-    line = f"--model_name_or_path {tmp_path / 'base'} --dataset_name nowhere.jsonl --output_dir {tmp_path / 'out'}"
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    names = {"model_name_or_path": "base", "dataset_name": "pairs.jsonl", "output_dir": "out"}
+    line = " ".join(f"--{option} {tmp_path / name}" for option, name in names.items())
     with pytest.raises(ValueError, match="merged is not empty"):
         train.main([*line.split(), "--use_peft", "--merge_adapter", "--use_cpu"])
 

@@ -69,6 +69,8 @@ def test_tokens_are_cached(tmp_path, monkeypatch, own_cache):
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     first = prepare_dataset(load_pairs(str(file), "train"), make_tokenizer(), Limits(max_length=64), report=str)
     calls = []
+    # That reads a row by itself, whatever is cached.
+    monkeypatch.setattr("orpo.data.prepare.check_first_rows", lambda *_: None)
     monkeypatch.setattr("orpo.data.pair_tokens.PairTokenizer._side", lambda *a: calls.append(a))
     second = prepare_dataset(load_pairs(str(file), "train"), make_tokenizer(), Limits(max_length=64), report=str)
     assert second.to_list() == first.to_list() and not calls
