@@ -8,6 +8,7 @@ torchrun --nproc_per_node 2 tests/run_ranks.py OUTPUT_DIR DEATH [fsdp]      DEAT
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -185,6 +186,15 @@ def train_to_the_best(folder, options):
     seen = finish(trainer, seen)
     trainer.save_model(str(folder / "export"))
     return {**seen, "best": trainer.state.best_model_checkpoint}
+
+
+def warnings_on_own_disks(folder, options):
+    """What a run says whose ranks have an ``output_dir`` each."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer, _ = make_trainer(folder / os.environ["RANK"], save_strategy="steps", **options)
+        trainer.train()
+    return [str(warning.message) for warning in said]
 
 
 def train_with_another_head(folder):

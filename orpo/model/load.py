@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -20,7 +21,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.utils import ADAPTER_CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from orpo.hub import check_hub_name, hub_options
 
@@ -89,6 +90,12 @@ def check_model(name: str, *, trust_remote_code: bool = False, **options: Any) -
     """
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise ValueError(f"there is no folder {name} to load a model from")
+    shards = Path(name) / f"{FSDP_MODEL_NAME}_0"
+    if shards.is_dir() and not Path(name, CONFIG_NAME).exists():
+        raise ValueError(
+            f"{name} is a checkpoint in shards, for a run to go on from: accelerate merge-weights {shards} FOLDER puts "
+            "the weights together; copy config.json and the tokenizer there from the model that the run began with"
+        )
     kwargs = {"trust_remote_code": trust_remote_code, "use_safetensors": True, **options}
     if "dtype" in kwargs:
         kwargs["dtype"] = find_dtype(kwargs["dtype"])

@@ -26,7 +26,7 @@ from orpo.runs.find_checkpoint import (
     last_number,
     way_back,
 )
-from orpo.runs.lock import check_lock, run_lock
+from orpo.runs.lock import check_lock, run_lock, warn_of_own_disks
 from orpo.runs.non_finite import NonFiniteError, NonFiniteGuard, check_evaluation, check_weights
 from orpo.runs.record import RECORD, compare_runs, describe_run, write_record
 from orpo.runs.signals import SaveOnSigterm
@@ -76,6 +76,8 @@ class CheckpointingTrainer(Trainer):
         # Without saves, nothing is written that could be mixed.
         alone = self.args.save_strategy != "no"
         with run_lock(self.args.output_dir, self.accelerator) if alone else nullcontext():
+            if alone:
+                warn_of_own_disks(self.args.output_dir, self.accelerator, self.args.save_on_each_node)
             # Of one rank: folders seen over a network may differ, and one that starts anew alone would hang the rest.
             checkpoint = from_rank_0(self.accelerator, lambda: self._choose_checkpoint(resume_from_checkpoint))
             try:

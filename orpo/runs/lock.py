@@ -9,11 +9,13 @@ import shlex
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator, PartialState
 
 from orpo.ranks import from_rank_0
@@ -54,6 +56,26 @@ def run_lock(output_dir: str | Path, state: Accelerator | PartialState) -> Itera
     finally:
         if state.is_main_process:
             _release(folder)
+
+
+def warn_of_own_disks(output_dir: str | Path, accelerator: Accelerator, saves_on_each: bool) -> None:
+    """On rank 0, tells of ranks that do not see its lock, on nodes with disks of their own. All ranks call it.
+
+    Args:
+        output_dir: the folder that is locked.
+        saves_on_each: ``save_on_each_node``.
+    """
+    if accelerator.num_processes == 1 or saves_on_each:
+        return
+    sees = torch.tensor(float(Path(output_dir, LOCK).exists()), device=accelerator.device)
+    blind = accelerator.num_processes - int(accelerator.reduce(sees))
+    if blind and accelerator.is_main_process:
+        warnings.warn(
+            f"{blind} of {accelerator.num_processes} ranks have another output_dir {output_dir} than rank 0, on a disk "
+            "of their own, and a run could not go on from its checkpoints: give a folder that all nodes share, or "
+            "save_on_each_node true",
+            stacklevel=2,
+        )
 
 
 def check_lock(output_dir: str | Path) -> None:

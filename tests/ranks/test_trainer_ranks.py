@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import merge_fsdp_weights
 from run_forked import launch, returned
-from run_ranks import EIGHT, train, train_to_the_best, train_with_another_head
+from run_ranks import EIGHT, train, train_to_the_best, train_with_another_head, warnings_on_own_disks
+from safetensors.torch import load_file
 from tiny import SEVEN, make_model, make_tokenizer, reference_loss
 from transformers import AutoModelForCausalLM
 
 from orpo.data.prepare import Limits, prepare_dataset
+from orpo.model.load import load_model
 
 SCRIPT = Path(__file__).parents[1] / "run_ranks.py"
 TIED = {"model": {"tie_word_embeddings": True}}
@@ -207,6 +210,20 @@ def test_every_rank_loads_the_best_checkpoint(wrapper, tmp_path):
         assert seen["eval"]["eval_loss"] == losses[0]
         for name, weight in seen["weights"].items():
             torch.testing.assert_close(exported[name], weight, rtol=0, atol=0)
+    shards = tmp_path / "out/out/checkpoint-3/pytorch_model_fsdp_0"
+    assert shards.is_dir() == bool(wrapper)
+    if wrapper:
+        with pytest.raises(ValueError, match=f"accelerate merge-weights {shards} FOLDER puts the weights together"):
+            load_model(str(shards.parent))
+        merge_fsdp_weights(str(shards), str(tmp_path / "merged"))
+        torch.testing.assert_close(load_file(tmp_path / "merged/model.safetensors"), exported, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"save_on_each_node": True}], ids=["", "saved on each node"])
+def test_ranks_with_disks_of_their_own_are_told_before_the_first_step(options, tmp_path):
+    first, second = returned(warnings_on_own_disks, 2, tmp_path / "out", {"max_steps": 1, **options})
+    told = [text for text in first if text.startswith("1 of 2 ranks have another output_dir")]
+    assert len(told) == (not options) and not any("another output_dir" in text for text in second)
 
 
 def test_an_error_before_training_is_every_ranks(tmp_path):
