@@ -1,4 +1,4 @@
-"""The commands, as the shell finds them: with the loss alone installed they say what to install, in one line."""
+"""The commands as the shell finds them. Where only the loss is installed, they say what else to install."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from orpo.packages import require_trainer
 
 def train() -> None:
     """The command ``orpo-train``."""
-    # It draws the curves when all is trained, which is too late to miss what draws.
+    # matplotlib draws the curves after training: refused now, or a trained run would end in an error.
     _run("orpo-train", "orpo.train", "matplotlib")
 
 

@@ -1,4 +1,4 @@
-"""What older versions of transformers lack, in the names of the newest."""
+"""The newest names of transformers for its older versions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NEWER = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
 
 @dataclass
 class _WithNewerNames(TrainingArguments):
-    """TrainingArguments of before `gradient_checkpointing` was renamed."""
+    """TrainingArguments from before `gradient_checkpointing` was renamed."""
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *TrainingArguments._VALID_DICT_FIELDS,

@@ -5,10 +5,10 @@
     orpo-generate out --prompts alpaca_eval.json --format alpacaeval --output answers.json
     orpo-generate out --prompts question.jsonl --format mt-bench --output model_answer/my-model.jsonl
 
-The model is a folder, a folder of an adapter, or a model of the hub. Prompts are the lines of a text file, or the
-column ``prompt`` of a data set in any form that orpo-train reads, as strings or as lists of messages, or lists in its
-column ``messages``; a column ``tools`` goes to the chat template. A list that ends with the assistant's message is
-continued. With ``--format`` they are a judge's own file of questions (:mod:`orpo.judges`).
+The model is a folder, an adapter's folder, or a name on the hub. Prompts are the lines of a text file, or the column
+``prompt`` or ``messages`` of a data set in any form that orpo-train reads: strings or lists of messages. A column
+``tools`` goes to the chat template. A list that ends with the assistant's message is continued. With ``--format`` the
+prompts are a judge's own file of questions (:mod:`orpo.judges`).
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def read_prompts(name: str, split: str = "train") -> list[str | Messages]:
     """The prompts of a text file, a line each, or of a data set's column ``prompt`` or ``messages``.
 
     Raises:
-        ValueError: the file holds none, or the data set has no such column, or other prompts in it than its file.
+        ValueError: there is no prompt or no such column, or reading has changed the prompts of the file.
     """
     return read_prompts_and_tools(name, split)[0]
 
 
 def read_prompts_and_tools(name: str, split: str = "train") -> tuple[list[str | Messages], list[Any]]:
-    """:func:`read_prompts`, and what each row's column ``tools`` holds, None where there is none."""
+    """:func:`read_prompts`, and each row's ``tools``, None where it has none."""
     path = Path(name).expanduser()
     if path.suffix.lower() == ".txt" and path.is_file():
         prompts: list[Any] = [line for line in read_text(path).split("\n") if line.strip()]
@@ -97,16 +97,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     options = parser.parse_args(argv)
     if options.output is not None and not Path(options.output).absolute().parent.is_dir():
-        # Said now, not when the answers are there and cannot be written.
+        # Refused now: later the answers would be there, and could not be written.
         parser.error(f"--output is {options.output}, in a folder that does not exist")
     if options.output is not None and Path(options.output).is_dir():
         parser.error(f"--output is {options.output}, which is a folder: name a file in it")
     if options.output is not None and options.prompts is not None and _is_one_file(options.output, options.prompts):
         parser.error(f"--output is {options.output}, which is the file of --prompts: name another one")
     if options.output is not None and options.prompts is not None and _lies_in(options.output, options.prompts):
-        # All files of a folder are read: it would replace one of them, or be read as one the next time.
+        # All files of a folder are read: the next run would read the answers as prompts.
         parser.error(f"--output is {options.output}, in the folder of --prompts: name a file elsewhere")
-    # Said now, not by generate when the model is loaded.
+    # Refused before the model is loaded.
     if options.temperature is not None:
         try:
             check_temperature(options.temperature, "--temperature")
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _is_one_file(one: str, other: str) -> bool:
-    # load_pairs takes a home folder's ~ too.
+    # As load_pairs does with ~ for the home folder.
     paths = Path(one), Path(other).expanduser()
     return all(path.is_file() for path in paths) and paths[0].samefile(paths[1])
 
@@ -163,7 +163,7 @@ def _lies_in(file: str, folder: str) -> bool:
 
 
 def _say_cut(answers: Sequence[Answer], limit: int) -> None:
-    """On stderr, how many answers did not end by themselves; nothing where all did."""
+    """Says on stderr how many answers did not end by themselves; nothing where all did."""
     cut = sum(answer.cut for answer in answers)
     if cut:
         print(
@@ -178,7 +178,7 @@ def _answer_judge(options: argparse.Namespace, parser: argparse.ArgumentParser) 
     if options.prompts is None or options.output is None:
         parser.error(f"--format {form} needs --prompts, the judge's questions, and --output")
     if form == "mt-bench" and options.temperature is not None:
-        # Said now, not by judges.mt_bench when the model is loaded.
+        # Refused before the model is loaded.
         parser.error(f"--temperature is {options.temperature}; MT-Bench has one for each category")
     questions = judges.read_questions(options.prompts, form)
     model, tokenizer = load(

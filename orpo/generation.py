@@ -20,7 +20,7 @@ from orpo.rendering import Messages, render_marked, text_tokens
 from orpo.tokens.prompts import encoder_tokens, left_to_the_answer, trained_escaped
 from orpo.tokens.special_tokens import spare_marks
 
-# Below it float32 logits of an ordinary size become infinite, and no token has a probability.
+# Divided by less, float32 logits of ordinary size become infinite, and no token has a probability.
 LEAST_TEMPERATURE = 1e-6
 
 
@@ -62,26 +62,26 @@ def generate(
     tools: Sequence[Any] | None = None,
     progress: bool = False,
 ) -> list[Answer]:
-    """The model's answer to each prompt, in their order, without special tokens: strings with ``cut`` beside them.
+    """The model's answers, in the order of the prompts, without special tokens: strings with an attribute ``cut``.
 
     Prompts are tokenized as in training: a plain string with BOS in front, a chat template's text as it is. A space at
-    the end, which training gives to the answer's first word, is left to the answer and no part of it. An encoder reads
-    the prompt as it is. A batch is filled up on the left, for an encoder on the right. Greedy answers do not depend on
-    the batch size but for rounding; sampled ones repeat with the same `seed`, prompts and `batch_size`. The global
-    random state is left as it was.
+    a prompt's end is left to the model, since training gives it to the answer's first word, and is no part of the
+    answer; an encoder reads it. Batches are padded on the left, for an encoder on the right. Greedy answers depend on
+    the batch size by rounding only; sampled ones repeat with the same `seed`, prompts and `batch_size`. The global
+    random state stays as it was.
 
     Args:
         model: a language model of transformers, causal or with an encoder, or an adapter around one.
         tokenizer: its tokenizer.
         prompts: strings or lists of messages.
         max_new_tokens: most tokens of an answer; fewer where prompt and answer would exceed the model's positions.
-        temperature: 0 takes the most likely token each time. Of the generation settings that a model brings, only its
-            end tokens hold.
+        temperature: 0 takes the most likely token each time. Of the model's own generation settings only the end
+            tokens are used.
         top_p: sample from the most likely tokens that together have this probability.
         batch_size: prompts at a time.
-        seed: of the sampling.
+        seed: for sampling.
         chat_template, system: as in :func:`render`.
-        tools: for each prompt what :func:`render` takes.
+        tools: for each prompt, as in :func:`render`.
         progress: whether to show a bar.
 
     Raises:
@@ -122,7 +122,7 @@ def check_temperature(temperature: float, name: str) -> None:
     """Refuses a temperature that logits cannot be divided by.
 
     Raises:
-        ValueError: it is neither 0 nor from ``LEAST_TEMPERATURE`` up, or not finite; `name` is what it is called.
+        ValueError: it is neither 0 nor at least ``LEAST_TEMPERATURE``, or not finite; the message calls it `name`.
     """
     if not (temperature == 0 or LEAST_TEMPERATURE <= temperature < math.inf):
         raise ValueError(
@@ -146,16 +146,16 @@ def answer_tokens(
 ) -> list[Answer]:
     """:func:`generate` for prompts that are tokens already, at least one each and fewer than :func:`positions`."""
     encodes, room = is_encoder_decoder(model), positions(model)
-    # An encoder has the positions for the prompt alone, and the decoder as many for the answer.
+    # An encoder has all positions for the prompt, and the decoder as many for the answer.
     least = 0 if encodes else 1
     if longest := max((len(prompt) for prompt in ids if len(prompt) + least > room), default=0):
         why = "for so long a prompt" if encodes else "for an answer"
         raise ValueError(f"a prompt has {longest} tokens, and the model {room} positions: there is no room {why}")
-    # Prompts of similar length share a batch: what fills it up is computed like any token.
+    # Prompts of similar length share a batch: padding costs as much as any token.
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     ends = _end_ids(model, tokenizer)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, *ends) if i is not None), 0)
-    # top_k has a default of 50.
+    # 0, since top_k is 50 by default.
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     settings = GenerationConfig(
         do_sample=temperature > 0,
@@ -177,11 +177,11 @@ def answer_tokens(
             rows = torch.full((len(batch), longest), pad)
             mask = torch.zeros_like(rows)
             for row, i in enumerate(batch):
-                # An encoder may count positions from the row's first token, as in training.
+                # On the right for an encoder, which may count positions from the row's first token, as in training.
                 place = slice(len(ids[i])) if encodes else slice(longest - len(ids[i]), None)
                 rows[row, place], mask[row, place] = torch.tensor(ids[i]), 1
             out = model.generate(input_ids=rows.to(model.device), attention_mask=mask.to(model.device))
-            # A decoder's output begins with its start token, which may be the one that ends an answer.
+            # A decoder's output begins with its start token, which may also be an end token.
             out = out[:, 1:] if encodes else out[:, longest:]
             decoded = tokenizer.batch_decode(out, skip_special_tokens=True)
             ended = torch.isin(out, torch.tensor(ends, dtype=out.dtype, device=out.device)).any(1).tolist()
@@ -191,15 +191,15 @@ def answer_tokens(
 
 
 def positions(model: Any) -> float:
-    """Most tokens of a sequence, by the model's configuration; infinity where it names no number."""
+    """The longest sequence by the model's configuration, in tokens; infinity where it names none."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return most if isinstance(most, int) and most > 0 else math.inf
 
 
 @contextmanager
 def _generation_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
-    """`settings` in place of the model's own. Passed to ``generate``, they would be filled up from the model's."""
-    # An adapter hands its settings to the model inside, and leaves them there.
+    """`settings` in place of the model's own, with which ``generate`` would complete those that it is given."""
+    # An adapter copies its settings to the model inside, where they would stay.
     holders = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
     own = [holder.generation_config for holder in holders]
     try:
@@ -212,7 +212,7 @@ def _generation_settings(model: Any, settings: GenerationConfig) -> Iterator[Non
 
 
 def _first_tokens(model: Any) -> dict[str, Any]:
-    """What an encoder-decoder's answer begins with: the start token, and of some models the language after it."""
+    """The first tokens of an encoder-decoder's answer: the start token, and for some models the language's."""
     names, found = ("decoder_start_token_id", "forced_bos_token_id"), {}
     for place in (model.config, model.generation_config):
         found |= {name: value for name in names if (value := getattr(place, name, None)) is not None}
@@ -229,12 +229,12 @@ def _end_ids(model: Any, tokenizer: Any) -> list[int]:
 def load(name: str, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False) -> tuple:
     """(model, tokenizer) of a folder, an adapter's folder or a name on the hub, ready to generate.
 
-    With ``dtype="auto"`` the weights stay as they were saved, but for bfloat16 on a CPU that would emulate it: float32.
+    ``dtype="auto"`` keeps the saved dtype, but gives float32 for bfloat16 on a CPU that would emulate it.
 
     Raises:
         ImportError: the folder holds an adapter, and peft is not installed.
-        ValueError: there is no such folder, or no language model with its head and tokenizer in it; or torch has no
-            such `dtype`, or no such `device` here.
+        ValueError: there is no such folder, it lacks a language model with head and tokenizer, or torch has no such
+            `dtype`, or no such `device` here.
     """
     place = find_device(device)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code}

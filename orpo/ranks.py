@@ -1,4 +1,4 @@
-"""What several ranks need of the trainer: outputs that FSDP does not round, and one verdict of all on the model."""
+"""For several ranks: settings of accelerate, outputs that FSDP does not round, and results that all ranks agree on."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import nn
 
 
 def prepare_ranks(accelerator: Accelerator, model: nn.Module) -> None:
-    """Settings of accelerate that a run on several ranks needs; refuses what would hang or fail later.
+    """Sets what a run on several ranks needs of accelerate; refuses what would hang or fail later.
 
     Raises:
-        ValueError: ``even_batches`` is off, ranks would share a sequence or a matmul, or FSDP cannot cut the model, or
-            not with the adapter that it has.
+        ValueError: ``even_batches`` is off, ranks would share a sequence or a matmul, or FSDP cannot split the model
+            or its adapter.
     """
     refuse_parallel(accelerator.parallelism_config)
     if accelerator.num_processes > 1 and not accelerator.even_batches:
@@ -45,7 +45,7 @@ def prepare_ranks(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def refuse_parallel(parallel: ParallelismConfig | None) -> None:
-    """Refuses ranks that share a sequence, or a matmul.
+    """Refuses ranks that share a sequence or a matmul.
 
     Raises:
         ValueError: ``tp_size``, ``cp_size`` or ``sp_size`` is more than 1.
@@ -59,10 +59,10 @@ def refuse_parallel(parallel: ParallelismConfig | None) -> None:
 
 
 def read_by_each_rank(config: Any, ranks: int) -> None:
-    """Sets ``dispatch_batches`` of accelerate's `config`, which left alone is True for streams, to False.
+    """Sets ``dispatch_batches`` of accelerate's `config` to False; its default is True for streams.
 
     Raises:
-        ValueError: it is True, and there are several `ranks`.
+        ValueError: it is set to True, and there are several `ranks`.
     """
     if config.dispatch_batches and ranks > 1:
         raise ValueError(
@@ -73,7 +73,7 @@ def read_by_each_rank(config: Any, ranks: int) -> None:
 
 
 def _waits_for_weights(accelerator: Accelerator) -> bool:
-    """Whether ranks other than the first get their weights when the model is cut."""
+    """Whether ranks other than the first get their weights only when FSDP splits the model."""
     plugin = fsdp_plugin(accelerator)
     return plugin is not None and plugin.fsdp_version >= 2 and plugin.cpu_ram_efficient_loading
 
@@ -85,11 +85,11 @@ def _adapted_beside_embeddings(model: nn.Module) -> bool:
 
 
 def _other_owners(model: nn.Module) -> list[str]:
-    """Names of the modules that share the input embeddings' weight, but for the head, which accelerate looks for."""
+    """Names of the modules that share the input embeddings' weight, except the head, which accelerate knows."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
     weight = getattr(embeddings, "weight", None)
-    # The head of an adapter holds the model's own.
+    # A head wrapped by an adapter holds the model's own head: both are known.
     known = {id(part) for module in (embeddings, head) if module is not None for part in module.modules()}
     found = ((name, part) for name, part in base.named_modules() if getattr(part, "weight", None) is weight)
     return [name for name, part in found if weight is not None and id(part) not in known]
@@ -104,7 +104,7 @@ def _copied_from_embeddings(model: nn.Module) -> bool:
 
 
 def keep_outputs_exact(accelerator: Accelerator) -> None:
-    """Under FSDP2 in mixed precision, leaves the loss and its metrics in float32, and sums gradients in it.
+    """Keeps the loss and its metrics in float32 under FSDP2 in mixed precision, and sums gradients in float32.
 
     accelerate's policy casts what the model returns to bfloat16: a loss of 6.1754 would be logged as 6.1719.
     """
@@ -117,14 +117,14 @@ def keep_outputs_exact(accelerator: Accelerator) -> None:
 
 
 def agreed(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
-    """What `function` returns: under FSDP on rank 0, which may be the only one that has weights yet, for all ranks."""
+    """What `function` returns; under FSDP what it returns on rank 0, where alone there may be weights yet."""
     return function() if fsdp_plugin(accelerator) is None else from_rank_0(accelerator, function)
 
 
 def from_rank_0(accelerator: Accelerator | PartialState, function: Callable[[], Any]) -> Any:
-    """What `function` returns on rank 0, where alone it is called, for all ranks.
+    """Calls `function` on rank 0 only, and returns its result on all ranks.
 
-    Its error is raised on all of them too. The others would wait for an answer that never comes.
+    An error is raised on all ranks too: the others would wait for ever.
     """
     if accelerator.num_processes == 1:
         return function()

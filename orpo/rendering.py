@@ -1,4 +1,4 @@
-"""The text that a model continues, and its tokens: strings, or conversations by the chat template."""
+"""The text that a model continues, and its tokens: a string, or a conversation through the chat template."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def render(
     """The text that the model continues.
 
     Args:
-        prompt: a string, or messages, read as in training. Where the last is the assistant's, it is continued.
-        chat_template: whether a string becomes a user's turn. Default: where the tokenizer has a template, and does not
+        prompt: a string, or messages, read as in training. If the last is the assistant's, it is continued.
+        chat_template: whether a string becomes a user's turn. Default: yes if the tokenizer has a template and does not
             come from a run that trained on strings.
         system: a system message before the turn.
         tools: schemas for the template, a list of dictionaries or JSON text of one.
 
     Raises:
-        ValueError: messages, a system message or tools, without a chat template; messages that hold no text, or that
-            the template refuses.
+        ValueError: there is no chat template for messages, a system message or tools; messages hold no text, or the
+            template refuses them.
     """
     if not isinstance(prompt, str) and not (prompt and is_conversation(prompt)):
         raise ValueError(f"a prompt has to be a string or a list of messages, not {prompt!r:.80}")
@@ -59,7 +59,7 @@ def render(
 
 
 def _is_turn(prompt: str | Messages, tokenizer: Any, chat_template: bool | None) -> bool:
-    """Whether the chat template renders `prompt`, its own special tokens included."""
+    """Whether the chat template renders `prompt`, and writes the special tokens."""
     default = bool(getattr(tokenizer, "chat_template", None)) and not trained_plain(tokenizer)
     return not isinstance(prompt, str) or (default if chat_template is None else chat_template)
 
@@ -84,7 +84,7 @@ def render_marked(
 
 
 def text_tokens(text: str, prompt: str | Messages, tokenizer: Any, chat_template: bool | None, marks: str) -> list[int]:
-    """Tokens of `text`, which :func:`render_marked` made of `prompt`, with BOS in front of a plain string."""
+    """Tokens of `text`, made of `prompt` by :func:`render_marked`; a plain string gets a BOS in front."""
     ids, bos = prompt_tokens(text, tokenizer, marks), tokenizer.bos_token_id
     if not _is_turn(prompt, tokenizer, chat_template) and bos is not None and ids[:1] != [bos]:
         ids = [bos, *ids]

@@ -21,13 +21,13 @@ from orpo.cli.first import announce, look
 
 
 def end_process_group() -> None:
-    """Ends the process group of several ranks, if there is one, after the last use of what was trained with it."""
+    """Ends the process group of several ranks, if there is one. Call it after the last use of trainer and model."""
     import torch
 
     if not torch.distributed.is_initialized():
         return
-    # A model in DDP keeps the group, and a trainer is a cycle. A group that is kept has threads that still run when
-    # Python exits, and abort a process that has done all its work, now and then.
+    # A model in DDP holds the group, and a trainer is a reference cycle. The threads of a group that is still held when
+    # Python exits sometimes abort the process after all its work is done.
     gc.collect()
     torch.distributed.destroy_process_group()
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     look(argv)
     announce()
-    # What is imported above takes a fraction of a second, and this ten.
+    # Imported here, since it takes ten seconds, and what was checked above a fraction of one.
     from orpo.cli.arguments import parse
 
     model_args, data_args, args = parse(argv, description=__doc__)
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "runs, whose options are --output_dir, --seed and --use_cpu"
             )
         print("no model and no data set are given: the demonstration (your own: orpo-train --help)", flush=True)
-        # Its own defaults stand unless the line says otherwise: the figures in the README are those of its seed.
+        # Only options given on the line: the demonstration's own defaults gave the figures of docs/demonstration.md.
         options = {name: getattr(args, name) for name in ("output_dir", "seed") if name in given}
         run_demo(device="cpu" if args.use_cpu else None, **options)
     elif model is None or data is None:

@@ -2,7 +2,7 @@
 
 torchrun --nproc_per_node 2 tests/run_zero.py OUTPUT_FILE STAGE      stage 0 is torch alone, in one process
 
-Not through Trainer, whose integration of DeepSpeed refuses a CPU.
+Not through Trainer, whose integration of DeepSpeed takes bfloat16 alone on a CPU.
 """
 
 import contextlib

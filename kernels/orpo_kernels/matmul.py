@@ -10,9 +10,9 @@ from torch import Tensor
 
 from orpo_kernels.head import strips
 
-# Of a head in another dtype than its own, at a time: a whole copy would be the largest thing alive.
+# A head is converted in parts of this size: a copy of all of it would be the largest tensor alive.
 _PART_BYTES = 16 * 2**20
-# Rows of a product that is widened, at a time: some numbers of rows (1,532, not 1,536) take oneDNN a quarter longer.
+# A product is widened in pieces of so many rows: with some others (1,532, not 1,536) oneDNN takes a quarter longer.
 _PIECE_ROWS = 512
 # Smallest coefficient that float16 rows are scaled up for.
 _SMALLEST = 2.0**-100
@@ -53,7 +53,7 @@ def mean_rows(t_VD: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def saved_dtype(t: Tensor) -> torch.dtype:
-    """Gradients that wait for an upstream gradient: float16 would lose what a GradScaler is about to rescue."""
+    """The dtype in which gradients wait for backward: not float16, which loses what a GradScaler is about to scale."""
     return torch.float32 if t.dtype == torch.float16 else t.dtype
 
 
@@ -95,7 +95,7 @@ def add_matmul(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
     elif accumulator.dtype == a.dtype:
         accumulator.addmm_(a, b)
     elif a.is_cuda and accumulator.dtype == torch.float32:
-        # In the product's own kernel: as a second one it would pass over the accumulator three times.
+        # The product's own kernel adds: a separate addition would pass over the accumulator three times.
         torch.addmm(accumulator, a, b, out_dtype=torch.float32, out=accumulator)
     else:
         for first, last in strips(a.shape[0], _PIECE_ROWS):

@@ -148,7 +148,7 @@ class ModelArguments:
 
 
 def _names(words: list[str] | None) -> list[str] | None:
-    """`words`, each that is names with commas or spaces between them as these names."""
+    """`words`, those that hold several names, with commas or spaces between them, taken apart."""
     if words is None:
         return None
     parts = [re.split(r"[\s,]+", word) if re.fullmatch(r"[\w.\s,-]*", word) else [word] for word in words]
@@ -156,10 +156,12 @@ def _names(words: list[str] | None) -> list[str] | None:
 
 
 def _names_or_pattern(words: list[str] | None) -> list[str] | str | None:
-    """What peft knows as a string only, all-linear or a regular expression: in a list it would look for that name.
+    """`words` as peft takes them: names as a list, "all-linear" or a regular expression as a string.
+
+    In a list, peft would look for a module of that name.
 
     Raises:
-        ValueError: there is more than the one of them.
+        ValueError: "all-linear" or a regular expression stands beside other words.
     """
     names = _names(words) or []
     patterns = [name for name in names if name == "all-linear" or not re.fullmatch(r"[\w.-]+", name)]
@@ -216,7 +218,7 @@ class DataArguments:
 
 
 def parse(argv: Sequence[str], description: str | None = None) -> tuple[ModelArguments, DataArguments, ORPOConfig]:
-    """The command line; ``--config``, a file or a recipe, gives defaults that options on the line override.
+    """Reads the command line; options on it override those of ``--config``, a file or a recipe.
 
     Args:
         argv: the words after the command.
@@ -224,7 +226,7 @@ def parse(argv: Sequence[str], description: str | None = None) -> tuple[ModelArg
 
     Raises:
         ValueError: an option that does not exist, or a value that is refused.
-        SystemExit: after ``--help`` and its like, and for a value that is no number where it has to be one.
+        SystemExit: after ``--help`` and its like, and for a text where a number has to be.
     """
     parser = _Parser((ModelArguments, DataArguments, ORPOConfig), prog="orpo-train", description=description)
     parser.add_argument("-h", "--help", action=_ShortHelp, nargs=0, help="Print the options that most runs need.")
@@ -270,9 +272,9 @@ class _Parser(OneLineErrors, HfArgumentParser):
             if action.type is not string_to_bool:
                 continue
             if action.nargs is None:
-                # Those without a default of their own: HfArgumentParser wants a value for them alone.
+                # HfArgumentParser wants a value for booleans without a default: `--bf16` alone would be refused.
                 action.nargs, action.const = "?", True
-            # TRL's lines turn off what is on there by default, where some of it is off or unset here.
+            # TRL's command lines turn off, by --no_NAME, settings that are off or unset here.
             names = [f"--{word}" for word in (f"no_{action.dest}", f"no-{action.dest.replace('_', '-')}")]
             if names[0] not in self._option_string_actions:
                 self.add_argument(

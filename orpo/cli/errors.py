@@ -1,4 +1,4 @@
-"""How a command ends: a mistake in what it was given is one line or two, a fault of the program a traceback."""
+"""How a command ends: a user's mistake gives a line or two, a fault of the program a traceback."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 TRACEBACK = "ORPO_TRACEBACK"
 
-# Packages whose ValueErrors speak to the user; one from anywhere else is a fault, of which the place matters.
+# A ValueError of these packages speaks to the user. One from anywhere else is a fault, and needs its traceback.
 _SPEAKING = {"orpo", "orpo_kernels", "transformers", "datasets", "peft", "accelerate", "huggingface_hub"}
 
 
@@ -27,23 +27,22 @@ class OneLineErrors(argparse.ArgumentParser):
 def run_command(name: str, main: Callable[[], Any]) -> None:
     """Calls `main`, and ends the process with ``name: what is wrong`` and code 1 where the user can mend it.
 
-    These are files, packages and memory that are missing, and values that this package or one of those around it
-    refuses. Any other error keeps its traceback, and so does every one where the environment variable
-    ``ORPO_TRACEBACK`` is set. Ctrl-C ends it with one line and code 130. Where nobody reads what is printed any more
-    (``| head``), it ends without a word.
+    The user can mend missing files, packages and memory, and values that this package or one around it refuses. Any
+    other error keeps its traceback, and with the environment variable ``ORPO_TRACEBACK`` every error does. Ctrl-C ends
+    the process with one line and code 130. Where nobody reads the output any more (``| head``), it ends silently.
 
     Raises:
         SystemExit: with the message and the notes of the error, and its `exit_code` where it has one.
     """
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:
-            # Closed before Python began: progress bars and the like would fail.
+            # The stream was closed before Python began: progress bars and the like would fail on None.
             setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
-        # Pairs and answers have characters that an ASCII terminal lacks: printing them would end the run.
+        # Printing a character that an ASCII terminal lacks would end the run.
         if getattr(stream, "errors", None) == "strict":
             stream.reconfigure(errors="backslashreplace")
-    # peft asks for it under its older name, wherever it wraps a model.
+    # peft reads the attribute by its older name whenever it wraps a model; the user cannot mend that.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
         main()
@@ -77,14 +76,14 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _nobody_reads() -> bool:
-    """Whether stdout or stderr leads to a process that has ended; what is still to be printed is then dropped."""
+    """Whether the reader of stdout or stderr has ended; what is still to be printed is then dropped."""
     gone = False
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except BrokenPipeError:
             gone = True
-            # Python flushes it once more as it exits, and would complain.
+            # Python flushes the stream once more as it exits, and would print an error.
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, stream.fileno())
             os.close(null)
@@ -100,12 +99,12 @@ def _is_the_users(error: Exception) -> bool:
 
 
 def _speaks_for_itself(error: Exception) -> bool:
-    """Whether this package refuses what it was given, in words that a traceback would add nothing to."""
+    """Whether `error` is this package's refusal of what it was given, to which a traceback would add nothing."""
     return (_is_ours(error) and isinstance(error, ValueError | ImportError)) or hasattr(error, "exit_code")
 
 
 def _is_ours(error: Exception) -> bool:
-    # `python -m orpo.train` is called __main__.
+    # Under `python -m orpo.train` the module is called __main__.
     return _raised_in(error).partition(".")[0] in ("orpo", "orpo_kernels", "__main__")
 
 

@@ -1,8 +1,7 @@
-"""What a command says and refuses within a second, before torch and transformers are loaded, which takes ten.
+"""Tells misspelled options and missing files within a second, before torch and transformers load, which takes ten.
 
-The parser itself has to wait for them: its options are the fields of transformers' TrainingArguments. Their names stand
-in source files, which are read here as text, and what is misspelled or not there is known at once. Values, and the
-names in a run file, are the parser's to check.
+The parser needs transformers: its options are the fields of TrainingArguments. Their names are read here from the
+source files as text. Values, and the names in a run file, are left to the parser.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from orpo.data.files.kinds import refuse_missing
 from orpo.launch import launch_config, launch_names
 from orpo.recipes import describe_recipes, find_config
 
-# Of the command itself.
+# Options that are fields of no class.
 OWN = ("help", "help_all", "config", "list_recipes", "print_config")
 
 
 def announce() -> None:
-    """One line on stderr, of rank 0, about the seconds that follow; nothing where they have passed."""
+    """Says on stderr of rank 0 that loading takes a while; nothing where transformers is loaded already."""
     if "transformers" not in sys.modules and os.environ.get("RANK", "0") == "0":
         print("loading torch and transformers ...", file=sys.stderr, flush=True)
 
 
 def look(words: Sequence[str]) -> None:
-    """What can be said of the `words` after ``orpo-train`` without loading anything.
+    """Checks the `words` after ``orpo-train`` as far as that needs nothing loaded.
 
     Raises:
         ValueError: an option that does not exist, a recipe or a file that is not there.
@@ -60,9 +59,9 @@ def look(words: Sequence[str]) -> None:
 
 
 def option_strings() -> set[str]:
-    """Every option of ``orpo-train`` as it is written on the line; of booleans, the form with ``no_`` too.
+    """Every option of ``orpo-train`` as it is written on the line; for booleans also the form with ``no_``.
 
-    Empty with a transformers whose TrainingArguments has its fields elsewhere: names are the parser's to check then.
+    Empty with a transformers that keeps the fields of TrainingArguments elsewhere; the parser checks names then.
     """
     here = Path(__file__).parent
     transformers = Path(importlib.util.find_spec("transformers").origin).parent
@@ -78,7 +77,7 @@ def option_strings() -> set[str]:
 
 
 def _fields(path: Path, *classes: str) -> dict[str, bool]:
-    """name -> whether it is a boolean, of the fields that the dataclasses of these names in the file `path` have."""
+    """name -> whether it is a boolean, for each field of the dataclasses `classes` in the file `path`."""
     found = {}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         for part in node.body if isinstance(node, ast.ClassDef) and node.name in classes else ():
@@ -90,7 +89,7 @@ def _fields(path: Path, *classes: str) -> dict[str, bool]:
 
 
 def _names(word: str) -> bool:
-    """Whether a parser takes `word` for an option: not what has a space in it, which is a text that begins so."""
+    """Whether a parser takes `word` for an option. A text with a space in it may also begin with dashes."""
     return word.startswith("--") and len(word) > 2 and " " not in word.partition("=")[0]
 
 

@@ -1,4 +1,4 @@
-"""What settings of other trainers are called here: the advice for a name that is no option of ours."""
+"""Advice for an option that does not exist: what other trainers' settings are called here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 _HELD_OUT = "dataset_test_split 'train[:5%]' and dataset_train_split 'train[5%:]'"
 _ORPO = "nothing: orpo-train does ORPO alone, leave it out"
 
-# Whose name it is, and what stands for it here.
+# Name -> (whose it is, what to use here).
 ELSEWHERE = {
     "base_model": ("axolotl", "model_name_or_path"),
     "datasets": ("axolotl and TRL", "dataset_name, one file, folder or data set of the hub"),
@@ -58,7 +58,7 @@ ELSEWHERE = {
 
 
 def advice(name: str, known: Collection[str], prefix: str = "") -> str | None:
-    """What to say of `name`, which is none of `known`: whose name it is and for what, or the nearest that is known.
+    """Advice on `name`, which is none of `known`: what to use in its place, or the nearest name that is known.
 
     Args:
         name: the name as it was given, without `prefix`, with underscores or hyphens.
@@ -73,7 +73,7 @@ def advice(name: str, known: Collection[str], prefix: str = "") -> str | None:
 
 
 def say_unknown(words: Sequence[str], known: Collection[str]) -> str:
-    """What to say of `words` on the line that are no options, with the nearest of those that are."""
+    """The error for `words` on the line that are no options, with the nearest of those that are."""
     texts = []
     for word in words:
         name = word.partition("=")[0]

@@ -38,10 +38,10 @@ def train(
 ) -> ORPOTrainer:
     """One run: loads, trains, evaluates, saves the model, its metrics, its state and its curves in ``output_dir``.
 
-    A run that has ended, called once more with the same settings, is left as it is.
+    A run that has ended is left as it is when the same settings start it again.
 
     Args:
-        words: the command line, which is said again where the run is interrupted.
+        words: the command line, printed again where the run is interrupted.
     """
     args.model_init_kwargs = {**model_args.init_kwargs(), **(args.model_init_kwargs or {})}
     evaluates = _check(model_args, data_args, args)
@@ -66,13 +66,13 @@ def train(
         return trainer
     _train(trainer, resume, model_args, words)
     if trainer.is_world_process_zero():
-        # From here on files of a run before are written over, one by one.
+        # From here on files of an earlier run are overwritten one by one: its note would no longer be true.
         forget_finished(args.output_dir)
     trainer.save_model()
     curves = trainer.state.log_history
     if evaluates:
         if args.load_best_model_at_end:
-            # The best weights are evaluated now: as figures of the last step they would hide where the curves end.
+            # A copy: the coming evaluation of the best weights is logged as the last step's, and would bend the curves.
             curves = list(curves)
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
@@ -117,7 +117,7 @@ def _check(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfi
         goes_on = adapter_folder(model_args.model_name_or_path, **args.model_init_kwargs) is not None
         if not model_args.use_peft and not goes_on:
             raise ValueError("merge_adapter is given without use_peft: there is no adapter to merge")
-        # Said now, not when the adapter is trained.
+        # Refused now, not after hours of training.
         check_output(Path(args.output_dir) / "merged", args.output_dir, model_args.model_name_or_path)
     if args.max_steps <= 0 and args.num_train_epochs == 0:
         raise ValueError("num_train_epochs is 0, and max_steps is not given: nothing would be trained")
@@ -128,14 +128,14 @@ def _check(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfi
             f"--eval_strategy steps and {HELD_OUT}"
         )
     optim = args.optim.value
-    # adamw_torch_8bit and its like are torchao's.
+    # adamw_torch_8bit and its like need torchao, not bitsandbytes.
     if "torch" not in optim and any(part in optim for part in ("paged", "bit", "bnb")):
         require("bitsandbytes", f"optim {optim}")
     return evaluates
 
 
 def _train(trainer: ORPOTrainer, resume: str | bool | None, model_args: ModelArguments, words: Sequence[str]) -> None:
-    """Trains, and saves the figures of it.
+    """Trains, and saves the metrics of training.
 
     Raises:
         InterruptedRun: SIGTERM has ended it before its last step.
@@ -164,14 +164,14 @@ def _train(trainer: ORPOTrainer, resume: str | bool | None, model_args: ModelArg
             "resumes from it"
         )
     if "train_loss" in result.metrics:
-        # A finished run that is started again keeps the figures that it left.
+        # A finished run that is started again has no train_loss, and keeps the metrics that it left.
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
 
 
 def _describe(trainer: ORPOTrainer, model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any]:
-    """Everything that was asked of a run: of two that are described alike, the second has nothing to do."""
-    # A folder may be moved, and where a run resumes decides nothing of what it comes to.
+    """Everything that was asked of a run. Of two runs with the same description the second has nothing to do."""
+    # A folder may be moved, and where a run resumes does not change its result.
     left_out = ("output_dir", "resume_from_checkpoint", "local_rank")
     settings = {name: value for name, value in trainer.args.to_dict().items() if name not in left_out}
     held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
@@ -193,7 +193,7 @@ def _closing_words(folder: str, page: Path) -> str:
 
 
 def _again(words: Sequence[str]) -> str:
-    """The command line once more, without the tokens in it: what is printed may be kept and shown."""
+    """The command line with its secrets left out, since logs are kept and shown."""
     shown = list(words)
     for i, word in enumerate(shown):
         option, equals, value = word.partition("=")
@@ -208,7 +208,7 @@ def _again(words: Sequence[str]) -> str:
 
 
 def _memory_advice(args: ORPOConfig, model_args: ModelArguments) -> str:
-    """What makes a run that ran out of memory smaller, of what it does not do yet."""
+    """The ways to use less memory that the run does not use yet."""
     batch, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
     smaller = f"per_device_train_batch_size 1 and gradient_accumulation_steps {steps * batch}, which trains the same"
     ways = (
@@ -225,7 +225,7 @@ def _memory_advice(args: ORPOConfig, model_args: ModelArguments) -> str:
 
 def _resume_from(args: ORPOConfig) -> str | bool | None:
     """``--resume_from_checkpoint``: a folder, "true" (there has to be one), "false", or "auto" (if there is one)."""
-    # A YAML file gives true and false themselves.
+    # From a YAML file true and false come as booleans.
     wanted = "auto" if args.resume_from_checkpoint is None else str(args.resume_from_checkpoint)
     words = {"auto": "auto", "true": True, "yes": True, "false": None, "no": None}
     return words.get(wanted.lower(), wanted)

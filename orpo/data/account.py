@@ -9,18 +9,18 @@ from typing import Any
 from orpo.data.bad_rows import refuse_bad_rows
 from orpo.data.forms.unusable import BAD
 
-# Of each pair, until those that cannot train are dropped: why, what else of it, a special token in its text, and what
-# of it is cut. With the type of each column.
+# Columns, with their types, that pairs have until those that cannot train are dropped: the reason, what else is known
+# of the row, a special token in its text, and which parts are cut.
 ACCOUNT = {"dropped": "string", "detail": "string", "written_out": "string", "cut": "int64"}
 
-# What may be cut of a pair that is kept, each a bit of the column `cut`.
+# The parts of a kept pair that may be cut; each is a bit of the column `cut`.
 CUT = ("chosen", "rejected", "prompt")
 
 Side = tuple[list[int], list[int]]
 
 
 def what_is_cut(whole: Sequence[Side], kept: Sequence[Side]) -> int:
-    """The bits of :data:`CUT` for a pair, (prompt tokens, answer tokens) of both sides as they were and as they are."""
+    """The bits of :data:`CUT` for a pair. `whole` and `kept` hold (prompt tokens, answer tokens) of both sides."""
     answers = [len(b) < len(a) for (_, a), (_, b) in zip(whole, kept, strict=True)]
     prompt = any(len(b) < len(a) for (a, _), (b, _) in zip(whole, kept, strict=True))
     return sum(lost << bit for bit, lost in enumerate([*answers, prompt]))
@@ -32,19 +32,19 @@ def is_cut(bits: int, part: str) -> bool:
 
 
 def read_account(tokenized: Any, name: str, rows: int, max_bad_rows: float) -> tuple[str, int, list[tuple[int, str]]]:
-    """What the columns of :data:`ACCOUNT` say of a data set.
+    """Sums up the columns of :data:`ACCOUNT`.
 
     Args:
-        tokenized: with these columns and ``pair_id``.
-        name: what the account calls it.
-        rows: how many it was made of.
+        tokenized: a data set with these columns and ``pair_id``.
+        name: what the summary calls it.
+        rows: how many rows the pairs were made of.
         max_bad_rows: the largest share of malformed pairs.
 
     Returns:
-        the summary, how many are left out, and (row, special token) of each pair that is kept with one in its text.
+        the summary, how many pairs are left out, and (row, special token) of each kept pair with one in its text.
 
     Raises:
-        ValueError: more are malformed, or none is left.
+        ValueError: more pairs are malformed, or none is left.
     """
     reasons: Counter[str] = Counter()
     cut: Counter[str] = Counter()
@@ -80,11 +80,11 @@ def summarize(
 
     Args:
         name: of the data set.
-        total: its pairs.
-        reasons: pairs dropped by reason.
-        cut: of those kept, how many have their chosen answer cut, their rejected one, and their prompt.
-        first: what to say of the first row that each reason dropped; not every reason has to be there.
-        rows: that the pairs were made of, if that is known.
+        total: how many pairs it has.
+        reasons: how many pairs each reason dropped.
+        cut: how many of the kept pairs each part is cut of.
+        first: for each reason, or some, words about the first row that it dropped.
+        rows: how many rows the pairs were made of, if known.
     """
     parts = []
     for reason, n in reasons.most_common():

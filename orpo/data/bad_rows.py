@@ -1,4 +1,4 @@
-"""Rows that no sound file holds: what is said of one, and how many of them a run takes."""
+"""Malformed rows: how one is described, and how many of them a run accepts."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 from orpo.data.forms.conversations import is_conversation
 
-# What is said of each, where there are too many.
+# So many rows are described where there are too many.
 SHOWN = 3
 
-# Of a stream: fewer rows say nothing of a share.
+# A stream is judged after so many rows: the share among fewer says nothing.
 LEAST_ROWS = 1000
 
 _KINDS = ((str, "text"), (bool, "true or false"), (int | float, "a number"), (Mapping, "an object"))
 
 
 def what_it_holds(row: Mapping[str, Any]) -> str:
-    """The columns of `row` and the kind of what is in each."""
+    """Names the columns of `row`, and the kind of value in each."""
     return f"it holds {', '.join(f'{name}: {_kind(value)}' for name, value in row.items())}"
 
 
@@ -33,17 +33,17 @@ def _kind(value: Any) -> str:
 
 
 def refuse_bad_rows(name: str, bad: int, rows: int, most: float, first: Sequence[str]) -> None:
-    """Refuses a data set more than `most` of whose rows are bad.
+    """Refuses a data set with too many bad rows.
 
     Args:
         name: what the error calls the data set.
-        bad: how many of its rows are.
+        bad: how many rows are bad.
         rows: how many were looked at.
-        most: the largest share that a run takes, ``max_bad_rows``.
-        first: what is said of the first of them.
+        most: the largest share that a run accepts, ``max_bad_rows``.
+        first: descriptions of the first bad rows.
 
     Raises:
-        ValueError: with the share and `first`.
+        ValueError: the share is larger; the message has it and `first`.
     """
     if bad <= most * rows:
         return

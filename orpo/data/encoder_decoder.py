@@ -21,11 +21,11 @@ from orpo.tokens.limits import Limits
 
 
 class EncoderDecoderTokenizer(PairTokenizer):
-    """Text pairs to token pairs, prompt and answers each by themselves, as TRL's trainer has them.
+    """Text pairs to token pairs; prompt and answers are tokenized each by itself, as in TRL.
 
-    Each gets the special tokens that the tokenizer puts around a text, and an answer an EOS where that is none of them.
-    A prompt is cut to ``max_prompt_length``, an answer to ``max_completion_length``, either to ``max_length`` where its
-    own limit is None; the special tokens around it stay.
+    Each gets the special tokens that the tokenizer puts around a text; an answer always ends with an EOS. A prompt is
+    cut to ``max_prompt_length`` and an answer to ``max_completion_length``, or to ``max_length`` where its own limit is
+    None. The special tokens around it stay.
 
     Args:
         tokenizer, limits, columns, score_turns: as of :class:`orpo.data.pair_tokens.PairTokenizer`.
@@ -76,7 +76,7 @@ class EncoderDecoderTokenizer(PairTokenizer):
             return prompt, whole
         if whole[-1:] != [eos]:
             return prompt, [*whole, eos]
-        # A chat template's EOS, and the tokenizer's own behind it.
+        # The chat template wrote an EOS, and the tokenizer added its own.
         return prompt, whole[:-1] if whole[-2:] == [eos, eos] else whole
 
     def _fit(self, sides: list[tuple[list[int], list[int]]]) -> list[tuple[list[int], list[int]]]:
@@ -110,10 +110,10 @@ def _around(whole: Any, text: Any) -> tuple[int, int]:
 
 
 def _cut(ids: list[int], most: int | None, start: int, end: int, from_start: bool) -> list[int]:
-    """`ids` in at most `most` tokens, of which the first `start` and the last `end` stay; the text loses its other end.
+    """`ids` cut to `most` tokens. The first `start` and the last `end`, the special tokens, stay.
 
     Args:
-        from_start: whether the text's beginning is what stays of it.
+        from_start: keep the text's beginning; otherwise its end.
     """
     if most is None or len(ids) <= most:
         return ids

@@ -1,4 +1,4 @@
-"""The first rows of a data set, looked at before it is trained on: in which form they come, and what is odd of them."""
+"""Looks at the first rows of a data set before training: their form, and what is odd about them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Row = Mapping[str, Any]
 
 
 def read_first(data: Any, tokenizer: Any, columns: Mapping[str, str] | None = None) -> Row:
-    """The first row of `data` in one of our forms; of prepared data as it is, and empty where there is none."""
+    """The first row of `data` in one of our forms; a prepared row as it is; empty where there is none."""
     if data is None:
         return {}
     refuse_splits(data)
     if isinstance(data, Mapping):
         rows = [dict(zip(data, values, strict=True)) for values in islice(zip(*data.values(), strict=False), ROWS)]
     else:
-        # A list is not made a table for its first rows.
+        # Making a table of a whole list would take long for its first rows.
         rows = list(islice(data if isinstance(data, list | tuple) else as_dataset(data), ROWS))
     if not rows or set(COLUMNS) <= rows[0].keys():
         return rows[0] if rows else {}
@@ -37,26 +37,26 @@ def read_first(data: Any, tokenizer: Any, columns: Mapping[str, str] | None = No
 
 
 def _readable(rows: Iterable[Row], tokenizer: Any, columns: Mapping[str, str] | None) -> Iterator[tuple[Row, Row]]:
-    """(the row by our names, the row in one of our forms) of the first pair of each of `rows` that has such a form."""
+    """For each readable row, its first pair: (the row by our names, the row in one of our forms)."""
     for number, row in enumerate(rows):
         try:
             given = each_pair(renamed(row, columns))[0]
             if is_labelled(given):
-                # Not yet paired; each answer tells the form of both.
+                # These rows are paired later; either answer shows the form.
                 given = {**given, "chosen": given["completion"], "rejected": given["completion"]}
             yield given, read_row(given, tokenizer)
         except FileFault as error:
             error.add_note(f"in row {number}, counted from 0")
             raise
         except ValueError:
-            # Counted with its reason, and left out, where the rows are tokenized.
+            # Tokenizing will count this row with its reason.
             continue
 
 
 def report_first_rows(
     data: Any, tokenizer: Any, columns: Mapping[str, str] | None, report: Callable[[str], None]
 ) -> None:
-    """Reports what the first rows show of a data set that trains, but perhaps not as it was meant.
+    """Reports what in the first rows suggests that the data will not be trained as it was meant.
 
     Args:
         data: a ``datasets.Dataset`` or ``IterableDataset``, not prepared.
@@ -88,7 +88,7 @@ def check_first_rows(
     name: str,
     max_bad_rows: float,
 ) -> None:
-    """Refuses a data set none of whose first rows can be read, before all of it is tokenized."""
+    """Refuses a data set if none of its first rows can be read, before all of it is tokenized."""
     said: list[str] = []
     for number, row in enumerate(islice(data, ROWS)):
         made = tokenize({column: [row.get(column)] for column in names}, [number])

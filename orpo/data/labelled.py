@@ -1,4 +1,4 @@
-"""Answers marked good or bad one by one, as KTO trains on: made pairs of, prompt by prompt."""
+"""Makes pairs of answers that are marked good or bad one by one, as KTO's are."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ COLUMNS = ("prompt", "completion", "label")
 
 
 def is_labelled(names: Any) -> bool:
-    """Whether a data set with the columns `names`, by ours, holds answers one by one, and no pairs."""
+    """Whether a data set with the columns `names`, by our names, holds single answers and no pairs."""
     return {"completion", "label"} <= set(names) and not {"chosen", "rejected"} & set(names)
 
 
 def pair_by_prompt(data: Any, name: str, max_bad_rows: float, report: Callable[[str], None]) -> Any:
-    """Pairs of the rows of a data set, a ``datasets.Dataset`` with ``prompt``, ``completion`` and ``label``.
+    """Makes pairs of a ``datasets.Dataset`` with ``prompt``, ``completion`` and ``label``.
 
-    Of each prompt the first good answer stands beside the first bad one, the second beside the second, and so on; other
-    columns are those of the good one. Pairs come in the order of their good answers.
+    A prompt's first good answer goes with its first bad one, the second with the second, and so on. Other columns are
+    the good answer's, and so is the order of the pairs.
 
     Args:
         name: what the report calls the data set.
@@ -30,7 +30,7 @@ def pair_by_prompt(data: Any, name: str, max_bad_rows: float, report: Callable[[
         report: called with how many rows made how many pairs, and how many are left over.
 
     Raises:
-        ValueError: `data` is a stream, has not these columns, or no prompt has both a good and a bad answer.
+        ValueError: `data` is a stream or lacks a column, or no prompt has both a good and a bad answer.
     """
     import datasets
 

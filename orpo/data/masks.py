@@ -1,4 +1,4 @@
-"""Which tokens of a sequence count: masks made of spans of text, cut along with it, absent where nobody needs one."""
+"""Masks of the tokens that count: made from spans of text, cut with the tokens, left out where no row needs one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Side = tuple[list[int], list[int]]
 
 
 def texts_of(text: PairText) -> list[list[str]]:
-    """What is tokenized of each side: its prompt, prompt and answer, and these up to where spans begin and end."""
+    """For each side the texts to tokenize: prompt, prompt and answer, and the text up to each span's start and end."""
     sides = ((text.chosen_prompt, text.chosen), (text.rejected_prompt, text.rejected))
     return [
         [prompt, prompt + answer, *((prompt + answer)[:at] for span in spans or () for at in span[:2])]
@@ -26,21 +26,21 @@ def texts_of(text: PairText) -> list[list[str]]:
 
 
 def token_mask(turns: Turns | None, cuts: list[list[int]], whole: list[int], side: Side) -> list[int]:
-    """What each token of `side` counts for; empty where `turns` is None, and all of the answer counts.
+    """What each token of `side` counts for; empty where `turns` is None, since all of the answer counts then.
 
     Args:
-        turns: spans in its text.
-        cuts: for each span, the tokens of the text up to where it begins and up to where it ends.
-        whole: the tokens of all its text, which may lack an EOS at the end.
+        turns: spans in the side's text.
+        cuts: for each span, the tokens of the text up to its start, and those up to its end.
+        whole: the tokens of all the text, perhaps without the EOS at the end.
     """
     if turns is None:
         return []
     length = sum(map(len, side))
     mask = [0] * length
     for (_, _, value), begin, end in zip(turns, cuts[::2], cuts[1::2], strict=True):
-        # As a prompt's end is found: a merge over the boundary belongs to what follows.
+        # As at a prompt's end, a token over the boundary belongs to what follows.
         stop = length if end == whole else shared(end, whole)
-        # Generation marks may enclose what the prompt ends with already.
+        # Generation marks may enclose the end of the prompt too.
         start = max(shared(begin, whole), len(side[0]) if value == SCORED else 0)
         for at in range(start, stop):
             mask[at] = value
@@ -50,10 +50,10 @@ def token_mask(turns: Turns | None, cuts: list[list[int]], whole: list[int], sid
 def cut_masks(
     masks: list[list[int]], before: list[Side], after: list[Side], limits: Limits, bos_token_id: int | None
 ) -> list[list[int]]:
-    """`masks` of both sides, cut as these were `before` to what they are `after`.
+    """`masks` of both sides, cut as the sides were cut, `before` to `after`.
 
     Raises:
-        UnusableRow: nothing that is scored is left.
+        UnusableRow: no scored token is left.
     """
     return [_cut(*side, limits, bos_token_id) for side in zip(masks, before, after, strict=True)]
 
@@ -64,7 +64,7 @@ def _cut(mask: list[int], before: Side, after: Side, limits: Limits, bos_token_i
         return mask
     places = [*range(len(prompt))]
     if len(kept) < len(prompt):
-        # The same cut, of places: 0 is that of BOS.
+        # The prompt's cut, made on places in place of tokens; BOS has place 0.
         places = limits.cut_prompt(places, 0 if prompt[0] == bos_token_id else None)
     cut = [*(mask[at] for at in places), *mask[len(prompt) : len(prompt) + len(answer)]]
     if SCORED not in cut[1:]:
@@ -73,7 +73,7 @@ def _cut(mask: list[int], before: Side, after: Side, limits: Limits, bos_token_i
 
 
 def features(account: Mapping[str, str]) -> Any:
-    """The types of the prepared columns and of `account`: those that the first rows leave empty cannot be guessed."""
+    """The types of the prepared columns and of `account`. ``datasets`` cannot guess that of a column of empty lists."""
     from datasets import Features, List, Value
 
     whole = Value("int64")
@@ -83,7 +83,7 @@ def features(account: Mapping[str, str]) -> Any:
 
 
 def empty_masks(data: Any) -> list[str]:
-    """The columns of masks in which no row of a ``datasets.Dataset`` has one."""
+    """The mask columns of a ``datasets.Dataset`` that are empty in every row."""
     import pyarrow.compute as pc
 
     return [name for name in MASKS if not pc.max(pc.list_value_length(data.data.column(name))).as_py()]
@@ -92,6 +92,6 @@ def empty_masks(data: Any) -> list[str]:
 def without_empty_masks(
     tokenize: Callable[[Mapping[str, list[Any]], list[int]], Columns], rows: Mapping[str, list[Any]], indices: list[int]
 ) -> Columns:
-    """What `tokenize` makes of a batch of a stream, without masks where none of its rows has one."""
+    """`tokenize` for a batch of a stream, without mask columns that are empty in every row of the batch."""
     out = tokenize(rows, indices)
     return {name: column for name, column in out.items() if name not in MASKS or any(column)}

@@ -42,8 +42,8 @@ TEXTS = ("prompt", "chosen", "rejected", "tools")
 def code_version() -> str:
     """A digest of the version and of the code that turns rows into tokens.
 
-    ``datasets`` looks up tokens that it has made before by the attributes of what made them: without this among them, a
-    run would train on those that an older version of this package made.
+    ``datasets`` caches tokens by the attributes of the object that made them: without this attribute, a run would train
+    on tokens that an older version of this package made.
     """
     text = (account, bad_rows, conversations, data_columns, formats, messages, misread, tools, turns, unusable)
     parts = (*text, limits, masks, special_tokens)
@@ -54,24 +54,24 @@ def code_version() -> str:
 class PairTokenizer:
     """Text pairs to token pairs, with the boundaries of TRL's trainer.
 
-    The answer begins after the common token prefix of ``tokenize(prompt)`` and ``tokenize(prompt + answer)``, for each
-    answer by itself: a merge over the boundary belongs to the answer. Plain strings get BOS in front and EOS at the end
-    where they are missing. A chat template writes its own; EOS is added only if the rendered turn does not end with a
-    special token, for then nothing would teach the model to stop.
+    An answer begins after the tokens that ``tokenize(prompt)`` and ``tokenize(prompt + answer)`` share at their start:
+    a token over the boundary belongs to the answer. Plain strings get BOS in front and EOS at the end where they are
+    missing. A chat template writes its own. Where a rendered turn does not end with a special token, EOS is added: the
+    model would not learn to stop.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         limits: lengths in tokens.
         escape: whether special tokens written out in the rows' text stay text. Those of the template stay tokens, and
-            so do, of strings, a BOS that begins the prompt and an EOS that ends an answer.
+            so do a BOS that begins a string prompt and an EOS that ends a string answer.
         columns: our name -> the column's, of columns that have other names.
         score_turns: "all" or "last", which turns of the assistant count in an answer of several.
 
     Raises:
-        ValueError: with `escape`, the tokenizer cannot keep them text.
+        ValueError: `escape` is True, and the tokenizer cannot keep special tokens as text.
     """
 
-    # Whether prompt and answer are one sequence, by whose length they are cut.
+    # Whether prompt and answer are one sequence, with one limit.
     joined = True
 
     def __init__(
@@ -93,8 +93,10 @@ class PairTokenizer:
             self.written.check_escaping(tokenizer)
 
     def __call__(self, rows: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        """A batch of rows as columns -> the prepared columns, ``dropped`` (the reason, or ""), ``detail`` of it,
-        ``written_out``, the first special token in the row's text, or "", and ``cut``. One entry for each pair."""
+        """A batch of rows, as columns, to the prepared columns and those of :data:`orpo.data.account.ACCOUNT`.
+
+        They have one entry for each pair.
+        """
         given: list[Mapping[str, Any]] = []
         numbers: list[int] = []
         for i, number in enumerate(indices):
@@ -154,21 +156,21 @@ class PairTokenizer:
         return {**out, "pair_id": numbers, "length": length, **account}
 
     def _first_written(self, row: Mapping[str, Any], text: PairText) -> str:
-        """The first special token that `row` itself holds, and not its template; or ""."""
+        """The first special token in the row's own text, not the template's; or ""."""
         if text.templated:
             return self.written.first([row.get(name) for name in TEXTS])
         sides = ((text.chosen_prompt, text.chosen), (text.rejected_prompt, text.rejected))
         return next(filter(None, (self.written.first_in_strings(*side) for side in sides)), "")
 
     def _escaped(self, row: Mapping[str, Any], text: PairText) -> tuple[PairText, Iterator[list[int]]]:
-        """(texts as they end, tokens of their parts) of a row whose special tokens stay text."""
+        """(final texts, tokens of their parts) of a row whose special tokens stay text."""
         marks = spare_marks([row.get(name) for name in TEXTS])
         if text.templated:
             with_marks = {name: self.written.mark(row[name], marks) for name in TEXTS if name in row}
             marked = pair_text(row | with_marks, self.tokenizer, self.score_turns)
             sides = self._parts(marked)
             bare = [[without_marks(part, marks) for part in side] for side in sides]
-            # A prompt may end elsewhere: where the answer's special token begins like what opens the answer's turn.
+            # The prompt may end elsewhere: the answer's special token may begin like the opening of its turn.
             wholes, starts = zip(*((whole, (prompt, *cuts)) for prompt, whole, *cuts in bare), strict=True)
             plain = tuple(side[1] for side in self._parts(text))
             if wholes != plain or not all(w.startswith(t) for w, own in zip(wholes, starts, strict=True) for t in own):
@@ -186,11 +188,11 @@ class PairTokenizer:
 
     @staticmethod
     def _parts(text: PairText) -> list[list[str]]:
-        """Of each side: its prompt, what its tokens are split from, and where its turns begin and end."""
+        """The parts of each side: its prompt, all its text, and the text up to where its turns begin and end."""
         return texts_of(text)
 
     def _ids(self, sides: list[list[str]]) -> list[list[int]]:
-        """Tokens of the :meth:`_parts` of rows, one behind the other."""
+        """Tokens of each of the :meth:`_parts` of rows."""
         return self.tokenizer([*chain(*sides)], add_special_tokens=False)["input_ids"]
 
     def _side(self, prompt: list[int], whole: list[int], templated: bool, text: str) -> tuple[list[int], list[int]]:
@@ -199,7 +201,7 @@ class PairTokenizer:
         prompt, answer = whole[:split], whole[split:]
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if templated:
-            # Not by special tokens among the last few: of a short answer, the tag of its role would be one.
+            # Only at the very end: among the last tokens of a short answer is the tag of its role.
             ended = text.rstrip().endswith(self.written.special_tokens)
         else:
             ended = bool(answer) and answer[-1] == eos

@@ -1,8 +1,8 @@
-"""A data set of pairs to one of tokens, and what was dropped and why.
+"""Turns a data set of pairs into one of tokens, and reports what was dropped and why.
 
 A prepared data set has six columns: ``chosen_input_ids`` and ``rejected_input_ids`` (prompt and answer in one list),
 ``chosen_prompt_length`` and ``rejected_prompt_length`` (tokens before the answer), ``length`` (of both sequences
-together), and ``pair_id`` (the row of the data set as it was given). Where not all of an answer is scored there are
+together), and ``pair_id`` (the row in the given data set). Where some of an answer is not scored there are
 ``chosen_mask`` and ``rejected_mask`` too (:data:`orpo.tokens.pretokenized.MASKS`).
 """
 
@@ -62,18 +62,18 @@ def prepare_dataset(
         max_bad_rows: the largest share of rows that may be malformed (:data:`orpo.data.forms.unusable.BAD`) and left
             out.
         pair_answers: whether rows of one answer each, good or bad, are paired by prompt (:mod:`orpo.data.labelled`).
-        pair_tokenizer: what makes token pairs of text pairs.
+        pair_tokenizer: the class that turns text pairs into token pairs.
         report: called with the report, which counts rows from 0. A stream is counted as it is read:
             :class:`orpo.data.streams.StreamReport` says when.
 
     Raises:
-        ValueError: `data` has no form that we know, too many of its rows are malformed, or no row is left. Of a stream
-            :func:`orpo.data.preview.first_pair` says so.
+        ValueError: `data` has no known form, too many rows are malformed, or no row is left. For a stream
+            :func:`orpo.data.preview.first_pair` finds that.
     """
     import datasets
 
     data = as_dataset(data)
-    # A stream that was mapped does not know its columns.
+    # A stream that was mapped does not know its columns: read them off its first rows.
     names = data.column_names or list(dict.fromkeys(name for row in islice(data, ROWS) for name in row))
     if set(COLUMNS) <= set(names):
         return check_prepared(data, tokenizer, limits, name, report, joined=pair_tokenizer.joined)

@@ -1,4 +1,4 @@
-"""Data sets that come prepared: with which tokenizer and limits they were, and whether these are the run's."""
+"""Checks that a prepared data set was made with the run's tokenizer and limits."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pyarrow.compute as pc
 from orpo.tokens.limits import Limits
 from orpo.tokens.pretokenized import checked
 
-# In the data set's own description, which filters, slices and `save_to_disk` keep.
+# Stands in the data set's description, which survives filters, slices and `save_to_disk`.
 _MARK = "prepared by fused-orpo: "
 _SIDES = ("chosen", "rejected")
 
 
 def mark(prepared: Any, tokenizer: Any, limits: Limits) -> None:
-    """Leaves in `prepared`, a ``datasets.Dataset``, what :func:`check_prepared` asks for."""
+    """Notes tokenizer and limits in `prepared`, a ``datasets.Dataset``, for :func:`check_prepared`."""
     made = {"tokenizer": _digest(tokenizer), "max_length": limits.max_length}
     prepared.info.description = _MARK + json.dumps(made)
 
@@ -26,14 +26,14 @@ def mark(prepared: Any, tokenizer: Any, limits: Limits) -> None:
 def check_prepared(
     data: Any, tokenizer: Any, limits: Limits, name: str, report: Callable[[str], None], *, joined: bool = True
 ) -> Any:
-    """`data`, whose rows come as tokens, checked (:func:`orpo.tokens.pretokenized.checked`); nothing of it is cut.
+    """Checks `data`, whose rows come as tokens (:func:`orpo.tokens.pretokenized.checked`), and cuts nothing.
 
     Args:
-        joined: whether ``max_length`` is that of prompt and answer together, as it is but for an encoder-decoder.
-        report: called with a sentence where the rows were cut to another ``max_length`` than `limits` has.
+        joined: whether ``max_length`` limits prompt and answer together; False for an encoder-decoder.
+        report: called with a sentence where the rows were cut to another ``max_length`` than that of `limits`.
 
     Raises:
-        ValueError: a sequence is longer than ``max_length``, or another tokenizer made the tokens, as far as is known.
+        ValueError: a sequence is longer than ``max_length``, or another tokenizer is known to have made the tokens.
     """
     import datasets
 
@@ -62,7 +62,7 @@ def check_prepared(
 
 
 class _Refusal:
-    """Refuses rows of a stream that are too long, as they come."""
+    """Refuses rows of a stream that are too long, when they are read."""
 
     def __init__(self, most: int, name: str) -> None:
         self.most, self.name = most, name
@@ -89,7 +89,7 @@ def _made(data: Any) -> dict[str, Any] | None:
 
 
 def _digest(tokenizer: Any) -> str:
-    """Of what decides which tokens a row becomes."""
+    """A digest of all in the tokenizer that decides which tokens a row becomes."""
     parts = (
         sorted(tokenizer.get_vocab().items()),
         tokenizer.special_tokens_map,

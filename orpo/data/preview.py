@@ -1,4 +1,4 @@
-"""A prepared data set as it is looked at before training: its first pair, and whether the model knows its tokens."""
+"""Looks at a prepared data set before training: its first pair, and whether the model knows its tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def first_pair(data: Any) -> dict[str, Any]:
     """The first pair of a prepared data set.
 
     Raises:
-        ValueError: it is a stream of which no row can train.
+        ValueError: it is a stream in which no row can train.
     """
     pair = next(iter(data), None)
     if pair is None:
@@ -23,24 +23,24 @@ def first_pair(data: Any) -> dict[str, Any]:
 
 
 def check_stream(data: Any) -> None:
-    """Refuses prepared `data` that are a stream of which no row is usable. None and other data sets are not looked at.
+    """Refuses a prepared stream in which no row can train. None and other data sets pass.
 
     Raises:
-        ValueError: with what was dropped.
+        ValueError: the message says what was dropped.
     """
     if data is None or hasattr(data, "__len__"):
         return
     first_pair(data)
     for counter in counters(data):
-        # It will be read again.
+        # Not counted: the stream will be read again.
         counter.take()
 
 
 def check_token_ids(data: Any, vocabulary: int) -> None:
-    """Refuses a prepared data set with tokens that the model has no embedding for. A stream is not looked at.
+    """Refuses a prepared data set with tokens that the model has no embedding for. A stream passes.
 
     Raises:
-        ValueError: with the largest id and the number of embeddings.
+        ValueError: the message has the largest id and the number of embeddings.
     """
     import pyarrow.compute as pc
 
@@ -56,9 +56,9 @@ def check_token_ids(data: Any, vocabulary: int) -> None:
 
 
 def describe_example(example: Mapping[str, Any], layout: Callable[..., dict[str, Any]], tokenizer: Any) -> str:
-    """One pair, decoded, as each term of the loss scores it: read off the rows that `layout` makes of it.
+    """One pair, decoded, as each term of the loss scores it, read off the rows of a batch by `layout`.
 
-    Where an answer holds what is not scored, that is shown too, and stretches with others between them one by one.
+    Text of an answer that is not scored is shown too. Stretches with other text between them are shown one by one.
     """
     batch = layout([example])
     rows = batch["orpo"].rows
@@ -70,7 +70,7 @@ def describe_example(example: Mapping[str, Any], layout: Callable[..., dict[str,
     }
     shown = {label: (rows.rows_N[own].tolist(), rows.targets_N[own].tolist()) for label, own in kept.items()}
     if "labels" in batch:
-        # An encoder-decoder's prompt is in no row of the loss.
+        # The rows of the loss do not hold an encoder-decoder's prompt.
         prompt = batch["input_ids"][0].tolist()
         shown = {"nothing (encoder)": ([*range(len(prompt))], prompt), **shown}
     for side in ("chosen", "rejected"):
@@ -85,6 +85,6 @@ def describe_example(example: Mapping[str, Any], layout: Callable[..., dict[str,
 
 
 def _stretches(places: list[int], ids: list[int], tokenizer: Any) -> str:
-    """The text of the tokens `ids`, which stand at `places`, with a sign where others stand between them."""
+    """The text of the tokens `ids` at `places`, with a sign where tokens between them are left out."""
     runs = groupby(enumerate(places), lambda pair: pair[1] - pair[0])
     return " … ".join(repr(tokenizer.decode([ids[at] for at, _ in run])) for _, run in runs) or repr("")

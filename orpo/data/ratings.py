@@ -1,10 +1,10 @@
-"""Ratings beside the answers, as Argilla's and UltraFeedback's data sets have them: known, and compared."""
+"""Compares the ratings that stand beside answers in Argilla's and UltraFeedback's data sets."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# Of the chosen answer and of the rejected one.
+# Columns of (the chosen answer's rating, the rejected one's).
 COLUMNS = (
     ("chosen-rating", "rejected-rating"),
     ("chosen_rating", "rejected_rating"),
@@ -14,10 +14,10 @@ COLUMNS = (
 
 
 def describe_ratings(data: Any, names: Any) -> str | None:
-    """What has to be said of the ratings in `data`, whose columns are `names`; None where there are none.
+    """A sentence about the ratings in `data`, whose columns are `names`; None where there are none.
 
     Args:
-        data: a ``datasets.Dataset``, or a stream, of which only the columns are known.
+        data: a ``datasets.Dataset``, or a stream, whose ratings are not compared.
     """
     found = next((pair for pair in COLUMNS if set(pair) <= set(names)), None)
     if found is None:

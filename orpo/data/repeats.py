@@ -1,19 +1,19 @@
-"""Answers that begin with their own prompt, which would be trained twice: told from the first rows of a data set."""
+"""Finds answers that begin with their own prompt, which would be trained on twice."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Enough to tell a data set that is made so from answers that happen to repeat a question.
+# So many rows, and this share of them, tell a habit of the data set from answers that happen to repeat a question.
 ROWS, MOST = 256, 0.9
 
 
 def repeats_prompt(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """What has to be said where nearly all string answers of one side begin with their row's prompt; or None.
+    """A warning where nearly all string answers of one side begin with their row's prompt; or None.
 
     Args:
-        rows: the first of a data set, in any form of :mod:`orpo.data.forms.formats`.
+        rows: the first rows of a data set, in any form of :mod:`orpo.data.forms.formats`.
     """
     looked_at = 0
     found: dict[str, list[int]] = {"chosen": [], "rejected": []}

@@ -1,4 +1,4 @@
-"""How many rows of a stream could not train, and why: counted as they come, printed when an epoch or the run ends."""
+"""Counts the rows of a stream that cannot train as they are read, and prints them when an epoch or the run ends."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ ATTRIBUTE = "orpo_drop_counter"
 class DropCounter:
     """The filter of a stream, which counts what passes through it.
 
-    The counts lie in shared memory, one row for each dataloader worker, so that workers, which read the stream in
-    processes of their own, are counted too. What cannot be known: a run that stops before the stream ends has read some
-    rows ahead, which are counted though no step used them; and each rank counts what it has read itself.
+    The counts lie in shared memory, one row for each dataloader worker, since workers read the stream in their own
+    processes. A run that stops before the stream ends also counts rows that were read ahead and not used; each rank
+    counts only what it has read itself.
 
     Args:
         name: what the report calls the data set.
         reasons: every reason for which a row can be dropped.
         escaped: whether special tokens in the rows' text stay text.
-        max_bad_rows: the largest share of malformed rows, of what one worker has read, once that says something.
-        workers: processes that read the stream at once, at most.
+        max_bad_rows: the largest share of malformed rows in what one worker has read, from ``LEAST_ROWS`` rows on.
+        workers: most processes that read the stream at once.
 
     Raises:
         ValueError: when it is called, more rows than `max_bad_rows` are malformed.
@@ -55,7 +55,7 @@ class DropCounter:
     def __call__(self, example: Mapping[str, Any]) -> bool:
         reason = example["dropped"]
         if detail := example["detail"]:
-            # Once for each text, and from the process that reads: the counts alone are shared.
+            # Said by the process that reads, once for each text, since only counts are shared.
             where = f" (row {example['pair_id']})" if reason in BAD else ""
             warnings.warn(f"{self.name}: {reason}: {detail}{where}", stacklevel=2)
         info = torch.utils.data.get_worker_info()
@@ -75,7 +75,7 @@ class DropCounter:
         return not reason
 
     def take(self) -> tuple[int, Counter[str], Counter[str]]:
-        """(rows read, rows dropped by reason, what is cut of those kept) since the last call."""
+        """(rows read, rows dropped by reason, parts cut of kept rows) since the last call."""
         counts, cut = self.counts_WR.sum(0).tolist(), self.cut_WC.sum(0).tolist()
         self.counts_WR.zero_()
         self.cut_WC.zero_()
@@ -85,7 +85,7 @@ class DropCounter:
 
 
 class StreamReport(TrainerCallback):
-    """Prints what was dropped from streams: of training at the end of each epoch, of evaluation after each one."""
+    """Prints what was dropped from streams, at the end of each epoch and after each evaluation."""
 
     def __init__(self, train: Sequence[DropCounter], evaluation: Sequence[DropCounter]) -> None:
         self.train, self.evaluation = train, evaluation
@@ -101,7 +101,7 @@ class StreamReport(TrainerCallback):
                 print(summarize(f"{counter.name}, a stream, so far as it was read", rows, dropped, cut))
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        # The first pair was read before, to be shown.
+        # Forget the first pair, which was read to be shown.
         for counter in self.train:
             counter.take()
 
@@ -118,7 +118,7 @@ class StreamReport(TrainerCallback):
 
     @contextmanager
     def counting(self, data: Any) -> Iterator[None]:
-        """Counts prepared `data` too, which are evaluated in the block."""
+        """Reports also on prepared `data` that are evaluated in the block."""
         before = self.evaluation
         self.evaluation = [*before, *(counter for counter in counters(data) if counter not in before)]
         try:
@@ -128,6 +128,6 @@ class StreamReport(TrainerCallback):
 
 
 def counters(data: Any) -> list[DropCounter]:
-    """The counters of a prepared data set, or of a dict of them; none for data sets that are counted already."""
+    """The counters of a prepared data set or of a dict of them. Data sets that are no streams have none."""
     parts = data.values() if isinstance(data, dict) else [data]
     return [getattr(part, ATTRIBUTE) for part in parts if hasattr(part, ATTRIBUTE)]

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from orpo.integrations.logprobs import LogprobCall
 from orpo.integrations.replacing import Replacements, check_attached, refuse_unknown
 
-# First version whose methods are those that are replaced here, and first that nobody has compared yet.
+# First version with the methods that are replaced here, and first version that was not compared.
 KNOWN = "0.9.5", "0.9.6"
 
 _replaced = Replacements()
 
 
 def patch() -> None:
-    """Replaces the forward pass of LLaMA-Factory's trainer of preferences for its losses without a reference model.
+    """Replaces the forward pass of LLaMA-Factory's preference trainer, for losses without a reference model.
 
-    Results are LLaMA-Factory's, but that gradients are finite where the model is certain of an answer.
+    Results are LLaMA-Factory's, except that gradients stay finite where the model is certain of an answer.
 
     Raises:
         ImportError: this version of LLaMA-Factory is not known.
@@ -45,7 +45,7 @@ def unpatch() -> None:
 def _concatenated_forward(
     self: Any, model: nn.Module, batch: dict[str, Tensor], is_ref_model: bool = False
 ) -> dict[str, Tensor]:
-    """LLaMA-Factory's dict, with mean logits (scalars) in the place of logits, of which it logs the mean."""
+    """LLaMA-Factory's dict, with mean logits (scalars) for the logits, since it logs their mean only."""
     if self.finetuning_args.use_ref_model:
         original = _replaced.originals[CustomDPOTrainer, "concatenated_forward"]
         return original(self, model, batch, is_ref_model)
@@ -64,7 +64,7 @@ def _concatenated_forward(
 
 
 def _odds_ratio_loss(self: Any, chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
-    """(P,) of ``nll + beta * softplus(-log odds ratio)``: its NLL is over the answer, and a mean of pairs' means."""
+    """(P,) ``nll + beta * softplus(-log odds ratio)``. LLaMA-Factory's NLL is each answer's mean per token."""
     return self.beta * reference.softplus(-reference.log_odds_ratio(chosen_logps, rejected_logps)) - chosen_logps
 
 

@@ -14,16 +14,16 @@ from torch import Tensor
 from orpo.loss.logprobs import label_logprobs
 from orpo.model.attach import LogitTransform
 
-# Of logits that only their mean is wanted of, at a time.
+# Strips of logits of which only the mean is wanted have this size.
 _STRIP_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
 class LogprobCall:
-    """The argument of ``model(..., orpo=)`` where log-probabilities are wanted, not a loss.
+    """The argument of ``model(..., orpo=)`` that asks for log-probabilities, not for a loss.
 
     The model returns a dict: ``logps`` (B, T - 1), of the label at the next position, 0 where it is -100;
-    ``mean_logits`` (2,), of each half of the batch over all positions, detached; ``aux_loss``, the router's, or None.
+    ``mean_logits`` (2,), for each half of the batch over all positions, detached; ``aux_loss``, the router's, or None.
 
     Attributes:
         labels: (B, T), aligned with the input ids, -100 where a token does not count.
@@ -45,7 +45,7 @@ class LogprobCall:
             bias=bias,
             logit_scale=transform.scale,
             logit_softcap=transform.softcap,
-            # One call a step: what it keeps is freed before the next.
+            # One call a step: the next one finds freed what this one keeps.
             logits_budget=LOGITS_BUDGET,
         )
         positions = hidden if self.keeps_last else hidden[:, :-1]

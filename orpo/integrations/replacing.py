@@ -1,4 +1,4 @@
-"""Methods of another project's trainer replaced, and given back; the loss attached to the model that it trains."""
+"""Replaces methods of another project's trainer and gives them back; attaches the loss to the model that it trains."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from orpo.ranks import fsdp_plugin, prepare_ranks
 
 
 class Replacements:
-    """Methods that stand in the place of others, which it remembers. Replacing one twice is as once."""
+    """Replaces methods and remembers the originals. Replacing one twice is the same as once."""
 
     def __init__(self) -> None:
         self.originals: dict[tuple[type, str], Any] = {}
 
     def replace(self, trainer: type, name: str, method: Any) -> None:
-        """Lets `trainer` and its subclasses have `method` under `name`."""
+        """Gives `trainer` and its subclasses `method` under `name`."""
         if (trainer, name) not in self.originals:
             self.originals[trainer, name] = vars(trainer)[name]
             setattr(trainer, name, method)
 
     def attach_after_init(self, trainer: type) -> None:
-        """Attaches the loss to the model of each `trainer` that is made, before accelerate wraps the model.
+        """Attaches the loss to the model of each new `trainer`, before accelerate wraps the model.
 
-        FSDP cuts it up there, and its head could not be tried any more.
+        Afterwards FSDP has split it, and its head cannot be tried.
         """
-        # ms-swift takes TRL's away from it; `check_attached` attaches there.
+        # ms-swift removes TRL's __init__; `check_attached` attaches the loss there.
         if "__init__" not in vars(trainer):
             return
         init = vars(trainer)["__init__"]
@@ -51,10 +51,10 @@ class Replacements:
 
 
 def check_attached(trainer: Any, model: nn.Module) -> None:
-    """Attaches the loss to `model`, as the trainer has wrapped it, where that was not done before.
+    """Attaches the loss to `model`, wrapped by the trainer, where it is not attached yet.
 
     Raises:
-        ValueError: torch's DataParallel or FSDP has wrapped it in a way that the loss cannot be called through.
+        ValueError: the loss cannot be called through the wrapper, torch's DataParallel or FSDP.
     """
     if isinstance(model, nn.DataParallel):
         raise ValueError(
@@ -79,10 +79,10 @@ def _attach(model: nn.Module) -> None:
 
 
 def refuse_unknown(package: str, version: str, first: str, beyond: str) -> None:
-    """Refuses a `package` that is older than `first`, or `beyond` or newer, and may have other methods.
+    """Refuses a `version` of `package` older than `first`, or from `beyond` on: its methods may differ.
 
     Raises:
-        ImportError: with the versions that are known.
+        ImportError: the message has the versions that are known.
     """
     if not Version(first) <= Version(Version(version).base_version) < Version(beyond):
         raise ImportError(

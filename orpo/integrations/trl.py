@@ -4,7 +4,7 @@
 
     fused.patch()
 
-before a trainer is made; configuration, metrics and logs stay TRL's. `unpatch()` takes it back.
+before a trainer is made. Configuration, metrics and logs stay TRL's. `unpatch()` takes it back.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from orpo.integrations.logprobs import LogprobCall
 from orpo.integrations.replacing import Replacements, check_attached, refuse_unknown
 
-# First version whose methods are those that are replaced here, and first that nobody has compared yet.
+# First version with the methods that are replaced here, and first version that was not compared.
 KNOWN = "0.24", "1.17"
 
 _replaced = Replacements()
@@ -29,8 +29,8 @@ _replaced = Replacements()
 def patch() -> None:
     """Replaces the forward pass of TRL's ORPOTrainer and CPOTrainer, and of their subclasses. Twice is as once.
 
-    Results are TRL's, but for ORPO's pairs with an empty answer, where TRL's loss is NaN: they are left out of the
-    odds-ratio mean; and but for gradients of answers that the model is certain of, which are finite.
+    Results are TRL's, with two exceptions: ORPO's odds-ratio mean leaves out pairs with an empty answer, for which
+    TRL's loss is NaN, and gradients stay finite where the model is certain of an answer.
 
     Raises:
         ImportError: this version of TRL is not known.
@@ -45,7 +45,7 @@ def patch() -> None:
 
 
 def unpatch() -> None:
-    """Gives TRL's classes their own methods back; trainers that exist compute as TRL does from their next step."""
+    """Gives TRL's classes their own methods back. Existing trainers compute as TRL does from their next step."""
     _replaced.undo()
 
 
@@ -62,7 +62,7 @@ def trainers() -> tuple[type, type]:
 def _concatenated_forward(
     self: Any, scores_prompt: bool, model: nn.Module, batch: dict[str, Any]
 ) -> tuple[Tensor, ...]:
-    """TRL's five or six results, with mean logits (scalars) in the place of logits, of which TRL logs the mean."""
+    """TRL's five or six results, with mean logits (scalars) for the logits, since TRL logs their mean only."""
     check_attached(self, model)
     both = self.concatenated_inputs(batch, device=self.accelerator.device)
     ids, mask, labels = (both[f"concatenated_{name}"] for name in ("input_ids", "attention_mask", "labels"))
@@ -79,7 +79,7 @@ def _concatenated_forward(
     answers = labels[:, 1:] != -100
     scores, lengths = (logps * answers).sum(1), answers.sum(1)
     if scores_prompt or self.loss_type in ("ipo", "simpo"):
-        # NaN, as in TRL, for an empty answer; from a division by 0 its gradient would be NaN too.
+        # NaN for an empty answer, as in TRL, but not by a division by 0, whose gradient would be NaN too.
         scores = (scores / lengths.clamp(min=1)).where(lengths > 0, torch.nan)
     results = *scores.split(pairs), *out["mean_logits"].unbind(), nll
     return (*results, out["aux_loss"]) if self.aux_loss_enabled else results
@@ -88,7 +88,7 @@ def _concatenated_forward(
 def _odds_ratio_loss(
     self: Any, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """TRL's five; means are over the pairs with two answers."""
+    """TRL's five results; means are over the pairs whose answers are not empty."""
     chosen, rejected = policy_chosen_logps.float(), policy_rejected_logps.float()
     answered = ~(chosen.isnan() | rejected.isnan())
     weights = answered * (len(answered) / answered.sum().clamp(min=1))

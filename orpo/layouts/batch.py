@@ -1,4 +1,4 @@
-"""What the loss needs of a batch, whatever its arrangement: the rows that count, and two numbers of them.
+"""What the loss needs of a batch in any layout: the rows that count, and how many there are.
 
 Letters: P pairs, S = 2P sequences (chosen first, then rejected), T tokens of a sequence, N kept rows.
 """
@@ -24,8 +24,7 @@ class NLLSpan:
 
     Attributes:
         prompt: score the prompt as well as the answer (TRL and the paper's code).
-        skip_token_id: a token that the NLL leaves out wherever it stands, or None. The paper's code masks every
-            end-of-sequence token.
+        skip_token_id: a token that the NLL never scores, or None. The paper's code masks every end-of-sequence token.
     """
 
     prompt: bool = True
@@ -36,7 +35,7 @@ WHOLE_CHOSEN = NLLSpan()
 
 
 class Counts(NamedTuple):
-    """What means are over: NLL tokens, pairs, rows of chosen and of rejected sequences; or shares of these."""
+    """The denominators of means: NLL tokens, pairs, rows of chosen and of rejected sequences; or shares of these."""
 
     nll_tokens: float
     pairs: float
@@ -51,11 +50,11 @@ class PairBatch:
     Attributes:
         rows: the five row arrays.
         num_nll_tokens: rows that the NLL scores.
-        num_pairs: pairs with response tokens on both sides.
-        pair_ids: int64 (P,), the position of each pair in the prepared data set; -1 where it has none.
+        num_pairs: pairs whose answers both have tokens.
+        pair_ids: int64 (P,), each pair's position in the prepared data set; -1 where it has none.
         num_chosen_rows: rows of chosen sequences; the others are those of rejected ones.
 
-    The counts are Python numbers, taken where the arrays are made: reading them off a device would stall it.
+    The counts are Python numbers, since reading them off a device would stall it.
     """
 
     rows: Rows
@@ -71,7 +70,7 @@ class PairBatch:
         return Counts(self.num_nll_tokens, self.num_pairs, self.num_chosen_rows, rejected)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
-        """The same batch with its row arrays on `device`; the ids stay where they are."""
+        """The same batch with its row arrays on `device`; `pair_ids` stay where they are."""
         return replace(self, rows=self.rows.to(device, non_blocking))
 
     def first(self, pairs: int) -> PairBatch:
@@ -148,7 +147,7 @@ def pair_batch(inputs: Mapping[str, Any]) -> PairBatch:
     """The :class:`PairBatch` in a collated batch.
 
     Raises:
-        ValueError: the collator gives none.
+        ValueError: the collator has put none in.
     """
     batch = inputs.get("orpo")
     if not isinstance(batch, PairBatch):
@@ -160,7 +159,7 @@ def pair_batch(inputs: Mapping[str, Any]) -> PairBatch:
 
 
 def without_repeats(batch: PairBatch, accelerator: Accelerator) -> PairBatch:
-    """`batch` without the pairs that accelerate repeats so that all ranks have equally many in the last batch."""
+    """`batch` without the pairs that accelerate repeats to give all ranks equally many in the last batch."""
     loader = accelerator.gradient_state
     if accelerator.num_processes == 1 or not loader.end_of_dataloader or loader.remainder <= 0:
         return batch

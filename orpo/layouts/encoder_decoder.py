@@ -1,4 +1,4 @@
-"""Pairs for an encoder-decoder: each prompt once, for the encoder, and both answers, for the decoder.
+"""Batches for an encoder-decoder: each prompt once, for the encoder, and both answers, for the decoder.
 
 Letters: P pairs, T tokens of a prompt, U of an answer.
 """
@@ -23,8 +23,8 @@ class EncoderDecoderLayout:
     All is padded on the right. The decoder's position t predicts token t of its answer.
 
     Attributes:
-        pad_token_id: what fills up a prompt. It is masked from attention.
-        nll: which tokens of the chosen answer the NLL scores; the decoder has no prompt that it could score.
+        pad_token_id: fills up a prompt, masked from attention.
+        nll: which tokens of the chosen answer the NLL scores. The decoder has no prompt to score.
     """
 
     pad_token_id: int
@@ -48,7 +48,7 @@ class EncoderDecoderLayout:
         builder = RowBuilder(len(examples), self.nll)
         for s, (ids, (_, length, mask)) in enumerate(zip(answers, sequences, strict=True)):
             labels[s, : len(ids)] = ids
-            # A prompt of one token stands for the decoder's first, which predicts the answer's.
+            # A prompt of one token stands for the decoder's start token, which predicts the answer's first.
             counted = None if mask is None else np.concatenate([[0], mask[length:]])
             first = s * labels.shape[1]
             builder.add(s, first + np.arange(len(ids) + 1), np.concatenate([ids[:1], ids]), 1, counted)

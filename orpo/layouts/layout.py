@@ -1,10 +1,10 @@
-"""How tokenized pairs become one batch: the model's inputs, and the rows of hidden states that the loss reads.
+"""Turns tokenized pairs into a batch: the model's inputs, and the rows of hidden states that the loss reads.
 
 Letters: P pairs, S = 2P sequences (chosen first, then rejected), T positions, N kept rows.
 
 A layout is a callable ``list of examples -> batch``; an example is one row of `orpo.data.prepare.prepare_dataset`.
-Whatever the arrangement of tokens in memory, the loss sees the five arrays of :class:`orpo_kernels.rows.Rows` and the
-trainer two counts, so that neither knows which layout made a batch.
+In every layout the loss sees the five arrays of :class:`orpo_kernels.rows.Rows` and the trainer a few counts, so that
+neither knows which layout made a batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from orpo.layouts.prefix_mask import CHOSEN, PROMPT, REJECTED, SharedPrefixMask
 
 
 class _Sequence(NamedTuple):
-    """A sequence's tokens, how many of them are its prompt, and what each counts for where that is not all."""
+    """A sequence's tokens, how many of them are its prompt, and a mask where not all of its answer counts."""
 
     ids: np.ndarray
     prompt_length: int
@@ -29,7 +29,7 @@ class _Sequence(NamedTuple):
 
 
 def sequences_of(examples: list[Mapping[str, Any]]) -> Iterable[_Sequence]:
-    """Every sequence, chosen ones first."""
+    """All sequences, chosen ones first."""
     for side in ("chosen", "rejected"):
         for example in examples:
             mask = example.get(f"{side}_mask")
@@ -45,7 +45,7 @@ class PaddedLayout:
     """One row per sequence, padded on the right, the chosen half first: ``input_ids`` and ``attention_mask`` (2P, T).
 
     Attributes:
-        pad_token_id: what fills the rest of a row. It is masked from attention and has no row in the loss.
+        pad_token_id: fills the rest of a row. It is masked from attention and has no row in the loss.
         nll: which tokens of the chosen sequence the NLL scores.
         pad_to_multiple_of: T is rounded up to a multiple of this.
     """
@@ -74,7 +74,7 @@ class PaddedLayout:
 
 
 def _pack(lengths: list[int], width: int) -> list[list[int]]:
-    """Items into as few rows of `width` as first-fit finds, the longest first."""
+    """Packs items into rows of `width` by first-fit, the longest first."""
     rows: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -92,8 +92,8 @@ def _pack(lengths: list[int], width: int) -> list[list[int]]:
 class PackedLayout:
     """Sequences one behind the other, positions restarting, without an attention mask: ``input_ids`` (B, T).
 
-    transformers finds the sequences by their positions. FlashAttention's variable-length kernels want one row
-    (`single_row`) and never look across a boundary; elsewhere T is the longest sequence and shorter ones fill the rows.
+    transformers tells the sequences apart by their positions. FlashAttention's variable-length kernels want one row
+    (`single_row`); elsewhere T is the longest sequence, and shorter ones share rows.
 
     Attributes:
         pad_token_id, nll: as in :class:`PaddedLayout`.
@@ -120,7 +120,7 @@ class PackedLayout:
                 position_ids[r, t : t + lengths[s]] = np.arange(lengths[s])
                 starts[s] = r * width + t
                 t += lengths[s]
-            # Counted from 0 again, padding is a sequence of its own, which nothing reads.
+            # Positions from 0 make the padding a sequence of its own, which nothing reads.
             position_ids[r, t:] = np.arange(width - t)
         builder = RowBuilder(len(examples), self.nll)
         for s, (ids, *counted) in enumerate(sequences):
@@ -136,9 +136,9 @@ class PackedLayout:
 class SharedLayout:
     """A pair as [prompt | chosen | rejected], the prompt once; several pairs to a row where that saves padding.
 
-    What both sequences begin with is shared, up to the shorter prompt: answers never share tokens, although theirs may
-    be equal, and prompts that differ (a merge over the boundary, a cut) share what is equal of them. The last shared
-    token predicts the first of both answers, so its hidden state is read twice.
+    The sequences share the tokens that both begin with, up to the end of the shorter prompt: answers never share
+    tokens, and prompts that differ (a token over the boundary, a cut) share their equal start. The last shared token
+    predicts the first token of both answers, so its hidden state is read twice.
 
     Attributes:
         pad_token_id, nll: as in :class:`PaddedLayout`.
@@ -190,7 +190,7 @@ class SharedLayout:
 
 
 def _common_prompt(chosen: _Sequence, rejected: _Sequence) -> int:
-    """How many tokens of the prompt both sequences of a pair begin with."""
+    """How many tokens of the prompt the sequences of a pair share at their start."""
     n = min(chosen.prompt_length, rejected.prompt_length)
     differs = np.flatnonzero(chosen.ids[:n] != rejected.ids[:n])
     return int(differs[0]) if len(differs) else n

@@ -1,4 +1,4 @@
-"""The tokens of each pair beside a batch, for metrics that ask for inputs: whatever the layout, one row a pair."""
+"""Puts each pair's tokens beside a batch, one row a pair in every layout, for metrics that ask for inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def with_sequences(collator: Callable[[list[Any]], dict[str, Any]]) -> Callable[
 
     A row is prompt and chosen answer, and behind them the rejected answer, filled up with -100.
     """
-    # No closure: dataloader workers that are spawned have to be sent it.
+    # No closure: it could not be sent to dataloader workers that are spawned.
     return partial(_collate, collator)
 
 

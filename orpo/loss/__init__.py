@@ -66,20 +66,19 @@ def orpo_loss(
         shift: whether labels are aligned with the input ids, as in transformers.
         logit_scale: factor on the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
         logit_softcap: c of c * tanh(logits / c) (Gemma 2), or None.
-        num_nll_tokens: denominator of the NLL's mean in place of this call's own number of tokens: the count over all
-            micro-batches and ranks makes accumulated gradients equal those of the large batch.
+        num_nll_tokens: denominator of the NLL's mean. Default: this call's number of tokens. With the count over all
+            micro-batches and ranks, accumulated gradients equal those of the large batch.
         num_pairs: the same for the mean over pairs.
         logits_budget: most bytes kept between the logits and their gradient: tiles of logits on CPU, exponentials in
-            the operands' dtype with Triton. 0: none, all logits are recomputed strip by strip in backward (8 N V D
-            FLOPs instead of 6; with Triton in between where the budget holds a part). A head that needs no gradient has
-            every logit computed once (4 N V D), with Triton where the budget holds all or 1024 rows. Default: 1 GiB
-            with Triton, 512 MiB on CPU, there none for a head that needs no gradient. On CPU a float32 head keeps about
-            1024 rows, or one pair, of what the budget holds, since more take no less time; a pair that the budget does
-            not hold goes by strips. The loss differs between budgets by rounding.
+            the operands' dtype with Triton. 0 keeps none, and backward computes all logits again, strip by strip (8 N V
+            D FLOPs instead of 6; with Triton in between where the budget holds a part). For a head that needs no
+            gradient every logit is computed once (4 N V D), with Triton where the budget holds all or 1024 rows.
+            Default: 1 GiB with Triton; 512 MiB on CPU, and there 0 for a head that needs no gradient. On CPU a float32
+            head keeps about 1024 rows, or one pair, at a time, since more take no less time; a pair larger than the
+            budget goes by strips. The loss differs between budgets by rounding.
         strip_bytes: size of one vocabulary strip of recomputed logits. Default: 128 MiB on accelerators, 32 MiB on CPU,
             where a wider one is no faster.
-        backend: "triton", "torch", or None: torch on CPU tensors, in float64 and where triton is not installed, Triton
-            elsewhere.
+        backend: "triton", "torch", or None: torch for CPU tensors, for float64 and without triton; else Triton.
 
     Returns:
         ORPOOutput; `loss` is differentiable by hidden, lm_head_weight and lm_head_bias, once.
@@ -124,8 +123,8 @@ def orpo_loss_from_rows(
     Args:
         hidden: (..., D); row n reads ``hidden.reshape(-1, D)[rows.rows_N[n]]``.
         lm_head_weight: (V, D).
-        rows: the rows that count, all of them with at least one mask set, sorted by sequence. A collator knows them,
-            so that nothing has to be read back from the device.
+        rows: the rows that count, each with at least one mask set, sorted by sequence. A collator makes them, so that
+            nothing has to be read back from the device.
 
     The other arguments, the result and the errors are those of `orpo_loss`.
     """

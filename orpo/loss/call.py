@@ -1,4 +1,4 @@
-"""What the public functions of orpo.loss share: checks of their arguments, the call of the operator, its result.
+"""Shared by the public functions of orpo.loss: checks of arguments, the call of the operator, its result.
 
 Letters: P pairs, T positions, D hidden size, V vocabulary, N rows; equations are numbered as in kernels/README.md.
 """
@@ -81,7 +81,7 @@ class ORPOOutput:
 
 @dataclass(frozen=True)
 class Names:
-    """What a caller knows the arguments by."""
+    """What a caller calls the arguments."""
 
     hidden: str = "hidden"
     weight: str = "lm_head_weight"
@@ -102,8 +102,8 @@ def run_orpo(
     from orpo_kernels import fused  # registers the operators
 
     check_head(hidden, weight, bias, names)
-    # Before autocast: under no_grad its copy of a trained head requires no gradient, and evaluation would not take
-    # training's way.
+    # Asked before autocast: under no_grad its copy of a trained head needs no gradient, and evaluation would compute
+    # otherwise than training.
     head_frozen = is_frozen(weight, bias)
     hidden, weight, bias = autocast(hidden, weight, bias)
     hidden_RD = hidden.reshape(-1, hidden.shape[-1])
@@ -139,7 +139,7 @@ def run_orpo(
 
 def check_row_arrays(rows: Rows, hidden: Tensor) -> None:
     """Refuse arrays of a caller's `Rows` that do not fit one another, or live elsewhere than the hidden states."""
-    # Not by a set: torch.compile would make a graph for each number of rows.
+    # Not by a set of shapes: torch.compile would make a graph for each number of rows.
     if rows.rows_N.dim() != 1 or any(array.shape != rows.rows_N.shape for array in rows.arrays):
         raise ValueError(f"rows holds arrays of different shapes: {[tuple(array.shape) for array in rows.arrays]}")
     if rows.pairs < 1:
@@ -165,7 +165,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, names: Names
         if tensor.dtype not in _FLOATS:
             raise ValueError(f"{name} has to be float64, float32, bfloat16 or float16, got {tensor.dtype}")
         check_device(name, tensor, hidden, names.hidden)
-        # A graph is traced of tensors without tangents, but may be called with others while a level is open.
+        # A graph is traced with tensors without tangents, but may be called with tangents while a level is open.
         is_open = torch.compiler.is_compiling() and forward_ad._current_level >= 0
         if is_open or forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(
@@ -227,7 +227,7 @@ def check_device(name: str, tensor: Tensor, hidden: Tensor, hidden_name: str = "
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors as a Linear would see them under the active autocast; float64 is left alone, as there."""
     device = tensors[0].device.type
-    # torch.compile of torch 2.8 cannot look into is_autocast_available; what it compiles for has autocast.
+    # torch.compile of torch 2.8 cannot trace is_autocast_available; every device it compiles for has autocast.
     available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
     if not (available and torch.is_autocast_enabled(device)):
         return tensors

@@ -1,4 +1,4 @@
-"""Log-probabilities without the full logits: of tokens, and of whole sequences, the primitive of other losses.
+"""Log-probabilities of tokens and of sequences without the full logits, on which other losses are built.
 
 Letters: B sequences, T positions, D hidden size, V vocabulary, N rows; equations are numbered as in kernels/README.md.
 """
@@ -91,7 +91,7 @@ def label_logprobs(
         hidden, labels = hidden[:, :-1], labels[:, 1:]
     counts = labels != ignore_index
     logp = token_logprobs(hidden[counts], weight, labels[counts], **settings)
-    # Not added by index: on a GPU such sums differ from run to run.
+    # Not index_add: on a GPU its sums differ from run to run.
     return logp.new_zeros(counts.shape).masked_scatter(counts, logp), counts
 
 
@@ -116,9 +116,9 @@ def token_logprobs(
         hidden: (N, D).
         weight: (V, D).
         targets: (N,) int32 or int64 in [0, V).
-        logits_budget: most bytes of exponentials kept with Triton, as in `orpo_loss`. Default: 0, since each call whose
-            backward is still to come would keep its own, and 1 GiB where weight and bias need no gradient, which
-            leaves none of it behind. On a CPU none are kept.
+        logits_budget: most bytes of exponentials kept with Triton, as in `orpo_loss`. Default: 0, since every call that
+            waits for its backward would keep its own; 1 GiB where weight and bias need no gradient, since nothing is
+            kept then after the call. On a CPU none are kept.
         bias, logit_scale, logit_softcap, strip_bytes, backend: as in `orpo_loss`.
 
     Returns:

@@ -17,11 +17,11 @@ def sft_loss(policy: SequenceLogprobs) -> Tensor:
 
 
 def log_ratios(policy: SequenceLogprobs, reference: SequenceLogprobs) -> Tensor:
-    """(B,) log-probability of each sequence under the policy less that under the reference: what KTO and DPO reward.
+    """(B,) log-probability of each sequence under the policy minus that under the reference, as in KTO and DPO.
 
     Args:
-        policy: of the model that trains.
-        reference: of the model that it starts from, for the same labels, made under ``torch.no_grad()``.
+        policy: from the model that trains.
+        reference: from the model that it starts from, for the same labels, made under ``torch.no_grad()``.
     """
     return policy.sums - reference.sums
 

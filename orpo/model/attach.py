@@ -1,11 +1,11 @@
 """The loss as a part of the model: a language model whose forward also takes ``orpo=``.
 
-``model(input_ids, ..., orpo=LossCall(rows, ...))`` runs the model's own forward up to its head, and hands the hidden
-states to ``head(hidden, orpo=...)``, which computes the loss in place of the logits (`LossCall.of_head`; other calls
-may want something else of the head). Because the loss is a call of the head inside a call of the model, what is hooked
-to these calls (FSDP's and ZeRO's gathering, DDP's reduction, autocast) works as for logits. What replaces a module's
-forward does not, so that a model spread over devices (``device_map``) is refused. Only instances are patched; without
-``orpo=`` both forwards are what they were, so generation and saving are untouched.
+``model(input_ids, ..., orpo=LossCall(rows, ...))`` runs the model's own forward up to its head, and gives the hidden
+states to ``head(hidden, orpo=...)``, which computes the loss in place of the logits (`LossCall.of_head`; another call
+may ask the head for something else). The loss is a call of the head inside a call of the model, so that hooks on these
+calls (FSDP's and ZeRO's gathering, DDP's reduction, autocast) work as for logits. A model spread over devices
+(``device_map``) is refused, since it replaces modules' forwards. Only instances are patched; without ``orpo=`` both
+forwards do what they did, so generation and saving do not change.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class LossCall:
 
     Attributes:
         rows: row n reads ``hidden.reshape(-1, D)[rows.rows_N[n]]``.
-        settings: of the loss; the head knows its own scale and softcap.
+        settings: of the loss. Scale and softcap come from the head.
         logit_metrics: whether ``metrics`` holds TRL's logits/*.
-        bias: (V,), what the model itself adds to its head's output; the model's forward sets it.
+        bias: (V,), what the model itself adds to its head's output; set by the model's forward.
     """
 
     rows: Rows
@@ -64,7 +64,7 @@ class LossCall:
 
     @staticmethod
     def output(**values: Any) -> ORPOModelOutput:
-        """What the model returns of them."""
+        """What the model returns, made of the head's values."""
         return ORPOModelOutput(**values)
 
 
@@ -101,7 +101,7 @@ class LogitTransform:
 
 
 class _StandIn:
-    """In the place of a head: notes what it is called with and returns a constant. It has the head's attributes."""
+    """Takes a head's place, with its attributes; notes its argument and returns a constant."""
 
     def __init__(self, head: nn.Module, output: Tensor) -> None:
         self.head, self.output = head, output
@@ -117,7 +117,7 @@ class _StandIn:
 
 @dataclass
 class FusedHead:
-    """Where the head of a patched model is.
+    """The head of a patched model, and where it is.
 
     Attributes:
         name: its dotted name.
@@ -133,9 +133,9 @@ class FusedHead:
     transform: LogitTransform = LogitTransform()
 
     def run_to_head(self, stand_in: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
-        """The model's forward with its head replaced by `stand_in`: (what the head was given, the forward's output)."""
+        """Runs the model's forward with `stand_in` as its head: (the head's input, the forward's output)."""
         stand_in_head = _StandIn(getattr(self.owner, self.attribute), stand_in)
-        # The instance's __dict__ is searched before its registered modules, which stay as they are.
+        # Python finds the instance's __dict__ before the registered modules, which need no change then.
         self.owner.__dict__[self.attribute] = stand_in_head
         try:
             outputs = self.model_forward(*args, **{**kwargs, "return_dict": True})
@@ -150,16 +150,16 @@ class FusedHead:
 
 
 def attach_orpo_loss(model: nn.Module) -> FusedHead:
-    """Lets ``model(..., orpo=LossCall)`` compute the loss. Doing it again, also around a new adapter, is harmless.
+    """Lets ``model(..., orpo=LossCall)`` compute the loss. A second call, also around a new adapter, is harmless.
 
     Args:
         model: a language model of transformers, causal or with an encoder, or a PEFT model around one.
 
     Raises:
-        ValueError: the model is spread over devices, cut up by ZeRO-3, or has a head, or an encoder, that the fused
-            loss cannot go with.
+        ValueError: the model is spread over devices, split by ZeRO-3, or has a head or an encoder that the fused loss
+            does not work with.
     """
-    # Before the head is looked at: its empty weight would be taken for a quantized one.
+    # Asked first: the empty weight of such a head would be taken for a quantized one.
     if any(hasattr(parameter, "ds_id") and parameter.numel() == 0 for parameter in model.parameters()):
         raise ValueError(
             "ZeRO-3 has cut the weights up while loading, and the loss cannot be attached to them: use ZeRO-2 "
@@ -199,12 +199,11 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def embeddings(model: nn.Module) -> int:
-    """How many tokens a model, or the one inside a PEFT model, has embeddings for."""
+    """How many tokens the model, or the one inside a PEFT model, has embeddings for."""
     return base_model(model).get_input_embeddings().weight.shape[0]
 
 
-# The patched forwards reach their state through self, never through a closure: a deep copy of the model would otherwise
-# run the model that it was copied from.
+# The patched forwards reach their state through self: with a closure, a deep copy of the model would run the original.
 def _patch_model(model: nn.Module, fused: FusedHead) -> None:
     signature = inspect.signature(type(model).forward)
 
@@ -217,7 +216,7 @@ def _patch_model(model: nn.Module, fused: FusedHead) -> None:
         if isinstance(orpo, Tensor):
             return fused.run_to_head(orpo, args, kwargs)[1]
         if "use_cache" in signature.parameters:
-            # A cache of keys and values serves nobody here, and hides from transformers that sequences are packed.
+            # A key-value cache is of no use here, and would hide from transformers that sequences are packed.
             kwargs.setdefault("use_cache", False)
         if is_encoder_decoder(self):
             kwargs = encode_once(self, kwargs)
@@ -225,15 +224,15 @@ def _patch_model(model: nn.Module, fused: FusedHead) -> None:
         result = getattr(fused.owner, fused.attribute)(hidden, orpo=replace(orpo, bias=added_bias(self)))
         return orpo.output(**result, aux_loss=outputs.get("aux_loss"))
 
-    # Generation asks the signature which arguments the model takes. functools.wraps would set __wrapped__ as well, and
-    # accelerate's unwrapping would follow it past this patch.
+    # Generation reads the model's arguments off the signature. functools.wraps would also set __wrapped__, by which
+    # accelerate's unwrapping would remove this patch.
     forward.__signature__ = signature
     model._orpo_head = fused
     model.forward = MethodType(forward, model)
 
 
 def _unpatch_model(model: nn.Module, fused: FusedHead) -> None:
-    """A model that is refused goes back to its owner as it came."""
+    """Removes the patch: a model that is refused goes back as it came."""
     del model.forward, model._orpo_head
     if model.forward != fused.model_forward:
         model.forward = fused.model_forward
@@ -256,7 +255,7 @@ def _patch_head(head: nn.Module, transform: LogitTransform) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout in the block; after it the model is in the mode that it was in."""
+    """Puts the model in evaluation mode, and afterwards back in the mode that it was in."""
     was_training = model.training
     model.eval()
     try:
@@ -276,7 +275,7 @@ def tiny_inputs(model: nn.Module, sequences: int, length: int) -> dict[str, Tens
 
 def _transform_of_all_ranks(model: nn.Module, fused: FusedHead) -> LogitTransform:
     if is_fsdp_enabled():
-        # Loading that spares memory gives weights to rank 0 alone; elsewhere the model cannot run yet.
+        # With cpu_ram_efficient_loading only rank 0 has weights yet, so that only its model can run.
         return from_rank_0(PartialState(), lambda: _read_transform(model, fused))
     return _read_transform(model, fused)
 
@@ -285,12 +284,12 @@ def _transform_of_all_ranks(model: nn.Module, fused: FusedHead) -> LogitTransfor
 def _read_transform(model: nn.Module, fused: FusedHead) -> LogitTransform:
     """What the model's forward does to the output of its head.
 
-    Read off the forward itself, by letting the head return known numbers, rather than off the dozen names that the
-    configurations have for it. The slope at 0 is the scale; a finite limit is the softcap.
+    The head returns known numbers, and the forward's output shows it: the slope at 0 is the scale, a finite limit the
+    softcap. Configurations have a dozen names for these.
     """
     grid = torch.tensor([2.0**-20, 1.0, 3.0, 17.0, 2.0**40], device=model.device).reshape(1, -1, 1)
     # A call of the model, not of its forward: sharded weights are gathered by hooks around the call.
-    # What the body computes, by which attention and in which precision, is replaced by the grid.
+    # The grid replaces what the body computes, so that attention and precision do not matter here.
     attention = eager_where_flash_cannot_run(model), flash_precision(model, torch.bfloat16)
     with evaluating(model), attention[0], attention[1], without_bias(model):
         outputs = model(**tiny_inputs(model, 1, grid.shape[1]), orpo=grid)

@@ -1,4 +1,4 @@
-"""Encoder-decoders: the encoder reads a prompt once, and the decoder both answers from what it made of it.
+"""Encoder-decoders: the encoder reads a prompt once, and the decoder scores both answers with its output.
 
 Letters: P pairs, T tokens of a prompt, U of an answer, V vocabulary.
 """
@@ -13,21 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What BART and its kin add to the output of their head: (1, V), a buffer.
+# The buffer (1, V) that BART and its kin add to the output of their head.
 _BIAS = "final_logits_bias"
 
 
 def is_encoder_decoder(model: Any) -> bool:
-    """Whether `model`, of transformers or PEFT, has an encoder for the prompt; False of None."""
+    """Whether `model`, of transformers or PEFT, has an encoder for the prompt; False for None."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def check_encoder_decoder(model: nn.Module) -> None:
-    """Refuses an encoder-decoder that :func:`encode_once` cannot run. Other models are not looked at.
+    """Refuses an encoder-decoder that :func:`encode_once` cannot run. Other models pass.
 
     Raises:
-        ValueError: its encoder reads no tokens, it does not shift labels itself or its config lacks what that takes, or
-            it has a router's loss.
+        ValueError: its encoder does not read tokens, it cannot shift labels itself, or it has a router's loss.
     """
     if not is_encoder_decoder(model):
         return
@@ -38,10 +37,10 @@ def check_encoder_decoder(model: nn.Module) -> None:
             "than tokens: T5, BART, Pegasus, Marian and their kin can be trained"
         )
     try:
-        # The vocabulary's last token: mBART moves an answer's last one to its beginning, and looks for one.
+        # Labels of a token that is no padding: mBART moves an answer's last such token to its start.
         last = model.get_input_embeddings().weight.shape[0] - 1
         model.prepare_decoder_input_ids_from_labels(labels=torch.full((1, 2), last, device=model.device))
-    except Exception as error:  # Of each model its own: what its config lacks is met as it comes.
+    except Exception as error:  # Each model raises another error where its config lacks something.
         raise ValueError(
             f"{name} cannot make its decoder's tokens of labels ({error}): set decoder_start_token_id and pad_token_id "
             "in the model's config"
@@ -59,7 +58,7 @@ def encode_once(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     Args:
         model: an encoder-decoder of transformers.
         inputs: ``input_ids`` and ``attention_mask`` (P, T), ``labels`` (2P, U), chosen answers first, -100 behind them.
-            Without labels they stay as they are.
+            Without labels they are returned as they are.
 
     Returns:
         the same with ``encoder_outputs`` and ``attention_mask`` of 2P rows, and ``decoder_input_ids`` (2P, U).
@@ -70,7 +69,7 @@ def encode_once(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     answers = labels.shape[0] // ids.shape[0]
     encoded = model.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)
-    # The gradients of both answers add up in it.
+    # Repeated here, so that the gradients of both answers add up in the one encoding.
     encoded.last_hidden_state = encoded.last_hidden_state.repeat(answers, 1, 1)
     return inputs | {
         "input_ids": None,
@@ -82,14 +81,14 @@ def encode_once(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def added_bias(model: nn.Module) -> Tensor | None:
-    """(V,), what `model` adds to the output of its head as a buffer of its own, or None."""
+    """(V,), the buffer that `model` adds to the output of its head, or None."""
     bias = getattr(model, "_buffers", {}).get(_BIAS)
     return None if bias is None else bias.flatten()
 
 
 @contextmanager
 def without_bias(model: nn.Module) -> Iterator[None]:
-    """Without :func:`added_bias` in the block."""
+    """Takes :func:`added_bias` out of the model for the block."""
     kept = model._buffers.get(_BIAS)
     if kept is None:
         yield

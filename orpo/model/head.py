@@ -1,4 +1,4 @@
-"""The weight behind a head: the module that PEFT trains in its place, and a LoRA on it as more columns.
+"""The weight behind a head: also PEFT's trained copy of it, or a LoRA on it as more columns.
 
 Letters: D hidden size, V vocabulary, r the rank of the LoRAs on the head, all of them together.
 """
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def trained_copy(head: nn.Module) -> nn.Module:
-    """The module that computes, where PEFT's ``modules_to_save`` has wrapped the head."""
+    """`head`, or the copy that PEFT's ``modules_to_save`` trains in its place."""
     copies = getattr(head, "modules_to_save", None)
     if not isinstance(copies, nn.ModuleDict):
         return head
@@ -41,10 +41,10 @@ def head_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
 def head_operands(head: nn.Module, hidden: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """(hidden states (..., D + r), weight (V, D + r), bias) whose product is the head's logits, a LoRA on it included.
 
-    `added` (V,) is what the model adds to them; the bias has it too.
+    `added` (V,), what the model adds to the logits, becomes part of the bias.
 
-    x W^T + s (x A^T) B^T = [x, s x A^T] [W, B]^T. Added into a weight of bfloat16, B A would be rounded away as long as
-    it is smaller than half a unit in the last place: the loss would not see the adapter that its gradient trains.
+    x W^T + s (x A^T) B^T = [x, s x A^T] [W, B]^T. A sum W + s B A in bfloat16 would round a small B A away: the loss
+    would not see the adapter that its gradient trains.
 
     Raises:
         ValueError: as :func:`head_weight`.
@@ -60,7 +60,7 @@ def head_operands(head: nn.Module, hidden: Tensor, added: Tensor | None = None) 
         highs.append(head.lora_B[adapter].weight.to(weight.dtype))
     if len(highs) == 1:
         return hidden, weight, bias
-    # Under no_grad the weight would look like a frozen one, and evaluation would not take training's way.
+    # Under no_grad the weight would look frozen, and evaluation would compute otherwise than training.
     with torch.enable_grad():
         weight = torch.cat(highs, 1)
     return torch.cat(lows, -1), weight, bias

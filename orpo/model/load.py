@@ -28,19 +28,19 @@ from orpo.hub import check_hub_name, hub_options
 
 @contextmanager
 def reading(name: str | Path, *, runs_code: bool = False) -> Iterator[None]:
-    """Where the files of the model `name` are read: names them in errors of the libraries that read them.
+    """Names the files of the model `name` in errors of the libraries that read them.
 
     Args:
         name: a folder, or a name on the hub.
-        runs_code: code that comes with the model runs too, whose own errors are left as they are.
+        runs_code: whether code that comes with the model runs too; its errors are left as they are.
 
     Raises:
-        ValueError: a file is broken; of JSON, which one.
+        ValueError: a file is broken; a JSON file is named.
     """
     try:
         yield
     except Exception as error:
-        # These speak of what they read. Of a broken file come KeyError, TypeError, Exception itself and others.
+        # These errors name what they read. A broken file gives KeyError, TypeError, Exception itself and others.
         if isinstance(error, OSError | ImportError | torch.OutOfMemoryError) or type(error) is ValueError:
             raise
         reason = _broken_json(Path(name))
@@ -60,10 +60,10 @@ def _broken_json(folder: Path) -> str | None:
 
 
 def load_model(name: str, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
-    """The language model called `name`, a folder or a model of the hub; also one that sees images, or has an encoder.
+    """The language model `name`, a folder or a name on the hub; it may also read images, or have an encoder.
 
-    Weights are read from safetensors unless `options`, the arguments of ``from_pretrained``, ask otherwise: a pickle
-    can run code as it loads.
+    Weights are read from safetensors unless `options`, the arguments of ``from_pretrained``, say otherwise, since a
+    pickle can run code when it is loaded.
 
     Raises:
         ImportError: FlashAttention is asked for and not installed.
@@ -83,10 +83,10 @@ def load_model(name: str, *, trust_remote_code: bool = False, **options: Any) ->
 
 
 def check_model(name: str, *, trust_remote_code: bool = False, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """Refuses of the model called `name` what can be known before its weights are read: (Auto class, its arguments).
+    """Refuses the model `name` before its weights are read, if possible. Returns (Auto class, its arguments).
 
     Raises:
-        ValueError: as :func:`load_model`, but for what only the weights tell.
+        ValueError: as :func:`load_model`, except for what only the weights show.
     """
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise ValueError(f"there is no folder {name} to load a model from")
@@ -103,7 +103,7 @@ def check_model(name: str, *, trust_remote_code: bool = False, **options: Any) -
     with reading(name, runs_code=trust_remote_code):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub_options(kwargs))
     if config.is_encoder_decoder:
-        # Of some, BART among them, the decoder alone is a causal language model too.
+        # The decoder of some models, such as BART, is a causal language model by itself too.
         if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
             raise ValueError(f"{name} is a {config.model_type} model, an encoder-decoder that does not read text")
         return AutoModelForSeq2SeqLM, kwargs
@@ -116,7 +116,7 @@ def check_model(name: str, *, trust_remote_code: bool = False, **options: Any) -
 
 
 def find_dtype(dtype: Any) -> Any:
-    """The torch dtype of that name; "auto", None and dtypes themselves as they are.
+    """The torch dtype called `dtype`; "auto", None and torch dtypes are returned as they are.
 
     Raises:
         ValueError: torch has no dtype of that name, or weights cannot have it.
@@ -130,7 +130,7 @@ def find_dtype(dtype: Any) -> Any:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of that name; None is an accelerator if there is one, or else the CPU.
+    """The device called `name`; for None an accelerator if there is one, or else the CPU.
 
     Raises:
         ValueError: torch knows no such device, or finds none here.
@@ -151,7 +151,7 @@ def find_device(name: str | None) -> torch.device:
 
 
 def _refuse_random_head(name: str, model: PreTrainedModel, missing: Collection[str], auto: str) -> None:
-    """transformers only warns where a checkpoint lacks the head, and gives the model a random one."""
+    """Refuses a checkpoint without a head: transformers only warns, and makes a random one."""
     heads = [path for path, module in model.named_modules() if module is model.get_output_embeddings()]
     if any(f"{head}.weight" in missing for head in heads):
         raise ValueError(
@@ -161,7 +161,7 @@ def _refuse_random_head(name: str, model: PreTrainedModel, missing: Collection[s
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False, **hub: Any) -> Any:
-    """The tokenizer that belongs to the model called `name`; of an adapter that has none, its base model's.
+    """The tokenizer of the model `name`; for an adapter without one, its base model's.
 
     Args:
         name: a folder, or a name on the hub.
@@ -169,7 +169,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, **hub: Any) ->
         hub: as :func:`orpo.hub.hub_options` gives them.
 
     Raises:
-        ValueError: `name` is empty, a folder without a tokenizer, or neither a folder nor to be had from the hub.
+        ValueError: `name` is empty, a folder without a tokenizer, or neither a folder nor found on the hub.
     """
     if not name:
         raise ValueError("processing_class is not given, and the model has no name to find its tokenizer by")

@@ -17,7 +17,7 @@ from orpo.model.encoder_decoder import is_encoder_decoder
 from orpo.model.load import load_model, load_tokenizer
 from orpo.packages import require
 
-# By this file a later merge knows a folder of an earlier one, which it may replace.
+# Marks a folder as an earlier merge's, which a later one may replace.
 RECORD = "orpo_merge.json"
 
 
@@ -26,14 +26,14 @@ def merge_adapter(
 ) -> Any:
     """Saves the base model of the adapter in the folder `adapter`, with the adapter added in, in the folder `output`.
 
-    The base model is loaded anew, unquantized: a LoRA that was trained on a 4-bit model is added to the weights that
-    the 4-bit ones were rounded from, so its logits are not quite those of training. What was saved is loaded again, and
-    its logits on a few tokens are compared with those of the adapter around its base, before `output` is there.
+    The base model is loaded anew, unquantized: a LoRA trained on a 4-bit model is added to weights before rounding, so
+    that its logits differ a little from those of training. The merged model is loaded again, and its logits on a few
+    tokens are compared with the adapter's, before `output` appears.
 
     Args:
         adapter: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, as the trainer saves it.
-        output: where the whole model is saved, with the tokenizer that lies in `adapter`, or else the base model's.
-            It has to be new or empty, or the folder of an earlier merge, which is replaced.
+        output: where the whole model is saved, with the tokenizer in `adapter`, or else the base model's. It has to be
+            new or empty, or the folder of an earlier merge, which is replaced.
         dtype: of the merged weights; "auto" is that of the base model's files.
         trust_remote_code: run Python code that comes with the base model.
 
@@ -43,10 +43,10 @@ def merge_adapter(
     Raises:
         ImportError: peft is not installed.
         ValueError: `adapter` holds no adapter, or one that cannot be merged, `output` holds something else, or the
-            merged model's logits are not the adapter's; nothing is left in `output` then.
+            merged model's logits are not the adapter's. Nothing is left in `output` then.
     """
     require("peft", "merging an adapter")
-    # Resolved: a link is no folder that could be replaced, and "." has no name.
+    # Resolved, since a link cannot be replaced by a folder, and "." has no name.
     adapter, output = Path(adapter), Path(output).resolve()
     if not (adapter / WEIGHTS).is_file() or not (adapter / "adapter_config.json").is_file():
         raise ValueError(f"{adapter} holds no adapter: adapter_config.json and {WEIGHTS} are needed")
@@ -102,10 +102,10 @@ def _sources(adapter: str | Path, dtype: Any) -> dict[str, str]:
 
 
 def check_output(output: str | Path, adapter: str | Path, base: str | None = None) -> None:
-    """Refuses to replace anything but what an earlier merge has written.
+    """Refuses an `output` that holds anything but an earlier merge.
 
     Args:
-        output: the folder that is to be written.
+        output: the folder to write.
         adapter: the adapter's folder.
         base: folder or name of its base model.
 
@@ -133,7 +133,7 @@ def _merge(model: Any) -> Any:
     """The base model of `model`, a ``PeftModel``, with the adapter in its weights."""
     base = model.get_base_model()
     head, embeddings = _plain(base.get_output_embeddings()), _plain(base.get_input_embeddings())
-    # Merged into the one tensor that both share, what was trained for either would change the other as well.
+    # Merged into a tensor that both share, the change of one would also change the other.
     tied = head.weight is embeddings.weight
     if tied:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
@@ -148,7 +148,7 @@ def _merge(model: Any) -> Any:
 
 
 def _plain(module: nn.Module) -> nn.Module:
-    """The module of the base model below what peft has put around it."""
+    """The base model's module inside peft's wrappers."""
     while True:
         inner = getattr(module, "original_module", None) or getattr(module, "base_layer", None)
         if inner is None:
@@ -162,7 +162,7 @@ def _equal_but_for_rounding(one: Tensor, other: Tensor) -> bool:
 
 
 def _trial_tokens(model: Any, trained: list[int]) -> Tensor:
-    """int64 (rows, 16): tokens whose embeddings were trained, the vocabulary's last ones, and some at random."""
+    """int64 (rows, 16): tokens whose embeddings were trained, the vocabulary's last tokens, and random ones."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     ids = [*trained[:32], *range(max(vocabulary - 8, 0), vocabulary)]
@@ -179,14 +179,14 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def _compare(found: Tensor, expected: Tensor, model: Any, adapter: str) -> None:
-    """Refuses logits that differ, in one position or for one token of the vocabulary, by more than rounding explains.
+    """Refuses logits that differ anywhere by more than rounding explains.
 
     Raises:
-        ValueError: with the difference and the bound.
+        ValueError: the message has the difference and the bound.
     """
     squares = (found - expected).square()
     difference = torch.maximum(squares.mean(0).max(), squares.mean(1).max()).sqrt().item()
-    # Each layer rounds once more, independently of the others.
+    # Each layer adds a rounding of its own.
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
     scale = expected.square().mean().sqrt().item()
     bound = 1e-3 + 8 * torch.finfo(model.dtype).eps * layers**0.5 * scale

@@ -1,9 +1,9 @@
-"""What a model computes, tried on a few tokens before training: its head, and the layouts it can be trained with.
+"""Tries a model on a few tokens before training: whether its head is understood, and which layouts it computes right.
 
-A layout is found by trying it, never by a list of names. A model that looks at the order of tokens in memory (ALiBi,
-state-space and convolution layers, windows counted in tokens) would train silently wrong on answers that share a
-prompt. So every answer token of a few pairs is scored in the padded layout, from the model's own logits, and in the
-layout in question.
+A model that looks at the order of tokens in memory (ALiBi, state-space and convolution layers, windows counted in
+tokens) would train wrongly, without an error, on answers that share a prompt. No list of names can be complete, so
+every answer token of a few pairs is scored in the padded layout, from the model's own logits, and in the layout in
+question.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def choose_layout(name: str, model: nn.Module, *, max_length: int | None = None,
     """The layout to train `model` with, and one sentence that says why.
 
     Args:
-        name: a layout, or "auto": the first that the model computes right of shared (packed with FlashAttention) and
-            padded. It is padded where packed cannot be tried: FlashAttention with weights on a CPU.
+        name: a layout, or "auto": shared (packed with FlashAttention) if the model computes it right, else padded. It
+            is padded too where packed cannot be tried: FlashAttention with weights on a CPU.
         model: after :func:`orpo.model.attach.attach_orpo_loss`; its weights are read, none is changed.
-        max_length: most tokens of a sequence in training. Windows and chunks that no row reaches play no role.
+        max_length: most tokens of a sequence in training. Windows and chunks longer than any row do not matter.
         options: of the layout (pad_token_id, nll).
 
     Raises:
-        ValueError: `name` is a layout that `model` computes something else with, or that cannot be tried.
+        ValueError: `model` computes something else with the layout `name`, or it cannot be tried.
     """
     base = base_model(model)
     if is_encoder_decoder(base):
@@ -71,10 +71,10 @@ def choose_layout(name: str, model: nn.Module, *, max_length: int | None = None,
 
 
 def refuse_layout(name: str, model: str) -> None:
-    """Refuses for the encoder-decoder called `model` the layouts that put prompt and answers in one row.
+    """Refuses a layout that puts prompt and answers in one row, for the encoder-decoder `model`.
 
     Raises:
-        ValueError: `name` is one of them.
+        ValueError: `name` is such a layout.
     """
     if name not in ("auto", "padded"):
         raise ValueError(
@@ -85,12 +85,12 @@ def refuse_layout(name: str, model: str) -> None:
 
 def _obstacle(wanted: str, base: Any, flash: bool) -> str | None:
     if getattr(base.config, "output_router_logits", False):
-        # Shared batches show the router each prompt once, packed ones no padding.
+        # The router sees each prompt once in shared batches, and no padding in packed ones.
         return "the router's loss is over all tokens, and would change with the layout"
     if wanted == "shared" and flash:
         return "FlashAttention takes no mask"
     if flash_cannot_run(base):
-        # Other attention would not do for the trial: it learns where a sequence begins in another way.
+        # A trial with other attention would prove nothing: it finds the start of a sequence in another way.
         return "FlashAttention does not run on a CPU, where the weights are now, so that it cannot be tried"
     return None
 
@@ -108,7 +108,7 @@ def _mismatch(model: nn.Module, layout: Layout, padded: Layout, max_length: int 
         expected, tolerance = _answer_logps(model, padded, examples, own_logits=span == 0)
         try:
             found, _ = _answer_logps(model, layout, examples)
-        except Exception as error:  # Whatever a model raises on inputs that it was not made for: it is reported.
+        except Exception as error:  # A model may raise anything on inputs it was not made for; it is reported.
             return f"the model refuses it ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
     difference = (found - expected).abs().max().item()
     if difference <= tolerance:
@@ -117,9 +117,9 @@ def _mismatch(model: nn.Module, layout: Layout, padded: Layout, max_length: int 
 
 
 def _longest_span(config: Any, max_length: int | None) -> int:
-    """Tokens of the longest window or chunk that a row of training reaches beyond; 0 where there is none.
+    """The longest window or chunk, in tokens, that is shorter than a row of training; 0 where there is none.
 
-    A window that a model counts in tokens of the row, and not in positions, meets both answers: twice `max_length`.
+    Rows count as twice `max_length`: a window counted in tokens of the row, not in positions, spans both answers.
     """
     spans = [layer_windows(config)[0]]
     spans += [getattr(config, name, None) for name in ("attention_chunk_size", "window_size", "local_attention")]
@@ -128,7 +128,7 @@ def _longest_span(config: Any, max_length: int | None) -> int:
 
 
 def _examples(vocabulary: int, span: int) -> list[dict[str, Any]]:
-    """Pairs of random tokens, the same everywhere: one that reaches beyond `span`, and two that share a row."""
+    """Pairs of the same random tokens on every rank: one longer than `span`, and two that share a row."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(n: int) -> list[int]:
@@ -149,7 +149,7 @@ def _examples(vocabulary: int, span: int) -> list[dict[str, Any]]:
 def _answer_logps(
     model: nn.Module, layout: Layout, examples: list[dict[str, Any]], own_logits: bool = False
 ) -> tuple[Tensor, float]:
-    """(log-probability of every answer token, how far rounding may carry it), by way of `layout`."""
+    """(log-probability of every answer token in `layout`, how much of it may be rounding)."""
     base = base_model(model)
     batch = layout(examples)
     rows = batch.pop("orpo").to(base.device).rows
@@ -207,7 +207,7 @@ def check_fused_logps(model: nn.Module, settings: LossSettings | None = None) ->
     yes = torch.ones_like(sequence, dtype=torch.bool)
     # One-token answers: each mean log-probability is that of one token.
     rows = Rows(sequence * length + length - 2, ids[:, -1], sequence, yes, sequence < pairs, pairs)
-    # Precision first: it refuses float32 weights that FlashAttention will meet in training.
+    # flash_precision first: it refuses float32 weights, on which FlashAttention would fail in training.
     with evaluating(base), flash_precision(base), eager_where_flash_cannot_run(base):
         logits = model(**inputs).logits[:, -2].float()
         out = model(**inputs, orpo=LossCall(rows, settings or LossSettings()))

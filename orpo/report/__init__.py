@@ -1,1 +1,1 @@
-"""What a run leaves to read: a page, the model card and the curves."""
+"""What a run leaves to read: the report page, the model card and the curves."""

@@ -16,7 +16,7 @@ from orpo import __version__
 from orpo.data.prepare import SUMMARY
 from orpo.report.markdown import code, table, text
 
-# What describes a run to others. Paths, tokens and what concerns one machine alone stay out.
+# Settings that describe a run to others. Paths, secrets and settings of one machine are left out.
 SHOWN = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "optim", "weight_decay", "max_grad_norm"),
@@ -60,19 +60,19 @@ def model_card(
     tags: str | Sequence[str] | None = None,
     tasks: str | Sequence[str] | None = None,
 ) -> ModelCard:
-    """The card of what `trainer` has trained, as it will lie in `folder`.
+    """The card, for `folder`, of what `trainer` has trained.
 
     Args:
         trainer: an :class:`orpo.ORPOTrainer`, trained or not.
         folder: where the card goes. ``curves.png`` is shown if it lies there.
         model_name: the heading. Default: the name of `folder`.
-        finetuned_from: the base model. Default: where the model, or that below its adapter, was loaded from. Of a
-            local folder the text has the name, and the metadata what the folder's own card names as its base.
+        finetuned_from: the base model. Default: where the model, or the one below its adapter, was loaded from. For a
+            local folder the text has the folder's name, and the metadata the base that the folder's own card names.
         dataset: names of the data sets; a local file is named without its folder, and not linked.
         dataset_args: a configuration or a split, for each of `dataset`.
         dataset_tags: data sets on the hub that the metadata links. Default: those in `dataset` that are not local.
         eval_dataset: name of the held-out pairs, if they are not a part of `dataset`.
-        license: Default: that in the card of a local base model; left out where it is not known.
+        license: Default: the one in the card of a local base model; left out where there is none.
         language, tags, tasks: of the metadata. Tags are added to "orpo" and "generated_from_trainer".
 
     Returns:
@@ -83,7 +83,7 @@ def model_card(
     names = _listed(dataset)
     encoder_decoder = bool(getattr(trainer.model.config, "is_encoder_decoder", False))
     known = _card_of(base)
-    # Another place has no such folder: what a local base was made from is known there, if its card names it.
+    # Readers do not have a local base's folder; they may know the model that its card names as its own base.
     origin = known.base_model if known and isinstance(known.base_model, str) else None
     metadata = ModelCardData(
         base_model=base if base and not _is_local(base) else origin,
@@ -144,7 +144,7 @@ def _card_of(base: str | None) -> ModelCardData | None:
     try:
         return ModelCard.load(card, ignore_metadata_errors=True).data
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        # A run that has trained may not end for a page of others.
+        # A base model's broken card must not end a run that has trained.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         warnings.warn(f"{card} could not be read, and the model card goes without it: {reason}", stacklevel=2)
         return None
@@ -200,7 +200,7 @@ def _settings(trainer: Any, adapters: dict[str, Any]) -> str:
 
 
 def describe_settings(trainer: Any, adapters: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """What a run took a step with and how fast, as a sentence; and its settings that differ from the defaults."""
+    """A sentence about batch and learning rate, and the settings that differ from the defaults."""
     args = trainer.args
     values, defaults = args.to_dict(), type(args).__dataclass_fields__
     changed = {name: values[name] for name in SHOWN if values[name] != _json(defaults[name].default)}
@@ -244,10 +244,10 @@ def held_out_metrics(trainer: Any) -> tuple[dict[str, tuple[Any, int]], int | No
     latest: dict[str, tuple[Any, Any]] = {}
     state, history = trainer.state, trainer.state.log_history
     best = state.best_global_step if trainer.args.load_best_model_at_end else None
-    # Evaluated more often than saved, the best step may not be among the saved ones: others are loaded then, or none.
+    # Where a run evaluates more often than it saves, the best step may not be saved: other weights are loaded, or none.
     if best and not str(state.best_model_checkpoint).endswith(f"-{best}"):
         best = None
-    # Evaluated at the end, the best weights are logged with the last step's number.
+    # An evaluation of the best weights at the end is logged with the last step's number.
     if best:
         history = [e for e in history if e.get("step") == best and any(k.startswith("eval_") for k in e)] or history
     for entry in history:

@@ -9,9 +9,9 @@ from pathlib import Path
 # Okabe and Ito's palette, which readers with any colour vision can tell apart; the pale yellow is left out.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
-# Up to so many points, each is marked: a line alone looks as if it had been measured everywhere.
+# Up to so many points are marked: a line alone looks as if everything between had been measured.
 MARKED = 30
-# Up to so many, there is no line between them, and the axis is not stretched until they fill it.
+# So few points show no trend: no line joins them, and the axis is not stretched until they fill it.
 NO_TREND = 2
 
 LogHistory = Sequence[Mapping[str, object]]
@@ -73,7 +73,7 @@ def plot_curves(log_histories: Mapping[str, LogHistory], path: str | Path, title
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # ORPO in one colour, whatever it is drawn beside.
+    # ORPO first, so that it has one colour whatever it is drawn beside.
     order = sorted(log_histories, key=lambda run: not run.startswith("ORPO"))
     colours = {run: COLOURS[i % len(COLOURS)] for i, run in enumerate(order)}
     figure = Figure(figsize=(11, 7.5), layout="constrained")
@@ -116,13 +116,13 @@ def _draw(axes, history: LogHistory, metric: str, style: str, sign: int, colour:
 
 
 def _style(style: str, points: int, size: int) -> dict[str, object]:
-    """Of a line in the style "-" or "--" through so many points; its marks tell it apart in print in grey."""
+    """The style of a line, "-" or "--", through so many points; marks tell lines apart in grey print."""
     marker = ("o" if style == "-" else "s") if points <= MARKED else ""
     return {"linestyle": "" if points <= NO_TREND else style, "marker": marker, "markersize": size}
 
 
 def _keep_few_points_in_proportion(axes) -> None:
-    """Where no curve has a trend, the axis spans at least a tenth of what it shows."""
+    """Lets the axis span at least a tenth of its values where no curve has a trend."""
     if not axes.lines or any(len(line.get_xdata()) > NO_TREND for line in axes.lines):
         return
     low, high = axes.dataLim.intervaly
@@ -149,7 +149,7 @@ def write_curves_csv(log_histories: Mapping[str, LogHistory], path: str | Path) 
                 split, metric = ("eval", name.removeprefix("eval_")) if name.startswith("eval_") else ("train", name)
                 if "step" in entry:
                     table.setdefault((run, int(entry["step"]), split), {})[metric] = value
-    # An evaluation's entry also holds the epoch, which alone would make an empty training line.
+    # An evaluation's entry also holds the epoch, which would make a training line with nothing else in it.
     table = {key: row for key, row in table.items() if row.keys() - {"epoch"}}
     columns = sorted({metric for row in table.values() for metric in row})
     with open(path, "w", newline="", encoding="utf-8") as file:

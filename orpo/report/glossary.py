@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Names, what it is, where it should go. Code stands in backticks.
+# (names, what it is, which way it should go); code is in backticks.
 METRICS = (
     (
         ("loss",),
@@ -34,10 +34,10 @@ SYMBOLS = (
 
 
 def explained(metric: str) -> tuple[str, str]:
-    """What the metric called `metric` is and where it should go; of one that is not among ours, nothing.
+    """What `metric` is and which way it should go; ("", "") for a metric that is not ours.
 
     Args:
-        metric: its name, without ``eval_``; that of a data set may stand before it: ``pairs_rewards/margins``.
+        metric: its name without ``eval_``; a data set's name may come first: ``pairs_rewards/margins``.
     """
     found = [
         (len(name), what, goes)
@@ -45,5 +45,5 @@ def explained(metric: str) -> tuple[str, str]:
         for name in names
         if metric == name or metric.endswith(f"_{name}")
     ]
-    # The longest: nll_loss ends as loss does.
+    # The longest name that fits: nll_loss also ends with loss.
     return max(found)[1:] if found else ("", "")

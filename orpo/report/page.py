@@ -17,7 +17,7 @@ from orpo.report.card import describe_rows, describe_settings, held_out_metrics
 from orpo.report.glossary import SYMBOLS, explained
 
 PAGE = "report.html"
-# What docs/metrics.md says to watch.
+# Shown first: the metrics that docs/metrics.md says to watch.
 FIRST = ("rewards/accuracies", "rewards/margins", "nll_loss")
 
 
@@ -27,7 +27,7 @@ def write_page(trainer: Any, folder: str | Path, *, described: str, samples: Pat
     Args:
         trainer: an :class:`orpo.ORPOTrainer` that has trained.
         folder: where ``curves.png`` lies, if there is one.
-        described: one sentence, of what was trained on what.
+        described: one sentence that says what was trained on what.
         samples: the file of answers that ``generate_during_eval`` leaves; the first and the last of each prompt are
             shown.
 
@@ -70,7 +70,7 @@ def write_page(trainer: Any, folder: str | Path, *, described: str, samples: Pat
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    """Of each prompt in the file that ``generate_during_eval`` leaves, the first and the last answer."""
+    """The first and the last answer to each prompt in the file that ``generate_during_eval`` leaves."""
     rows: dict[tuple[str | None, str, str], dict[str, Any]] = {}
     for line in path.read_text("utf-8").split("\n"):
         if not line:
@@ -107,5 +107,5 @@ def _environment() -> Environment:
 
 
 def _code(text: str) -> Markup:
-    """`text`, escaped, and what stands in backticks as code."""
+    """`text` as HTML, with code where it has backticks."""
     return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(text))))

@@ -38,16 +38,16 @@ INCOMPLETE = "_incomplete"
 class CheckpointingTrainer(Trainer):
     """``Trainer`` whose checkpoints are complete from the moment they have their name.
 
-    They are written to ``output_dir/_incomplete`` and moved when every process has written its part, and only then are
-    older ones removed for ``save_total_limit``: a run that is killed at any time leaves the checkpoint before. This
-    guards against the end of processes, not of the machine: nothing is forced out of the system's file cache.
+    They are written to ``output_dir/_incomplete`` and moved once every process has written its part. Only then are
+    older ones removed for ``save_total_limit``, so that a run killed at any time leaves the checkpoint before. This
+    does not guard against the machine's failure: nothing is flushed out of the system's file cache.
 
     The class that derives from it has ``train`` and ``save_model``, which call what is here, and makes ``_guard``.
     """
 
     _guard: NonFiniteGuard
     _saving = False
-    # Whether SIGTERM ended the last `train`, with enable_jit_checkpoint: what is trained is not finished.
+    # Whether a signal ended the last `train` before its end (orpo.runs.signals).
     interrupted = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -57,7 +57,7 @@ class CheckpointingTrainer(Trainer):
             self.add_callback(SaveOnSigterm(self, callback))
 
     def _train_in_folder(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """``Trainer.train``, alone in ``output_dir`` and resumed from what :func:`find_checkpoint` finds.
+        """``Trainer.train``, with ``output_dir`` locked, resumed from what :func:`find_checkpoint` finds.
 
         Raises:
             ValueError: there is no such checkpoint, it is of a run with settings that this one does not have, or
@@ -65,20 +65,20 @@ class CheckpointingTrainer(Trainer):
             NonFiniteError: a loss, a gradient or a weight became NaN or infinite; a note names the last checkpoint.
         """
         if kwargs.get("trial") is not None:
-            # A search makes the trial's model in there, and says itself what a trial goes on from.
+            # In a hyperparameter search, Trainer makes the trial's model itself, and chooses what to resume from.
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             self._guard.flush()
             return output
         if self.model is None and self.model_init is not None:
-            # A search leaves none behind, and Trainer would make one only after this.
+            # A search leaves no model, and Trainer would make the next one too late for what follows.
             self.model = self.call_model_init()
         self._run_settings, self.interrupted = describe_run(self), False
-        # Without saves, nothing is written that could be mixed.
+        # Without saves nothing is written that two runs could mix up.
         alone = self.args.save_strategy != "no"
         with run_lock(self.args.output_dir, self.accelerator) if alone else nullcontext():
             if alone:
                 warn_of_own_disks(self.args.output_dir, self.accelerator, self.args.save_on_each_node)
-            # Of one rank: folders seen over a network may differ, and one that starts anew alone would hang the rest.
+            # Rank 0 decides: over a network ranks may see other folders, and one that starts anew would hang the rest.
             checkpoint = from_rank_0(self.accelerator, lambda: self._choose_checkpoint(resume_from_checkpoint))
             try:
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
@@ -94,7 +94,7 @@ class CheckpointingTrainer(Trainer):
         report = print if self.args.should_log else lambda _: None
         checkpoint = find_checkpoint(wanted, folder, report)
         note = compare_runs(checkpoint, self._run_settings) if checkpoint else ""
-        # Nothing is removed before this run is known to go on.
+        # Only now is this run known to go on: nothing may be removed earlier.
         if removed := _remove_interrupted(folder / INCOMPLETE):
             report(f"{folder}: the save of {', '.join(removed)} was interrupted; what there was of it is removed")
         for path in sorted(checkpoint_folders(folder)):
@@ -117,7 +117,7 @@ class CheckpointingTrainer(Trainer):
         check_weights(self.model, self.state.global_step)
 
     def _on_all_ranks(self, check: Callable[[], None]) -> None:
-        """Raises NonFiniteError on all ranks where `check` does on one: the others would wait for it in the save."""
+        """Raises NonFiniteError on all ranks if `check` does on one: the others would wait for it in the save."""
         error = None
         try:
             check()
@@ -144,12 +144,12 @@ class CheckpointingTrainer(Trainer):
                 check_lock(self.args.output_dir)
                 _mark(part)
             super()._save_checkpoint(model, trial)
-            # Trainer names the folder that it will be moved from, and only where this rank sees it already.
+            # Trainer notes the folder before it is moved, and only on ranks that see it already.
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(final)
                 if self.args.should_save:
                     self.state.save_to_json(str(part / TRAINER_STATE_NAME))
-            # The record has the checksums of what all processes have written.
+            # Wait, since the record has checksums of what all processes write.
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 write_record(part, self._run_settings, number=1 + last_number(folder))
@@ -162,7 +162,7 @@ class CheckpointingTrainer(Trainer):
             self._saving = False
         self.accelerator.wait_for_everyone()
         if self.args.local_process_index == 0 and part.is_dir():
-            # A node with a disk of its own, where the first process of the run moves nothing.
+            # On a node with its own disk, where rank 0 moves nothing.
             _move(part, final)
         if self.args.should_save:
             self._remove_old(folder)
@@ -174,8 +174,10 @@ class CheckpointingTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """``Trainer``'s, which under ``save_total_limit`` 1 removes all checkpoints but the best, the last among them:
-        another start would take the run for one that is not at its end."""
+        """``Trainer``'s, but the last checkpoint stays beside the best one under ``save_total_limit`` 1.
+
+        Without it, another start would not see that the run is at its end.
+        """
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             return super()._finalize_training(*args, **kwargs)
@@ -187,7 +189,7 @@ class CheckpointingTrainer(Trainer):
         if limit is None or limit <= 0:
             return
         complete = complete_checkpoints(folder)
-        # One folder has many names: relative, absolute, by a link.
+        # Resolved, since one folder has several names: relative, absolute, through a link.
         kept = {complete[-1].resolve(), Path(self.state.best_model_checkpoint or complete[-1]).resolve()}
         removable = [path for path in complete if path.resolve() not in kept]
         for path in removable[: max(len(complete) - max(limit, len(kept)), 0)]:
@@ -207,7 +209,7 @@ class CheckpointingTrainer(Trainer):
             def check() -> None:
                 check_weights(self.model, self.state.global_step)
 
-            # Without FSDP all ranks have the same weights, and one may save alone.
+            # Without FSDP all ranks have the same weights, and may be asked to save alone: no waiting for others.
             check() if plugin is None else self._on_all_ranks(check)
         if plugin is None or _internal_call or plugin.state_dict_type == StateDictType.FULL_STATE_DICT:
             super().save_model(output_dir, _internal_call)
@@ -220,15 +222,15 @@ class CheckpointingTrainer(Trainer):
 
 
 def _mark(part: Path) -> None:
-    """Makes the folder `part` with an empty record, by which a later run knows it for one that may be removed."""
-    # What another save of this step has left there would be a part of this one.
+    """Makes the folder `part` with an empty record, which tells a later run that it may be removed."""
+    # Files of another save of this step would become a part of this one.
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     (part / RECORD).write_text("{}")
 
 
 def _remove_interrupted(folder: Path) -> list[str]:
-    """Removes what an interrupted save left in `folder`, and returns the names; files of others stay."""
+    """Removes what interrupted saves left in `folder`, and returns the names. Other files stay."""
     found = sorted(record.parent for record in folder.glob(f"*checkpoint-*/{RECORD}"))
     for part in found:
         shutil.rmtree(part)
@@ -244,12 +246,12 @@ def _remove_if_empty(folder: Path) -> None:
 def _move(part: Path, final: Path) -> None:
     replaced = part.with_name(f"replaced-{part.name}")
     if final.exists():
-        # Of a run that was started anew: a folder that is not empty cannot be renamed over.
+        # A run that started anew meets its old checkpoint: a folder that is not empty cannot be renamed over.
         os.replace(final, replaced)
     try:
         os.replace(part, final)
     except FileNotFoundError:
-        # Another node was first, on a disk that the nodes share.
+        # On a disk that nodes share, another node may have moved it already.
         if not final.exists():
             raise
     shutil.rmtree(replaced, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A run that has come to its end, known again: the same command would only write what is there."""
+"""Knows a run that has ended, whose command has nothing left to do."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from orpo.files import write_whole
 
-# Begins with an underscore, since Trainer leaves such names out of what it uploads to the hub.
+# With an underscore in front, since Trainer does not upload such files to the hub.
 FINISHED = "_orpo_finished.json"
 
 
 def write_finished(folder: str | Path, described: Mapping[str, Any], step: int) -> None:
-    """Notes that the run `described` ended at `step`, and which files it leaves in `folder`; of weights, their sizes.
+    """Notes that the run `described` ended at `step`, and which files are in `folder`, with the sizes of weights.
 
     It is the last file that a run writes.
     """
@@ -27,13 +27,13 @@ def write_finished(folder: str | Path, described: Mapping[str, Any], step: int) 
 
 
 def finished_at(folder: str | Path, described: Mapping[str, Any]) -> int | None:
-    """The step at which the run `described` had ended, where all that it left in `folder` is still there; else None."""
+    """The step at which the run `described` ended, if all files that it left in `folder` are there; else None."""
     folder = Path(folder)
     try:
         record = json.loads((folder / FINISHED).read_text("utf-8"))
         step, run, files = (record[name] for name in ("step", "run", "files"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        # The run goes on from its checkpoints, as without a note.
+        # An unreadable note counts as none: the run goes on from its checkpoints.
         return None
     if run != _plain(described):
         return None
@@ -42,17 +42,17 @@ def finished_at(folder: str | Path, described: Mapping[str, Any]) -> int | None:
 
 
 def forget_finished(folder: str | Path) -> None:
-    """Takes back what :func:`write_finished` noted in `folder`."""
+    """Removes the note of :func:`write_finished` from `folder`."""
     Path(folder, FINISHED).unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int | None:
-    # A card may be edited, and a run that is trained on is told by its settings.
+    # Only weights: a user may edit the card.
     return path.stat().st_size if path.suffix == ".safetensors" else None
 
 
 def _plain(described: Mapping[str, Any]) -> Any:
-    # Enums and sets are no JSON, and numbers come back as they were written.
+    # As it comes back from a JSON file, where enums and sets are text.
     return json.loads(
         json.dumps(described, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
     )

@@ -1,4 +1,4 @@
-"""What a checkpoint remembers of its run, and whether a run that resumes from it is still the same one."""
+"""A checkpoint's record of its run, by which a run that resumes from it is known to be the same."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from orpo.tokens.pretokenized import MASKS
 
 RECORD = "orpo_run.json"
 
-# How the pairs of an optimizer step are dealt out.
+# How the pairs of an optimizer step are divided.
 SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
-# What decides the losses of a run. The rest, such as logging, evaluation, saving and how memory is saved, may change.
+# Settings that decide the losses of a run. Others, such as logging, evaluation, saving and memory, may change.
 FIXED = (
     *(*SPLIT, "auto_find_batch_size"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
@@ -35,7 +35,7 @@ FIXED = (
 STREAM = "a stream"
 LENGTH = ("num_train_epochs", "max_steps")
 ADAPTER = " of the adapter"
-# Where its base model lies may change, and what wrote it.
+# The base model's place may change, and so may the version of peft.
 NOT_FIXED_IN_ADAPTER = (
     *("base_model_name_or_path", "revision"),
     *("inference_mode", "peft_version", "auto_mapping", "runtime_config"),
@@ -56,26 +56,27 @@ def describe_run(trainer: Any) -> dict[str, Any]:
     for config in getattr(trainer.model, "peft_config", {}).values():
         adapter = {k: v for k, v in config.to_dict().items() if k not in NOT_FIXED_IN_ADAPTER}
         run |= {f"{name}{ADAPTER}": value for name, value in adapter.items()}
-        # Checkpoints hold the adapter alone.
+        # Checkpoints hold only the adapter: another base model would go unnoticed.
         run[f"base model's weights{ADAPTER}"] = _digest_frozen(trainer.model)
     # Sets have no order, and enums no JSON.
     return json.loads(json.dumps(run, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
 
 
 def write_record(checkpoint: Path, run: dict[str, Any], number: int) -> None:
-    """Leaves `run` in the folder `checkpoint`, with the time, and sizes and checksums of all other files there.
+    """Writes `run`, the time, and sizes and checksums of all other files into the folder `checkpoint`.
 
-    It is the last file of a checkpoint, and appears whole. `number` counts the saves in a folder: clocks are set back.
+    It is the last file of a checkpoint, and appears whole. `number` counts the saves in a folder, since a clock may be
+    set back.
     """
     record = {"number": number, "saved_at": time.time(), "run": run, "files": describe_files(checkpoint, RECORD)}
     write_whole(checkpoint / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def read_record(checkpoint: Path) -> dict[str, Any] | None:
-    """What :func:`write_record` left, or None for a checkpoint of another program.
+    """What :func:`write_record` wrote, or None for a checkpoint of another program.
 
     Raises:
-        ValueError: there is a record, but none that can be read.
+        ValueError: there is a record, and it cannot be read.
     """
     try:
         record = json.loads((checkpoint / RECORD).read_text("utf-8"))
@@ -96,10 +97,10 @@ def read_record(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def compare_runs(checkpoint: Path, run: dict[str, Any]) -> str:
-    """What has to be said of `run` going on from `checkpoint`; empty if nothing.
+    """A remark on `run` resuming from `checkpoint`, or "".
 
     Raises:
-        ValueError: `run` has settings with which it would not be the run that was interrupted.
+        ValueError: `run` has other settings than the interrupted run, which would change its losses.
     """
     record = read_record(checkpoint)
     if record is None:
@@ -119,7 +120,7 @@ def compare_runs(checkpoint: Path, run: dict[str, Any]) -> str:
     differences = "; ".join(f"{name} was {before[name]} and is {run[name]}" for name in changed)
     if not any(name in LENGTH for name in changed):
         return f" ({differences}: a step has the same {_pairs_a_step(run)} pairs)"
-    # A fraction of the run is warmed up where warmup_steps is below 1.
+    # Below 1, warmup_steps is a fraction of the run, and changes with its length.
     constant = run["lr_scheduler_type"] == "constant" or (
         run["lr_scheduler_type"] == "constant_with_warmup" and not 0 < run["warmup_steps"] < 1
     )
@@ -127,19 +128,19 @@ def compare_runs(checkpoint: Path, run: dict[str, Any]) -> str:
 
 
 def _pairs_a_step(run: dict[str, Any]) -> int:
-    """Pairs of an optimizer step, over micro-batches and ranks; 0 for a record of a version that did not know them."""
+    """Pairs of an optimizer step, over micro-batches and ranks; 0 for an old record without them."""
     return math.prod(run.get(name) or 0 for name in SPLIT)
 
 
 def _deals_freely(run: dict[str, Any]) -> bool:
-    """Whether the pairs of each step, and their weight in its loss, do not depend on how they are dealt out."""
+    """Whether each step has the same pairs, with the same weights, however they are divided."""
     return (
         run.get("normalization") == "global"
         and run.get("train_sampling_strategy") in ("random", "sequential")
         and not run.get("auto_find_batch_size")
         and not run.get("dataloader_drop_last")
         and run.get("train_dataset") != STREAM
-        # DeepSpeed's optimizer state is cut for a number of ranks.
+        # DeepSpeed's optimizer state is split for one number of ranks.
         and not str(run.get("fsdp or deepspeed")).startswith("ZeRO")
     )
 
@@ -149,7 +150,7 @@ def _has_the_same_steps(before: dict[str, Any], run: dict[str, Any]) -> bool:
 
 
 def _same_steps(before: dict[str, Any], run: dict[str, Any]) -> str:
-    """The number of micro-batches with which `run` has the steps that it had `before`, in words, if there is one."""
+    """Advice: the gradient_accumulation_steps with which `run` has the same steps as `before`, if any."""
     dealt = run["per_device_train_batch_size"] * run["world_size"]
     pairs = _pairs_a_step(before)
     if not _deals_freely(run) or pairs == _pairs_a_step(run) or pairs % dealt or not pairs:
@@ -158,9 +159,9 @@ def _same_steps(before: dict[str, Any], run: dict[str, Any]) -> str:
 
 
 def _comparable(before: dict[str, Any], run: dict[str, Any]) -> list[str]:
-    """The settings that both runs know: another version of this package, or of peft, has more or fewer of them.
+    """The settings that both runs know, since other versions of this package or peft have more or fewer.
 
-    An adapter that only one run has is another matter, and all its settings are compared with none.
+    If only one run has an adapter, all settings of the adapter are compared too, and differ.
     """
     one_adapter = any(ADAPTER in name for name in before) != any(ADAPTER in name for name in run)
     return [n for n in {**before, **run} if (n in before and n in run) or (one_adapter and ADAPTER in n)]
@@ -176,7 +177,7 @@ def _sharding(trainer: Any) -> str:
 
 
 def _describe_model(model: nn.Module) -> str:
-    # A parameter that ZeRO-3 has cut up is empty, and keeps its size elsewhere.
+    # A parameter that ZeRO-3 has split is empty; ds_shape is its size.
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
     names = sorted((name, shapes[name], p.requires_grad) for name, p in model.named_parameters())
     count = sum(int(np.prod(shape)) for shape in shapes.values())
@@ -185,7 +186,7 @@ def _describe_model(model: nn.Module) -> str:
 
 
 def _digest_frozen(model: nn.Module) -> str:
-    """Of the first 64 numbers of each frozen parameter; but for those that an adapter may begin by changing (PiSSA)."""
+    """A digest of the first 64 numbers of each frozen parameter, except those that an adapter may change (PiSSA)."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and not parameter.is_meta and ".base_layer." not in name:
@@ -194,7 +195,7 @@ def _digest_frozen(model: nn.Module) -> str:
 
 
 def describe_data(data: Any) -> str:
-    """Its size and a digest of all lengths, and of tokens and masks of up to 64 pairs; of a stream, that it is one."""
+    """The size of `data`, and a digest of all lengths and of tokens and masks of up to 64 pairs; or "a stream"."""
     if data is None or not hasattr(data, "__len__"):
         return STREAM
     digest = [repr(np.asarray(data["length"]).tolist())]

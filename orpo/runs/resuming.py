@@ -1,4 +1,4 @@
-"""A run that resumes trains on the rows that the interrupted one would have had, and a finished one not at all."""
+"""Resumed runs train on the rows that the interrupted run would have had; finished runs train on none."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from orpo.runs.record import describe_run
 
 
 class LengthGroups(LengthGroupedSampler):
-    """transformers' sampler of ``group_by_length``, in an order that the seed and the epoch alone decide.
+    """transformers' sampler of ``group_by_length``, in an order that depends only on seed and epoch.
 
-    By itself it draws from the global random state, which a resumed run does not have at the start of the epoch, and
-    in which ranks differ.
+    transformers draws from the global random state, which differs between ranks, and which a resumed run lacks at the
+    start of its epoch.
 
     Args:
         lengths: tokens of each row.
-        batch_size: rows of an optimizer step, whose longest come first.
-        seed: of the order, together with the epoch.
+        batch_size: rows of an optimizer step, sorted with the longest first.
+        seed: decides the order, together with the epoch.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
@@ -44,7 +44,7 @@ class LengthGroups(LengthGroupedSampler):
 
 
 class ResumingTrainer(Trainer):
-    """``Trainer`` that goes on after a checkpoint with the rows of a run that was never interrupted."""
+    """``Trainer`` that goes on after a checkpoint with the rows that a run without interruption would have."""
 
     _train_sampler: Sampler | None = None
 
@@ -57,7 +57,7 @@ class ResumingTrainer(Trainer):
         return sampler
 
     def get_train_dataloader(self) -> DataLoader:
-        """``Trainer``'s, which tells its sampler the epoch on several ranks after a checkpoint too."""
+        """``Trainer``'s, but its sampler is told the epoch on several ranks after a resume too."""
         dataloader = super().get_train_dataloader()
         if hasattr(self._train_sampler, "set_epoch"):
             dataloader.set_sampler(self._train_sampler)
@@ -71,16 +71,16 @@ class ResumingTrainer(Trainer):
         resume_from_checkpoint: str | None,
         trial: Any,
     ) -> tuple[int, int]:
-        """``Trainer``'s: the epoch to go on in, and how many of its batches were trained on."""
+        """``Trainer``'s: the epoch in which to go on, and how many of its batches are done."""
         position = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         if trial is not None:
-            # A search sets the trial's model and settings between train() and here.
+            # Described here: a search sets the trial's model and settings after the call of train().
             self._run_settings = describe_run(self)
         if resume_from_checkpoint is None:
             return position
-        # Trainer takes logging_steps, eval_steps and save_steps from the checkpoint: new ones would do nothing.
+        # Trainer takes logging_steps, eval_steps and save_steps from the checkpoint, and would ignore new ones.
         self.state.compute_steps(self.args, max_steps)
         state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME)))
         self._find_best(state, Path(resume_from_checkpoint))
@@ -93,7 +93,7 @@ class ResumingTrainer(Trainer):
         return position if has_length(self.train_dataset) else self._position_in_stream(state)
 
     def _find_best(self, state: TrainerState, resumed: Path) -> None:
-        """Takes the best checkpoint from beside the one resumed from: its folder may have been moved or named anew."""
+        """Finds the best checkpoint beside the one resumed from, since their folder may have been moved or renamed."""
         if state.best_model_checkpoint is None:
             return
         best = resumed.parent / Path(state.best_model_checkpoint).name
@@ -101,16 +101,16 @@ class ResumingTrainer(Trainer):
             if self.state.best_model_checkpoint is None:
                 if self.args.should_log:
                     print(f"{best}, the best checkpoint so far, is gone: the best is looked for from here on")
-                # What is better than those that are there would not count.
+                # It is gone: later checkpoints, compared with its metric, might never count as best.
                 self.state.best_metric = self.state.best_global_step = None
             return
         if self.state.best_model_checkpoint is None and self.args.should_log:
-            # Trainer has just said that it is ignored.
+            # Trainer has just warned that it ignores the best checkpoint.
             print(f"the best checkpoint so far is {best}")
         self.state.best_model_checkpoint = str(best)
 
     def _why_finished(self, state: TrainerState, max_steps: int) -> str | None:
-        """Where the run that left `state` had come to its end; None if it had not. Takes up its patience."""
+        """Says how the run that left `state` ended, or None if it had not. Restores the patience of early stopping."""
         if state.global_step >= max_steps:
             return f"step {state.global_step} of {max_steps}"
         for callback in self.callback_handler.callbacks:
@@ -118,7 +118,7 @@ class ResumingTrainer(Trainer):
                 continue
             saved = state.stateful_callbacks.get(type(callback).__name__, {})
             saved = saved[0] if isinstance(saved, list) else saved
-            # From 0 the run would go on for longer than without the interruption.
+            # With a count from 0 the run would go on longer than without the interruption.
             waited = saved.get("attributes", {}).get("early_stopping_patience_counter", 0)
             callback.early_stopping_patience_counter = waited
             if waited >= callback.early_stopping_patience:
@@ -135,13 +135,13 @@ class ResumingTrainer(Trainer):
             )
 
     def _took_no_step(self) -> bool:
-        """Whether the training that ends has taken no step: it resumed a run that was at its end."""
+        """Whether this training took no step, since it resumed a run that had ended."""
         return self.state.global_step == self._initial_global_step
 
     def _load_best_model(self) -> None:
-        """``Trainer``'s; an adapter with a name of its own lies in a folder of that name, where it does not look."""
+        """``Trainer``'s, also for an adapter with a name of its own, whose folder ``Trainer`` does not look into."""
         best = Path(self.state.best_model_checkpoint)
-        # Of one rank: another node may have a disk of its own.
+        # Rank 0 decides: another node may have its own disk.
         if fault := from_rank_0(self.accelerator, lambda: find_fault(best, contents=True)):
             raise ValueError(
                 f"{best}, the best checkpoint, {fault} and is not loaded: load_best_model_at_end false keeps the last "
@@ -156,9 +156,9 @@ class ResumingTrainer(Trainer):
             self.model.load_adapter(str(part), name)
 
     def _position_in_stream(self, state: TrainerState) -> tuple[int, int]:
-        # Trainer, which does not know how long a stream is, counts all steps of the run as one epoch: it would pass
-        # over a stream that was read twice in its first pass, and begin the second from the first row. What it has
-        # noted as the epoch is the number of passes, and of the last one the batches as a share of the run's.
+        # Trainer does not know a stream's length, and takes all steps of the run for one epoch: in the second pass over
+        # a stream, it would skip all batches of both passes in the first one, and begin the second from its first row.
+        # The epoch that it noted is the number of finished passes, plus the last one's batches as a share of the run's.
         passes = math.ceil(state.epoch) - 1
         batches = round((state.epoch - passes) * state.max_steps * self.args.gradient_accumulation_steps)
         return passes, 0 if self.args.ignore_data_skip else batches

@@ -1,4 +1,4 @@
-"""SIGTERM under ``enable_jit_checkpoint``, and Ctrl-C: the step in progress is ended and saved, and training ends."""
+"""On SIGTERM (with ``enable_jit_checkpoint``) and Ctrl-C: ends the step in progress, saves it, and ends training."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 
 def _end_training(trainer: Any, control: Any) -> None:
-    """Asks for a log and a save, and for the end; an evaluation may take longer than there is."""
+    """Asks for a log, a save and the end, without an evaluation, for which there may be no time."""
     trainer.interrupted = control.should_log = control.should_save = control.should_training_stop = True
     control.should_evaluate = False
 
 
 class SaveOnSigterm(JITCheckpointCallback):
-    """transformers' callback for SIGTERM, which saves where the trainer's own saves are: after a step and its log.
+    """transformers' callback for SIGTERM, but it saves only after a step and its log, and on all ranks together.
 
-    By itself it saves in the middle of a step too, after random numbers were drawn that a resumed run draws again, and
-    each rank for itself, so that one would wait in a save for another that is a step behind.
+    transformers also saves in the middle of a step, after random numbers were drawn that a resumed run draws again, and
+    on each rank by itself: one would wait in a save for another that is a step behind.
 
     Args:
         trainer: a trainer, whose ``interrupted`` is set.
-        callback: transformers' own, which has taken the signal over.
+        callback: transformers' own, which handles the signal.
     """
 
     def __init__(self, trainer: Any, callback: JITCheckpointCallback) -> None:
@@ -59,7 +59,7 @@ class SaveOnSigterm(JITCheckpointCallback):
 
 
 class SaveOnCtrlC(TrainerCallback):
-    """As :class:`SaveOnSigterm`, once :meth:`ask` was called, as it is for a first Ctrl-C.
+    """Like :class:`SaveOnSigterm`, after :meth:`ask` was called by Ctrl-C.
 
     Args:
         trainer: a trainer, whose ``interrupted`` is set.
@@ -69,11 +69,11 @@ class SaveOnCtrlC(TrainerCallback):
         self.trainer, self.asked = trainer, False
 
     def ask(self, *_: Any) -> None:
-        """What Ctrl-C does: asks for the end, the second time raises KeyboardInterrupt."""
+        """The handler of Ctrl-C: asks for the end; the second time raises KeyboardInterrupt."""
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        # print is not for a handler: the line that it interrupts may be one of print's own.
+        # Not print: the handler may have interrupted a print, which cannot be entered again.
         os.write(2, b"\nCtrl-C: the step in progress is ended and saved; once more ends at once\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -88,11 +88,11 @@ class SaveOnCtrlC(TrainerCallback):
 
 @contextmanager
 def ctrl_c_saves(trainer: Any) -> Iterator[SaveOnCtrlC]:
-    """While the block trains, a first Ctrl-C saves a checkpoint of the step that it was at, and ends training.
+    """In the block, a first Ctrl-C saves a checkpoint after the step in progress, and ends training.
 
-    A second one raises KeyboardInterrupt, and so does the first where nothing is saved (``save_strategy`` no), on
-    several ranks, which would have to agree on a step, and with ``dataloader_num_workers``, which Ctrl-C ends too. A
-    process that ignores Ctrl-C, as a shell's background jobs do, goes on to ignore it.
+    A second one raises KeyboardInterrupt. So does the first where nothing is saved (``save_strategy`` no), on several
+    ranks, which would have to agree on a step, and with ``dataloader_num_workers``, since Ctrl-C ends the workers too.
+    A process that ignores Ctrl-C, as a shell's background jobs do, still ignores it.
     """
     args, callback = trainer.args, SaveOnCtrlC(trainer)
     alone = args.world_size == 1 and args.dataloader_num_workers == 0
@@ -101,7 +101,7 @@ def ctrl_c_saves(trainer: Any) -> Iterator[SaveOnCtrlC]:
     if args.save_strategy == "no" or not alone or ignored or not on_main_thread:
         yield callback
         return
-    # First of all: what it asks for is undone by none that come later, and seen by those that save.
+    # First of all callbacks, so that those that save see what it asks for.
     trainer.callback_handler.callbacks.insert(0, callback)
     before = signal.signal(signal.SIGINT, callback.ask)
     try:

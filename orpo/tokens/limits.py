@@ -20,10 +20,10 @@ class Limits:
 
     Attributes:
         max_length: prompt and answer together.
-        max_prompt_length: the prompt, of a pair that is too long.
+        max_prompt_length: the prompt of a pair that is too long.
         max_completion_length: every answer.
         truncation_mode: "keep_end" or "keep_start", the part of a cut prompt that stays. A leading BOS always stays.
-        truncation: "cut", or "drop": pairs of which something would be cut are left out instead.
+        truncation: "cut", or "drop", which leaves out pairs that would be cut.
     """
 
     max_length: int | None = 1024
@@ -49,7 +49,7 @@ class Limits:
 
     @property
     def too_long(self) -> str:
-        """Why a row is dropped whose prompt leaves no room for an answer."""
+        """The reason for which a row is dropped whose prompt leaves no room for an answer."""
         return f"prompt of {self.max_length:,} tokens or more"
 
     @property
@@ -62,7 +62,7 @@ class Limits:
         return list(dict.fromkeys(_longer(what, most) for what, most in (*whole, *parts) if most is not None))
 
     def longer_than_cut(self, prompt: int, answer: int) -> str | None:
-        """Why a sequence of so many tokens leaves out its pair, where nothing is cut; or None."""
+        """With "drop", the reason for which a sequence of so many tokens leaves out its pair; or None."""
         if self.truncation == "cut":
             return None
         if self.max_length is not None and prompt + answer > self.max_length:
@@ -71,7 +71,7 @@ class Limits:
         return _longer(_ANSWER, most) if most is not None and answer > most else None
 
     def longer_parts(self, prompt: int, answer: int) -> str | None:
-        """:meth:`longer_than_cut` where an encoder reads the prompt, and each part has limits of its own."""
+        """:meth:`longer_than_cut` for an encoder-decoder, where prompt and answer have their own limits."""
         if self.truncation == "cut":
             return None
         parts = (

@@ -1,4 +1,4 @@
-"""A data set that comes tokenized: refused where its columns cannot be a batch, and given the ``length`` it lacks."""
+"""Checks a data set that comes tokenized, and adds the column ``length`` where it lacks one."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 COLUMNS = ("chosen_input_ids", "rejected_input_ids", "chosen_prompt_length", "rejected_prompt_length")
-# Optional: what each token counts for. 1 is the answer, which both terms score. 0 is no part of it, such as a tool's
-# result: only an NLL that scores the prompt scores it. -1 is left out of both. An empty one: 0 in the prompt, then 1.
+# Optional: 1 for a token of the answer, which both terms score; 0 for another, such as a tool's result, which only an
+# NLL over the prompt scores; -1 for one that neither scores. An empty mask means 0 in the prompt, then 1.
 MASKS = ("chosen_mask", "rejected_mask")
 _REMEDY = "leave out such rows, data.filter(...)"
 
 
 def checked(data: Any, name: str) -> Any:
-    """`data` with the column ``length``, tokens of both sequences together. A stream is checked as it is read.
+    """`data` with the column ``length``, the tokens of both sequences together. A stream is checked when it is read.
 
     Args:
         data: a ``datasets.Dataset`` or ``IterableDataset`` with the columns of :data:`COLUMNS`, and perhaps of
@@ -97,7 +97,7 @@ def _refuse(ids: list[Any], prompts: list[Any], name: str, side: str, first: int
         elif not 0 <= prompt <= len(tokens):
             problem = f"{side}_prompt_length is {prompt}, of {side}_input_ids' {len(tokens)} tokens, prompt included"
         elif max(prompt, 1) == len(tokens):
-            # A first token is not predicted by any.
+            # No token predicts a sequence's first one.
             problem = f"the {side} answer is empty, {side}_prompt_length {prompt} of {len(tokens)} tokens; {_REMEDY}"
         else:
             continue

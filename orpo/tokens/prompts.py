@@ -7,18 +7,19 @@ from typing import Any
 
 from orpo.tokens.special_tokens import token_ids
 
-# Among the tokenizer's own settings, so that it lies with every saved model: checkpoints, merged ones, on the hub.
+# One of the tokenizer's settings, so that it is saved with every model: in checkpoints, merged models, on the hub.
 KEY = "orpo_prompts"
 ESCAPE_KEY = "orpo_escape_special_tokens"
 PLAIN, CHAT = "plain", "chat"
 
 
 def remember_form(tokenizer: Any, data: Any, escape: bool = False) -> None:
-    """Leaves in `tokenizer`, and in what it saves, whether the prompts of `data` are strings or chat turns.
+    """Notes in `tokenizer`, and so with every saved model, whether the prompts of `data` are strings or chat turns.
 
     Args:
-        data: pairs in any form of :mod:`orpo.data.forms.formats`; told by the first. Prepared ones leave nothing.
-        escape: whether special tokens in their text stay text, which is left too.
+        data: pairs in any form of :mod:`orpo.data.forms.formats`; the first one decides. Of prepared pairs nothing is
+            noted.
+        escape: whether special tokens in their text stay text; noted too.
     """
     answer = first_row(data).get("chosen")
     if answer is not None and hasattr(tokenizer, "init_kwargs"):
@@ -29,12 +30,12 @@ def remember_form(tokenizer: Any, data: Any, escape: bool = False) -> None:
 
 
 def trained_plain(tokenizer: Any) -> bool:
-    """Whether `tokenizer` lies with a model that was trained on strings, without a chat template."""
+    """Whether `tokenizer` belongs to a model that was trained on strings, without a chat template."""
     return getattr(tokenizer, "init_kwargs", {}).get(KEY) == PLAIN
 
 
 def trained_escaped(tokenizer: Any) -> bool:
-    """Whether `tokenizer` lies with a model whose training kept special tokens in the text as text."""
+    """Whether `tokenizer` belongs to a model whose training kept special tokens in the text as text."""
     return bool(getattr(tokenizer, "init_kwargs", {}).get(ESCAPE_KEY))
 
 
@@ -46,11 +47,11 @@ def first_row(data: Any) -> Mapping[str, Any]:
 
 
 def prompt_tokens(text: str, tokenizer: Any, marks: str = "") -> list[int]:
-    """Tokens of a prompt as far as an answer leaves them, without special tokens put around them.
+    """Tokens of a prompt that stay the same before any answer, without special tokens around them.
 
-    Training gives a prompt the tokens that it shares with prompt and answer together. A space at its end mostly goes to
-    the answer's first word: after that space alone a model would have to continue what it never saw. What `marks`
-    enclose (:mod:`orpo.tokens.special_tokens`) becomes no special token.
+    In training a prompt has the tokens that it shares with prompt and answer together. A space at its end mostly
+    belongs to the answer's first word, and no model has seen a prompt that ends with the space alone. What `marks`
+    enclose (:mod:`orpo.tokens.special_tokens`) does not become a special token.
     """
     ids = _ids(text, tokenizer, marks)
     if not text[-1:].isspace():
@@ -71,10 +72,10 @@ def left_to_the_answer(text: str, tokenizer: Any, marks: str = "") -> str:
 
 
 def boundary_note(data: Any, tokenizer: Any) -> str | None:
-    """What has to be said of string prompts that do not end where they seem to, told by the first; or None."""
+    """A warning where the first string prompt does not end where it seems to; or None."""
     row = first_row(data)
     prompt = row.get("prompt")
-    # Messages are rendered by the chat template, which decides where a prompt ends.
+    # Only strings: for messages the chat template decides where a prompt ends.
     strings = isinstance(prompt, str) and isinstance(row.get("chosen"), str)
     if not strings or not left_to_the_answer(prompt, tokenizer):
         return None
@@ -89,5 +90,5 @@ def _ids(text: str, tokenizer: Any, marks: str = "") -> list[int]:
 
 
 def _characters(text: str) -> str:
-    # Half a surrogate pair, as JSON can escape one, is no character: a tokenizer raises on it.
+    # A tokenizer raises on half a surrogate pair, which JSON can hold.
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

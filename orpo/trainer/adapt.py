@@ -16,17 +16,17 @@ from orpo.model.encoder_decoder import is_encoder_decoder
 from orpo.packages import require
 from orpo.trainer.config import ORPOConfig
 
-# What peft calls the task of an encoder-decoder.
+# peft's name for the task of an encoder-decoder.
 SEQ_2_SEQ = "SEQ_2_SEQ_LM"
 
 
 def pad_token_id(args: ORPOConfig, tokenizer: Any, model: nn.Module | None = None) -> int:
-    """The id that fills up a batch: any that `model` embeds will do, since it is masked and has no row in the loss.
+    """The id that fills up a batch: any that `model` embeds, since it is masked and has no row in the loss.
 
     Raises:
-        ValueError: ``padding_value`` is none of them.
+        ValueError: `model` has no embedding for ``padding_value``.
     """
-    # A pad token that was added to the tokenizer alone has no embedding: looked up, it ends a GPU's process.
+    # A pad token that only the tokenizer knows has no embedding: on a GPU its lookup ends the process.
     known = math.inf if model is None else embeddings(model)
     if args.padding_value is not None and not 0 <= args.padding_value < known:
         raise ValueError(f"padding_value is {args.padding_value}, and the model has {known} embeddings")
@@ -65,15 +65,15 @@ def wrap_peft(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module
     if isinstance(model, peft.PeftModel):
         raise ValueError("the model has an adapter already: merge it first, or leave out peft_config")
     if is_encoder_decoder(model) and peft_config.task_type is None:
-        # By which what is saved is loaded again. The configuration is the user's, who may use it for another model.
+        # What is saved is loaded by this task type. A copy: the user may need the configuration for another model.
         peft_config = copy.copy(peft_config)
         peft_config.task_type = SEQ_2_SEQ
     model = prepare_quantized(model, args)
     _warn_of_names(model, peft_config)
-    # The adapter's initial weights are random, and nothing has set the seed yet.
+    # Nothing has set the seed yet, and the adapter's first weights are random.
     torch.manual_seed(args.seed)
     try:
-        # Without it the adapter names the newest revision as its base, and merging would add it to another model.
+        # Without a revision the adapter names the newest one as its base: merging would add it to another model.
         return peft.get_peft_model(model, peft_config, revision=(args.model_init_kwargs or {}).get("revision"))
     except ValueError as error:
         if "target" in str(error).lower():
@@ -83,7 +83,7 @@ def wrap_peft(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module
 
 
 def _warn_of_names(model: nn.Module, peft_config: Any) -> None:
-    """peft leaves a name that no module has out of a list without a word, as long as it finds another one of it."""
+    """Warns of names in a list that no module has: peft ignores them, as long as it finds one of the list."""
     for option in ("target_modules", "modules_to_save"):
         names = getattr(peft_config, option, None) or ()
         modules = [f".{name}" for name, _ in model.named_modules()]
@@ -96,7 +96,7 @@ def _warn_of_names(model: nn.Module, peft_config: Any) -> None:
 
 
 def prepare_quantized(model: nn.Module, args: ORPOConfig) -> nn.Module:
-    """`model` as an adapter is trained on it: of 4 or 8 bits it has float32 norms, any other stays as it is."""
+    """Prepares a model of 4 or 8 bits for an adapter, with float32 norms; any other model stays as it is."""
     if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
         return model
     import peft
@@ -105,7 +105,7 @@ def prepare_quantized(model: nn.Module, args: ORPOConfig) -> nn.Module:
 
 
 def warn_of_emulation(model: nn.Module, args: ORPOConfig) -> None:
-    """Warns where a CPU would emulate the bfloat16 that the model's layers are to be computed in."""
+    """Warns if the model's layers compute in bfloat16, and the CPU would emulate it."""
     if args.device.type != "cpu" or cpu_logits.multiplies_bfloat16():
         return
     if args.bf16 or any(p.dtype == torch.bfloat16 for p in model.parameters()):
@@ -118,7 +118,7 @@ def warn_of_emulation(model: nn.Module, args: ORPOConfig) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability to 0: of ``nn.Dropout``, and those that modules hold as a number for functions.
+    """Sets every dropout probability to 0: of ``nn.Dropout``, and where modules hold one as a number.
 
     OPT, BioGPT and others call ``torch.nn.functional.dropout`` with ``self.dropout``, and skip layers by ``layerdrop``.
     """
@@ -131,9 +131,9 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def router_coefficient(model: nn.Module) -> float:
-    """What a mixture of experts weighs its router's load-balancing loss with; 0 where it names no such number."""
+    """The weight of the router's load-balancing loss in a mixture of experts; 0 where the config has none."""
     config = base_model(model).config.get_text_config()
-    # JetMoE has a name of its own, DBRX a configuration inside.
+    # JetMoE has its own name for it, and DBRX an inner configuration.
     names = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
     found = (getattr(place, name, None) for place in (config, getattr(config, "ffn_config", None)) for name in names)
     return next((value for value in found if value is not None), 0.0)

@@ -1,4 +1,4 @@
-"""What ORPOTrainer is called with: mistakes that are known before anything is read."""
+"""Refuses mistakes in the call of ORPOTrainer before anything is read."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from orpo.trainer.config import ORPOConfig
 
 
 def check_call(args: Any, train: Any, held_out: Any, processing_class: Any, tokenizer: Any) -> ORPOConfig:
-    """The settings of a run on the data sets `train` and `held_out`; None is the default ones.
+    """The settings of a run on the data sets `train` and `held_out`; for None the defaults.
 
     Raises:
-        ValueError: the settings are another trainer's, two tokenizers are given or no data, or ``output_dir`` cannot be
+        ValueError: the settings are another trainer's, two tokenizers or no data are given, or ``output_dir`` cannot be
             written to.
     """
     args = ORPOConfig() if args is None else args
@@ -29,6 +29,6 @@ def check_call(args: Any, train: Any, held_out: Any, processing_class: Any, toke
     if train is not None and args.should_save:
         check_writable(args.output_dir)
     if args.n_gpu > 1:
-        # torch's DataParallel would cut the row arrays in pieces.
+        # More than 1 starts torch's DataParallel, which would cut the row arrays in pieces.
         args._n_gpu = 1
     return args

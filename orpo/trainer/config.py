@@ -22,7 +22,7 @@ from orpo.trainer.diagnose import refuse_cut_gradients
 from orpo.trainer.ranges import check_ranges, name_nothing
 from orpo.trainer.redact import RedactedArguments
 
-# Trackers that are tried by the tests; transformers knows more, and checks those itself.
+# Trackers that the tests try. transformers knows more, and checks those itself.
 TRACKERS = frozenset({"tensorboard", "trackio", "wandb"})
 
 
@@ -47,7 +47,7 @@ def _setting(default: Any, text: str) -> Any:
 
 
 def older_name(new: str) -> Any:
-    """A field that is accepted with a warning, and mapped to `new`."""
+    """A field with an older name, mapped to `new` with a warning."""
     return field(default=None, metadata={"help": f"Older name, mapped with a warning to {new}."})
 
 
@@ -171,7 +171,7 @@ class ORPOConfig(RedactedArguments, Arguments):
         self._check()
         refuse_parallel(self.parallelism_config)
         if self.activation_checkpointing is None:
-            # Both names at once: given the older one alone, transformers warns about a default that nobody set.
+            # Set both names: with the older one alone, transformers warns of a setting that the user did not make.
             self.activation_checkpointing = self.gradient_checkpointing is not False
             self.gradient_checkpointing = self.activation_checkpointing
         if self.bf16 is None:
@@ -208,7 +208,7 @@ class ORPOConfig(RedactedArguments, Arguments):
         return NLLSpan(self.nll_span == "prompt_and_chosen", None if self.nll_scores_eos else eos_token_id)
 
     def loss_settings(self) -> LossSettings:
-        """Of the loss, as far as they hold for the whole run."""
+        """Settings of the loss that are the same in every step of the run."""
         return LossSettings(
             beta=self.beta,
             nll_weight=self.nll_weight,
@@ -282,7 +282,7 @@ class ORPOConfig(RedactedArguments, Arguments):
         if self.diagnose:
             refuse_cut_gradients(bool(self.fsdp or self.deepspeed))
         if self.use_liger_kernel:
-            # Liger's own cross-entropy would replace the forward that the loss is attached to.
+            # Liger's cross-entropy would replace the forward that the loss is attached to.
             given, own = self.liger_kernel_config or {}, ("fused_linear_cross_entropy", "cross_entropy")
             for name in own:
                 if given.get(name):

@@ -23,7 +23,7 @@ from orpo.trainer.positions import check_positions
 
 
 def each_set(data: Any, name: str, function: Any, columns: dict[str, str] | None) -> Any:
-    """``function(data, name)``, or of each data set in a dict of them; `columns` says how columns may be named."""
+    """``function(data, name)``, for each data set where `data` is a dict of them. `columns` are their other names."""
     if not _are_sets(data, columns):
         return function(data, name)
     if not data:
@@ -37,7 +37,7 @@ def _are_sets(data: Any, columns: dict[str, str] | None) -> bool:
 
 
 def check_best_metric(args: Any, data: Any, has_own: bool) -> None:
-    """Refuses a ``metric_for_best_model`` that the evaluations do not have: the first would end the run.
+    """Refuses a ``metric_for_best_model`` that no evaluation has: the first evaluation would end the run.
 
     Args:
         args: the settings.
@@ -45,12 +45,12 @@ def check_best_metric(args: Any, data: Any, has_own: bool) -> None:
         has_own: whether the user's ``compute_metrics`` adds others.
 
     Raises:
-        ValueError: with the names that there are.
+        ValueError: the message has the names that there are.
     """
     wanted = args.metric_for_best_model
     if wanted is None or args.eval_strategy == "no" or data is None:
         return
-    # Of several sets, each metric begins with its set's name.
+    # With several sets, a metric's name begins with its set's.
     parts = [f"{name}_" for name in data] if isinstance(data, dict) else [""]
     name = wanted.removeprefix("eval_")
     if any(name.startswith(part) and (has_own or name.removeprefix(part) in EVALUATED) for part in parts):
@@ -72,7 +72,7 @@ class EvaluatingTrainer(Trainer):
     _eval_means: WeightedMeans
 
     def _prepared(self, data: Any, name: str) -> Any:
-        """`data` as the trainer's own data sets are: its tokens known to the model."""
+        """`data` prepared like the trainer's own data sets, its tokens known to the model."""
 
         def prepare(part: Any, name: str) -> Any:
             part = self._prepare(part, name)
@@ -81,13 +81,13 @@ class EvaluatingTrainer(Trainer):
             check_positions(part, self.model, self.args)
             return part
 
-        # A name is that of one of the trainer's own.
+        # A string names one of the trainer's own data sets.
         return data if data is None or isinstance(data, str) else each_set(data, name, prepare, self.args.columns)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """``Trainer.evaluate``, of pairs in any form that the trainer takes, prepared or not."""
+        """``Trainer.evaluate`` for pairs in any form that the trainer takes, prepared or not."""
         data = self._prepared(eval_dataset, "eval")
         with self._streams.counting(data):
             return super().evaluate(data, ignore_keys, metric_key_prefix)
@@ -95,7 +95,7 @@ class EvaluatingTrainer(Trainer):
     def predict(
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
-        """``Trainer.predict``, of pairs in any form: predictions (pairs, 2), mean log-probabilities, chosen first."""
+        """``Trainer.predict`` for pairs in any form: predictions (pairs, 2), mean log-probabilities, chosen first."""
         if test_dataset is None or _are_sets(test_dataset, self.args.columns):
             given = "None" if test_dataset is None else f"a dict with {', '.join(map(str, test_dataset)) or 'nothing'}"
             raise ValueError(f"predict takes one data set, not {given}: call it for each")
@@ -137,7 +137,7 @@ class EvaluatingTrainer(Trainer):
         """
         if (sequences := inputs.pop(SEQUENCES, None)) is not None:
             given, inputs = inputs, dict(inputs)
-            # Where Trainer looks for what it gathers. A layout's own ids need not be rows of pairs.
+            # Trainer gathers this entry. The layout's own ids need not be one row a pair.
             given[getattr(self.model, "main_input_name", "input_ids")] = sequences
         inputs = self._prepare_inputs(inputs)
         batch = inputs["orpo"] = without_repeats(pair_batch(inputs), self.accelerator)

@@ -1,4 +1,4 @@
-"""The pairs of a run: their form read, tokenized, and looked at, all before the model's weights are loaded."""
+"""Reads, tokenizes and checks the pairs of a run, before the model's weights are loaded."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from orpo.trainer.evaluation import check_best_metric, each_set
 
 
 def read_forms(train: Any, tokenizer: Any, args: ORPOConfig, encoder_decoder: bool) -> None:
-    """Leaves in `tokenizer` in which form the pairs of `train` come, and prints where their prompts really end.
+    """Notes the form of the pairs in `tokenizer`, and prints where prompts end if it is not where it seems.
 
-    The prompt of an encoder-decoder ends where it seems to: nothing of it goes to the answer.
+    The prompt of an encoder-decoder always ends where it seems to.
     """
     first = [read_first(train, tokenizer, args.columns)]
     remember_form(tokenizer, first, escape=args.escape_special_tokens)
@@ -28,7 +28,7 @@ def read_forms(train: Any, tokenizer: Any, args: ORPOConfig, encoder_decoder: bo
 
 
 def preparation(args: ORPOConfig, tokenizer: Any, encoder_decoder: bool) -> Callable[[Any, str], Any]:
-    """``prepare(data, name)``: :func:`orpo.data.prepare.prepare_dataset` by `args`, one process after the first."""
+    """``prepare(data, name)``: :func:`orpo.data.prepare.prepare_dataset` with `args`, on the first process first."""
 
     def prepare(data: Any, name: str) -> Any:
         if data is None:
@@ -56,14 +56,14 @@ def preparation(args: ORPOConfig, tokenizer: Any, encoder_decoder: bool) -> Call
 def prepare_sets(
     train: Any, held_out: Any, args: ORPOConfig, prepare: Callable[[Any, str], Any], *, has_own_metrics: bool
 ) -> tuple[Any, Any]:
-    """Both data sets as `prepare` makes them, after what can be refused of them; pairs that they share are told.
+    """Both data sets, checked and prepared by `prepare`; reports pairs that they share.
 
     Args:
         held_out: a data set, a dict of several, or None.
-        has_own_metrics: whether ``compute_metrics`` adds to those that an evaluation has.
+        has_own_metrics: whether ``compute_metrics`` adds metrics to an evaluation.
 
     Raises:
-        ValueError: no row of one can train, or ``metric_for_best_model`` names what no evaluation has.
+        ValueError: no row of a set can train, or no evaluation has the ``metric_for_best_model``.
     """
     train = prepare(train, "train")
     held_out = each_set(held_out, "eval", prepare, args.columns)

@@ -1,4 +1,4 @@
-"""Sequences longer than a model has positions: refused before training, where some step would fail on them."""
+"""Refuses sequences longer than a model has positions before training: some step would fail on them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from orpo.trainer.config import ORPOConfig
 
 
 def check_positions(data: Any, model: nn.Module, args: ORPOConfig) -> None:
-    """Refuses prepared `data` with sequences that `model`, whose positions are a table, has no position for.
+    """Refuses sequences in `data` that are longer than the table of positions that `model` has.
 
-    Models that compute their positions go on beyond those that they were trained on, which is said in a line.
+    A model that computes its positions goes on beyond those that it was trained on; a line says so.
 
     Args:
-        data: prepared, or None. Of a stream ``max_length`` alone is known.
+        data: prepared, or None. The sequences of a stream are known by ``max_length`` only.
         model: with or without adapters.
-        args: whose ``max_length`` it says what to set to.
+        args: with ``max_length``.
 
     Raises:
-        ValueError: with the longest sequence, the model's limit and ``max_length``.
+        ValueError: the message has the longest sequence, the model's limit, and the ``max_length`` to set.
     """
     if data is None:
         return
@@ -55,10 +55,10 @@ def check_positions(data: Any, model: nn.Module, args: ORPOConfig) -> None:
 
 
 def position_table(model: nn.Module) -> int | None:
-    """How many positions `model` has where they are a table, learned or fixed; None where they are computed."""
+    """How many positions are in the table of `model`, learned or fixed; None where it computes them."""
     config = model.config.get_text_config()
     if config.model_type == "mpt":
-        # ALiBi's slopes for as many tokens.
+        # ALiBi, with biases for so many tokens.
         return config.max_seq_len
     most = getattr(config, "max_position_embeddings", None)
     if not isinstance(most, int):
@@ -66,9 +66,9 @@ def position_table(model: nn.Module) -> int | None:
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and ("pos" in leaf or leaf == "wpe") and module.num_embeddings >= most:
-            # RoBERTa counts positions from behind the padding's.
+            # RoBERTa counts positions from padding_idx + 1.
             return most if module.padding_idx is None else module.num_embeddings - module.padding_idx - 1
-        # Sines and cosines of GPT-J, CodeGen and CTRL, as many as were made at first.
+        # GPT-J, CodeGen and CTRL make a fixed table of sines and cosines.
         for own in ("embed_positions", "pos_encoding"):
             table = getattr(module, own, None)
             if isinstance(table, Tensor) and len(table) == most:
@@ -77,7 +77,7 @@ def position_table(model: nn.Module) -> int | None:
 
 
 def _longest(data: Any, in_two: bool) -> int:
-    """Tokens of the longest sequence; with `in_two`, where an encoder reads the prompts, of the longest part of one."""
+    """Tokens of the longest sequence; with `in_two`, for an encoder-decoder, of the longest prompt or answer."""
     most = 0
     for side in ("chosen", "rejected"):
         sizes = pc.list_value_length(data.data.column(f"{side}_input_ids"))

@@ -1,4 +1,4 @@
-"""What a run says and leaves beside its weights: its first line, the model card, samples, and when it stops early."""
+"""A trainer that prints a first line, writes a model card, samples answers and stops early."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from orpo.trainer.start import describe_training, odd_rate
 
 
 class StartLine(TrainerCallback):
-    """Says before the first step what is trained and how, and warns of a learning rate that is out of all range.
+    """Says before the first step what is trained and how, and warns of an odd learning rate.
 
     Args:
-        own_optimizer: whether the user gave one, whose rate is not that of the settings.
+        own_optimizer: whether the user gave an optimizer, whose rate is not that of the settings.
     """
 
     def __init__(self, own_optimizer: bool) -> None:
         self.own_optimizer = own_optimizer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Nothing where a finished run is started again."""
+        """Prints the line, except where a finished run is started again."""
         if not args.should_log or state.global_step >= state.max_steps:
             return
         print(describe_training(model, args, state.max_steps))
@@ -41,7 +41,7 @@ class ReportingTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._card_details: dict[str, Any] = {}
-        # Before the progress bar, whose line it would be printed on.
+        # First of all callbacks: after the progress bar's, the line would be printed beside the bar.
         self.callback_handler.callbacks.insert(0, StartLine(own_optimizer=self.optimizer is not None))
         if self.args.early_stopping_patience is not None:
             self.add_callback(
@@ -51,7 +51,7 @@ class ReportingTrainer(Trainer):
             self.add_callback(EvalSamples(self))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """``Trainer``'s, with the model card beside the weights.
+        """``Trainer``'s, and it writes the model card.
 
         Raises:
             orpo.runs.non_finite.NonFiniteError: a weight that was trained is NaN or infinite.

@@ -1,4 +1,4 @@
-"""What the model answers while it is trained: a few held-out prompts, at each evaluation."""
+"""Lets the model answer a few held-out prompts at each evaluation."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ COLUMNS = ("step", "prompt", "answer", "chosen")
 
 
 class EvalSamples(TrainerCallback):
-    """Writes greedy answers to the first held-out prompts to ``output_dir/samples.jsonl`` and to trackers that run.
+    """Writes greedy answers to the first held-out prompts to ``output_dir/samples.jsonl`` and to running trackers.
 
-    A line holds ``step``, ``prompt``, ``answer`` and ``chosen``, with special tokens in the prompt only, and
-    ``dataset`` where there are several. Process 0 generates while the others wait, and no random state is used. Prompts
-    without a token, or with as many as the model has positions, are left out.
+    A line holds ``step``, ``prompt``, ``answer`` and ``chosen``, with special tokens only in the prompt, and
+    ``dataset`` where there are several. Process 0 generates while the others wait; no random state is used. Prompts
+    without a token, or without a position left for an answer, are skipped.
 
     Args:
         trainer: the trainer, whose model answers. Its ``args`` say how many prompts (``eval_samples``) and how long
             (``eval_max_new_tokens``; an answer ends at ``max_length`` too).
 
     Raises:
-        ValueError: the weights are cut up by FSDP or DeepSpeed, or nothing is evaluated.
+        ValueError: FSDP or DeepSpeed has split the weights, or nothing is evaluated.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -47,12 +47,12 @@ class EvalSamples(TrainerCallback):
         self._examples: dict[str | None, list[dict[str, Any]]] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Removes what another run, or this one after the step it resumes from, has left."""
+        """Removes samples of another run, and this run's from after the step that it resumes from."""
         path = Path(args.output_dir, FILE)
         if not state.is_world_process_zero or not path.exists():
             return
-        # Not splitlines, which also ends a line at characters that answers hold (U+2028). A killed run may have written
-        # half a character, of which strict reading would make an error at each attempt to resume.
+        # Not splitlines, which also ends lines at U+2028, which answers may hold. "replace", since a killed run may
+        # have written half a character: strict reading would fail at every attempt to resume.
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if state.global_step else []
         kept = [line for line in lines if _step_of(line) <= state.global_step]
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
@@ -73,7 +73,7 @@ class EvalSamples(TrainerCallback):
             report_table(self.trainer.callback_handler.callbacks, title, rows, state.global_step)
 
     def _evaluated(self, metrics: dict[str, float]) -> dict[str | None, Any]:
-        """The data set that `metrics` are of: evaluations of several are reported one by one."""
+        """The data set of `metrics`: several are evaluated and reported one by one."""
         data = self.trainer.eval_dataset
         parts = data if isinstance(data, dict) else {None: data}
         return {k: v for k, v in parts.items() if ("eval_loss" if k is None else f"eval_{k}_loss") in metrics}
@@ -84,12 +84,12 @@ class EvalSamples(TrainerCallback):
         if name not in self._examples:
             self._examples[name] = list(islice(iter(data), args.eval_samples))
             for counter in counters(data):
-                # What was read here is no part of an evaluation.
+                # Forget these counts: what was read here is no part of an evaluation.
                 counter.take()
         examples = self._examples[name]
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        # A prompt without a token has nothing to continue. One that fills the positions, past which rotary models can
-        # be trained, is refused by answer_tokens, which would end the training.
+        # A prompt without a token has nothing to continue, and answer_tokens refuses one that fills all positions
+        # (rotary models train beyond them): its error would end the training.
         examples = [e for e in examples if 0 < e["chosen_prompt_length"] < positions(model)]
         prompts = [list(e["chosen_input_ids"][: e["chosen_prompt_length"]]) for e in examples]
         longest = max(map(len, prompts), default=0)
@@ -106,7 +106,7 @@ class EvalSamples(TrainerCallback):
             record = {
                 "step": 0,
                 "prompt": tokenizer.decode(prompt),
-                # A tracker knows the type str, and none derived from it.
+                # A plain str: trackers do not know Answer.
                 "answer": str(answer),
                 "chosen": tokenizer.decode(chosen, skip_special_tokens=True),
             }
@@ -115,7 +115,7 @@ class EvalSamples(TrainerCallback):
 
 
 def _step_of(line: str) -> float:
-    """The step that a line was written at; infinity for one that a killed run left unfinished."""
+    """The step at which a line was written; infinity for a line that a killed run left unfinished."""
     try:
         return json.loads(line)["step"]
     except json.JSONDecodeError:

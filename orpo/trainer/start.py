@@ -1,4 +1,4 @@
-"""What a run starts from: a model by its name, or an adapter, which is trained further or merged first."""
+"""The start of a run: a model by its name, or an adapter, which is trained further or merged first."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from orpo.model.probe import refuse_layout
 from orpo.trainer.adapt import SEQ_2_SEQ, adapt, prepare_quantized
 from orpo.trainer.config import ORPOConfig
 
-# In output_dir: what a new adapter names as its base has to be somewhere.
+# Folder in output_dir for a merged model, which a new adapter names as its base.
 MERGED = "base"
 
-# Learning rates of Adam and its like, for a whole model and for an adapter: below the first number weights hardly
-# change in any run, above the second they are no longer those of the model that was loaded.
+# Usual learning rates of Adam and its like, for a whole model (False) and an adapter (True): below the first number
+# weights hardly change in any run, above the second the model loses what it knows.
 RATES = {False: (1e-7, 1e-3), True: (1e-5, 1e-2)}
 
 
 def check_model_argument(model: Any, args: ORPOConfig, peft_config: Any) -> tuple[str, bool]:
-    """(the name by which the tokenizer of `model` is looked for, whether it is an encoder-decoder).
+    """(the name under which to look for the tokenizer of `model`, whether it is an encoder-decoder).
 
-    The name is "" where a loaded model has none. Where `model` is None, ``args`` say what ``model_init`` will make.
+    The name is "" if a loaded model has none. If `model` is None, ``args`` say what ``model_init`` will make.
 
     Raises:
         ImportError, ValueError: as :func:`check_start`; ``model_init_kwargs`` is given beside a loaded model; the
-            layout or the task of `peft_config` is none of an encoder-decoder's.
+            layout, or the task of `peft_config`, does not fit an encoder-decoder.
     """
     if isinstance(model, str):
         name, encoder_decoder = check_start(model, args)
@@ -53,7 +53,7 @@ def check_model_argument(model: Any, args: ORPOConfig, peft_config: Any) -> tupl
 
 
 def find_tokenizer(given: Any, name: str, args: ORPOConfig) -> Any:
-    """The tokenizer or processor `given`, or the one that belongs to the model called `name`.
+    """The tokenizer or processor `given`, or that of the model `name`.
 
     Raises:
         ValueError: as :func:`orpo.model.load.load_tokenizer`.
@@ -64,7 +64,7 @@ def find_tokenizer(given: Any, name: str, args: ORPOConfig) -> Any:
 
 
 def start_model(model: Any, args: ORPOConfig, peft_config: Any) -> nn.Module | None:
-    """`model`, loaded where it is a name, as it is trained; None where ``model_init`` will make it.
+    """`model` ready to train, loaded if it is a name; None if ``model_init`` will make it.
 
     Raises:
         ImportError, ValueError: as :func:`load_start` and :func:`orpo.trainer.adapt.adapt`.
@@ -75,13 +75,13 @@ def start_model(model: Any, args: ORPOConfig, peft_config: Any) -> nn.Module | N
 
 
 def check_start(name: str, args: ORPOConfig) -> tuple[str, bool]:
-    """Refuses what can be known of `name` before weights are read: (where its tokenizer is, has it an encoder).
+    """Refuses `name` before weights are read, if possible. Returns (where its tokenizer is, whether it has an encoder).
 
     Raises:
         ImportError, ValueError: as :func:`load_start`.
     """
     options = _options(args)
-    # Before the hub is asked, which may take its time.
+    # Before the hub is asked, which may take long.
     find_dtype(options.get("dtype"))
     folder = adapter_folder(name, **options)
     if folder is None:
@@ -93,9 +93,9 @@ def check_start(name: str, args: ORPOConfig) -> tuple[str, bool]:
 
 
 def load_start(name: str, args: ORPOConfig, peft_config: Any) -> nn.Module:
-    """The model called `name` as a run with `args` starts from it.
+    """Loads the model `name` from which a run with `args` starts.
 
-    An adapter is loaded around its base model and trained further. Where `peft_config` asks for a new one, it is merged
+    An adapter is loaded around its base model and trained further. If `peft_config` asks for a new one, it is merged
     into its base first, and the merged model is saved in ``output_dir/base``, which the new adapter names as its base.
 
     Args:
@@ -118,7 +118,7 @@ def load_start(name: str, args: ORPOConfig, peft_config: Any) -> nn.Module:
         return load_adapter(folder, trainable=True, prepare=lambda model: prepare_quantized(model, args), **options)
     merged, dtype = Path(args.output_dir, MERGED).absolute(), options.get("dtype", "auto")
     report(f"{name} is an adapter on {base}: it is merged, in {merged}, and the new adapter is trained on that")
-    # Rank 0 alone on a disk that the nodes share, and then one process of each node that has a disk of its own.
+    # First rank 0, for a disk that nodes share; then one process of each node, for nodes with their own disks.
     for alone in (False, True):
         with args.main_process_first(local=alone, desc="merging the adapter"):
             turn = args.local_process_index if alone else args.process_index
@@ -143,7 +143,7 @@ def describe_training(model: nn.Module, args: ORPOConfig, steps: int) -> str:
 
 
 def odd_rate(args: ORPOConfig, adapter: bool) -> str | None:
-    """What to say of a learning rate that moves nothing, or too much; None where there is nothing to say.
+    """A warning of a learning rate that is far too low or too high; or None.
 
     Args:
         adapter: whether a LoRA or the like is trained, which needs about ten times the rate of a whole model.
@@ -157,6 +157,6 @@ def odd_rate(args: ORPOConfig, adapter: bool) -> str | None:
 
 
 def _numbers(parameter: nn.Parameter) -> int:
-    # Under ZeRO-3 a parameter is empty, and one of 4 bits has two numbers in a byte.
+    # A parameter under ZeRO-3 is empty, and one of 4 bits has two numbers in a byte.
     count = getattr(parameter, "ds_numel", parameter.numel())
     return 2 * parameter.element_size() * count if type(parameter).__name__ == "Params4bit" else count

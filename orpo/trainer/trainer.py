@@ -1,7 +1,7 @@
 """ORPOTrainer: transformers' Trainer with the fused loss, exact normalisation and TRL's metrics.
 
-Four things differ from a plain Trainer: what an optimizer step divides by (`_get_num_items_in_batch`), the loss
-(`compute_loss`), what is logged (`log`), and evaluation (orpo.trainer.evaluation).
+Four things differ from a plain Trainer: the counts that an optimizer step divides by (`_get_num_items_in_batch`), the
+loss (`compute_loss`), the log (`log`), and evaluation (orpo.trainer.evaluation).
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
 
     Args:
         model: a causal language model or an encoder-decoder of transformers, a PEFT model around one, or the name or
-            folder of either.
-            An adapter by name is trained further; with `peft_config` it is merged first, in ``output_dir/base``.
+            folder of either. An adapter by name is trained further; with `peft_config` it is merged first, in
+            ``output_dir/base``.
         args: the settings.
-        data_collator: what makes batches of prepared examples. Default: the layout of ``args.layout``.
+        data_collator: makes batches of prepared examples. Default: the layout of ``args.layout``.
         train_dataset, eval_dataset: pairs in any form of :mod:`orpo.data.forms`, as a ``datasets.Dataset`` or
             ``IterableDataset``, a dict of lists, or a list of dicts; `eval_dataset` may also be a dict of data sets.
         processing_class: the tokenizer. Default: the one that belongs to the model's name.
         tokenizer: the older name of `processing_class`.
         peft_config: a PEFT configuration to wrap the model in.
-        compute_metrics: called with predictions (pairs, 2), the mean log-probabilities of chosen and rejected answers;
-            with "loss" in ``args.include_for_metrics`` also with ``losses`` (pairs,), of each pair its batch's; with
-            "inputs" with ``inputs`` (pairs, tokens): prompt, chosen answer, rejected answer, filled up with -100.
+        compute_metrics: called with predictions (pairs, 2), the mean log-probabilities of chosen and rejected answers.
+            With "loss" in ``args.include_for_metrics`` it also gets ``losses`` (pairs,), for each pair its batch's
+            loss; with "inputs" ``inputs`` (pairs, tokens): prompt, chosen answer, rejected answer, filled up with -100.
         model_init, callbacks, optimizers, preprocess_logits_for_metrics: as in ``transformers.Trainer``.
 
     Raises:
-        ValueError: the model, its head, the data or the settings cannot be trained with; the message says why.
+        ValueError: the model, its head, the data or the settings do not allow training; the message says why.
         orpo.runs.non_finite.NonFiniteError: from ``train()``, when a loss or gradient is NaN or infinite.
     """
 
@@ -87,7 +87,7 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
     ) -> None:
         args = check_call(args, train_dataset, eval_dataset, processing_class, tokenizer)
         name, encoder_decoder = check_model_argument(model, args, peft_config)
-        # The data before the weights, which may take minutes to load: a wrong column is known in a second.
+        # Data first: a wrong column shows in a second, and the weights may take minutes to load.
         processing_class = find_tokenizer(tokenizer if processing_class is None else processing_class, name, args)
         text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
         read_forms(train_dataset, text_tokenizer, args, encoder_decoder)
@@ -113,7 +113,7 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            # Trainer counts the arguments in the signature, which has to be model_init's own.
+            # Trainer counts the arguments of model_init by its signature, which the wrapper has to keep.
             model_init=model_init
             and functools.wraps(model_init)(lambda *trial: adapt(model_init(*trial), args, peft_config)),
             compute_metrics=compute_metrics,
@@ -127,7 +127,7 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
         self.data_collator = layout or self.data_collator
 
     def _check_model(self, encoder_decoder: bool) -> None:
-        """Refuses what the model and the ranks it is trained on are needed to know."""
+        """Refuses what can only be checked with the model and its ranks."""
         if is_encoder_decoder(self.model) != encoder_decoder:
             name = type(base_model(self.model)).__name__
             raise ValueError(
@@ -169,7 +169,7 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
         return output
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """``Trainer``'s, which knows nothing of a loop before it: a smaller batch follows one that was too large."""
+        """``Trainer``'s, cleared of an earlier try: ``auto_find_batch_size`` starts again with a smaller batch."""
         self._forget()
         return super()._inner_training_loop(*args, **kwargs)
 
@@ -179,22 +179,22 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
         self._saw_gradient = self._has_counted = self._starved = False
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """``Trainer``'s, of a model that has something to train."""
+        """``Trainer``'s, after a check that the model has something to train."""
         given = None if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
         refuse_frozen(self.model if model is None else model, given)
         return super().create_optimizer(model)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """``Trainer``'s; what is left of a stream that does not fill an optimizer step is dropped."""
+        """``Trainer``'s, but the rest of a stream that does not fill an optimizer step is dropped."""
         samples, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
-        # Trainer takes no step for them, and would add their gradients to the next epoch's first.
+        # Trainer takes no step for this rest, and would add its gradients to the next epoch's first step.
         if len(samples) == num_batches:
             return samples, counts
         self._starved = True
         return [], None
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Counts | None:
-        """What the optimizer step counts, over its micro-batches and over all ranks."""
+        """The counts of the optimizer step, over its micro-batches and all ranks."""
         if self.args.normalization != "global" or not batch_samples:
             return None
         counts = torch.tensor([pair_batch(sample).counts for sample in batch_samples]).sum(0)
@@ -209,7 +209,7 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
         return_outputs: bool = False,
         num_items_in_batch: Counts | None = None,
     ) -> Any:
-        """The loss of one micro-batch as its share of the optimizer step's loss."""
+        """One micro-batch's share of the optimizer step's loss."""
         batch, ranks = pair_batch(inputs), self.accelerator.num_processes
         if num_items_in_batch is None:
             parts = self.current_gradient_accumulation_steps * ranks
@@ -226,7 +226,7 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
             parts = self.current_gradient_accumulation_steps * ranks
             loss = loss + router_coefficient(self.model) * outputs.aux_loss / parts
         self._guard.watch(loss, outputs.chosen_logps, outputs.rejected_logps, batch.pair_ids)
-        # DDP, FSDP and ZeRO average over ranks, where the parts of one mean have to be added.
+        # DDP, FSDP and ZeRO average over ranks, but these are parts of one mean, to be added.
         loss = loss * ranks
         if self.args.should_log:
             self._runaway.add(loss)
@@ -235,9 +235,9 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
     def _run(
         self, model: nn.Module, inputs: dict[str, Any], counts: Counts, logit_metrics: bool, **settings: Any
     ) -> Any:
-        """The model's forward with the loss of `inputs`, its means taken over the NLL tokens and pairs of `counts`."""
+        """Runs the model with the loss of `inputs`, whose means are over the NLL tokens and pairs of `counts`."""
         rows = inputs["orpo"].to(self.args.device).rows
-        # A batch may lack what a mean is over; its sum is 0 then, whatever it is divided by.
+        # At least 1: a batch may hold nothing that counts, and its sum is 0 then.
         settings = {"num_nll_tokens": max(counts.nll_tokens, 1), "num_pairs": max(counts.pairs, 1), **settings}
         call = LossCall(rows, replace(self.args.loss_settings(), **settings), logit_metrics)
         return model(**{name: value for name, value in inputs.items() if name != "orpo"}, orpo=call)
@@ -246,7 +246,7 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
         self._train_means.add(pair_statistics(outputs.log_odds, outputs.pair_mask), share)
         if not (self._logs_this_step() and self.accelerator.sync_gradients):
             return
-        # Not through DDP, whose forward expects a backward that reduces.
+        # Not through DDP, whose forward expects a backward to follow.
         plain, batch = self.accelerator.unwrap_model(model), inputs["orpo"]
 
         def loss_of(nll: float, odds_ratio: float) -> Tensor:
@@ -265,9 +265,9 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
         )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Any:
-        """``Trainer``'s, and the last point before the update: the step is checked here."""
+        """``Trainer``'s. Also checks the step here, the last point before the update."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        # A loss scaler, accelerate's or DeepSpeed's own, overflows on purpose, and then skips the update.
+        # A loss scaler, accelerate's or DeepSpeed's, overflows on purpose, and skips the update then.
         scaled = self.accelerator.mixed_precision == "fp16"
         self._guard.end_step(self.state.global_step + 1, None if scaled else grad_norm)
         self._runaway.end_step(self.state.global_step + 1)
@@ -280,7 +280,7 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """``Trainer``'s, with TRL's metrics of the steps since the last log."""
         if "train_loss" in logs and self._took_no_step():
-            # It would be logged as 0.
+            # Without a step it would be logged as 0.
             del logs["train_loss"]
             return
         if "loss" in logs:

@@ -45,7 +45,7 @@ def multiplies_bfloat16() -> bool:
 def _capabilities() -> dict[str, bool]:
     if hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu.get_capabilities()
-    # torch 2.8 knows these two alone.
+    # torch 2.8 can tell these two only.
     return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx_bf16": torch.cpu._is_amx_tile_supported()}
 
 
@@ -83,7 +83,7 @@ class LogitStrip:
         self, x_ND: Tensor, targets_N: Tensor, head: Head, first: int, last: int, out: Tensor | None = None
     ) -> None:
         dtype = compute_dtype(x_ND.dtype, head.weight_VD.dtype)
-        # A matmul would resize what is too small, and leave its rows unread.
+        # A matmul would resize an `out` of another shape without a word, and its caller would read other memory.
         assert out is None or out.shape == (x_ND.shape[0], last - first), (out.shape, x_ND.shape, first, last)
         self.head, self.first, self.last = head, first, last
         self.z_NK = x_ND.new_empty(x_ND.shape[0], last - first, dtype=dtype) if out is None else out
@@ -112,9 +112,10 @@ class LogitStrip:
         return z
 
     def read_with_slope(self, block: slice) -> tuple[Tensor, Tensor | None]:
-        """`read`, and cap' of each logit, as large as they: who calls lets go of it before the next block.
+        """`read`, and the softcap's slope at each logit, or None without a softcap.
 
-        None without a softcap. As 1 / cosh^2 of what is capped: near the cap 1 - (z / softcap)^2 would be rounding.
+        The slope is as large as the block: drop it before the next block is read. It is computed as 1 / cosh^2, since
+        1 - (z / softcap)^2 would be rounding error near the cap.
         """
         z, slope = self.uncapped(block), None
         if self.head.softcap is not None:

@@ -94,7 +94,7 @@ class MatmulConfig:
         shared = self.num_stages * (self.block_n + self.block_v) * self.block_d * element_bytes
         threads = self.num_warps * (64 if chip.is_amd else 32)
         sums = self.block_n * self.block_v // threads
-        # `spills_keeping` counts the heads with a softcap in.
+        # `spills_keeping` holds for heads with a softcap too.
         of_this_call = self.spills_keeping if keeps else self.spills_capped if softcap else ()
         spills = not chip.is_amd and chip.major in (*self.spills_on, *of_this_call)
         known = not self.descriptors or (chip.major >= 9 and not chip.is_amd)
@@ -196,7 +196,7 @@ def _limits(device: torch.device) -> Limits:
 def rows_aligned(x_ND: Tensor, weight_VD: Tensor) -> bool:
     """Whether triton can prove that every row of both operands starts at a multiple of 16 bytes."""
     strides = weight_VD.stride(1) == 1 and x_ND.shape[1] % 16 == 0 and weight_VD.stride(0) % 16 == 0
-    # A parameter may be a view into a flat buffer.
+    # Strides do not tell where memory begins: a parameter may be a view into a flat buffer.
     return strides and all(tensor.data_ptr() % 16 == 0 for tensor in (x_ND, weight_VD))
 
 
@@ -242,6 +242,6 @@ def vocabulary_splits(blocks_n: int, vocabulary: int, block_v: int, multiprocess
         return -(-programs // multiprocessors) * tiles_each
 
     splits = range(wanted if wanted <= most else fewest, min(most, 2 * wanted) + 1)
-    # Of equally long ones the shortest splits, which wait the least for one another.
+    # Of splits that take equally long, the shortest: they wait the least for one another.
     tiles_each = min({-(-tiles // n) for n in splits}, key=lambda each: (duration(each), each))
     return -(-tiles // tiles_each), tiles_each * block_v

@@ -1,4 +1,4 @@
-"""Local files of pairs, looked through before a reader that says less of what is wrong, or ends the process with it."""
+"""Checks local files before they are read: the readers' own errors say less, and some end the process."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from orpo.files import not_utf8
 
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
-# Arrow stores no more than some 60, and its reader calls itself for each: thousands end the process (signal 11).
+# Arrow stores some 60 levels. Its reader recurses for each one: thousands end the process (signal 11).
 MOST_LEVELS = 50
 
-# Of a stream, whose file may be of any size, only what is read first.
+# A stream's file may be of any size: only its first lines are checked.
 LINES_OF_A_STREAM = 10_000
 
 _STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"')
@@ -39,7 +39,7 @@ def check_file(path: Path, *, is_json: bool, most_lines: int | None = None) -> N
         with OPENERS.get(path.suffix.lower(), open)(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if number == 1 and line.startswith(b"["):
-                    # One list over the whole file, whose reader counts levels itself.
+                    # The file is one list, whose reader counts levels itself.
                     is_json = False
                 _check_line(path, number, line, is_json)
                 if number == most_lines:
@@ -47,7 +47,7 @@ def check_file(path: Path, *, is_json: bool, most_lines: int | None = None) -> N
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{path} could not be unpacked: {error}") from error
     except OSError as error:
-        # The unpackers' own errors have no number; one that has is of the file system.
+        # An error with a number comes from the file system, not from the unpacker.
         if error.errno is not None:
             raise
         raise ValueError(f"{path} could not be unpacked: {error}") from error

@@ -1,4 +1,4 @@
-"""Files of pairs by their names: which reader reads them, and a file that is not there."""
+"""Tells by a file's name which reader reads it, and whether it is missing."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def reader_for(path: str | Path) -> str | None:
 
 
 def refuse_missing(name: str) -> None:
-    """Refuses the name of a file or folder that is not there; other names may be known to the hub.
+    """Refuses a file or folder that is not there. Other names may be on the hub.
 
     Raises:
-        ValueError: it begins as a path does, or ends as a file of pairs does, and there is none.
+        ValueError: `name` looks like a path or a file of pairs, and there is none.
     """
     if (name.startswith((".", "/", "~")) or reader_for(name) is not None) and not Path(name).expanduser().exists():
         raise ValueError(f"there is no file or folder {name}")

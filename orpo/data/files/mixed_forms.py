@@ -1,7 +1,7 @@
-"""JSON lines whose rows do not agree on what a column holds: read as they stand, so that one row's fault stays its own.
+"""Reads JSON lines whose rows disagree on a column's type, so that one odd row does not change the others.
 
-``datasets`` gives a column of text that holds anything else in one row to a type of JSON, which makes numbers of the
-texts "4" and " 4"; where it has decided for text before, it puts quotes around the texts beside such a row.
+Where one row of a text column holds something else, ``datasets`` types the column as JSON and turns the texts "4" and
+" 4" into numbers; where it has decided for text already, it puts quotes around the texts beside such a row.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def json_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def is_json_lines(path: Path) -> bool:
-    """Whether `path`, a file that ``datasets`` reads as JSON, holds an object a line, by its first."""
+    """Whether the first line of `path`, a JSON file to ``datasets``, is an object by itself."""
     if path.suffix.lower() not in (".jsonl", ".json", *OPENERS):
         return False
     first = next((line for _, line in _lines(path)), "")
@@ -42,8 +42,8 @@ def is_json_lines(path: Path) -> bool:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, text) of each line with something in it."""
-    # A form feed ends no line, as it does in str.splitlines.
+    """(number from 1, text) of each line that is not blank."""
+    # Not str.splitlines: it also ends a line at a form feed.
     with OPENERS.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
         yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
 
@@ -52,7 +52,7 @@ def mixed_columns(files: Iterable[Path]) -> list[str]:
     """The columns that hold values of several kinds (text, numbers, true or false, lists, objects), at any depth.
 
     Args:
-        files: of JSON lines. Those that break off in a line are left to their reader, which says so.
+        files: of JSON lines. A broken one is left to its reader, which refuses it.
     """
     kinds: dict[tuple[str, ...], type] = {}
     mixed: set[str] = set()
@@ -68,7 +68,7 @@ def mixed_columns(files: Iterable[Path]) -> list[str]:
 
 
 def _differs(value: Any, path: tuple[str, ...], kinds: dict[tuple[str, ...], type]) -> bool:
-    """Whether `value` holds another kind somewhere than `kinds` knows of that place; fills in what is new there."""
+    """Whether `value` disagrees with `kinds`, place -> kind, anywhere. Adds the places that are new."""
     if value is None:
         return False
     kind = float if type(value) is int else type(value)
@@ -80,9 +80,9 @@ def _differs(value: Any, path: tuple[str, ...], kinds: dict[tuple[str, ...], typ
 
 
 def encode_columns(path: Path, names: Iterable[str], copy: Path) -> None:
-    """Copies a file of JSON lines with the columns `names` written as JSON, a text in every row."""
+    """Copies a file of JSON lines; each value in the columns `names` becomes its JSON text."""
     copy.parent.mkdir(parents=True, exist_ok=True)
-    # Another rank may write the same one.
+    # Another rank may write the same copy: each writes a file of its own, and moves it.
     part = copy.with_name(f"{copy.name}.{os.getpid()}.part")
     with part.open("w", encoding="utf-8") as file:
         for row in json_rows(path):
@@ -92,7 +92,7 @@ def encode_columns(path: Path, names: Iterable[str], copy: Path) -> None:
 
 
 def decode_columns(data: Any, names: Iterable[str]) -> Any:
-    """`data`, read of such a copy, with the values that its rows have in the columns `names`."""
+    """`data`, read from a copy by :func:`encode_columns`, with the values themselves in the columns `names`."""
     import datasets
 
     known = {name: datasets.Json() for name in names if name in data.features}
@@ -100,10 +100,10 @@ def decode_columns(data: Any, names: Iterable[str]) -> Any:
 
 
 def as_json_columns(data: Any) -> Any:
-    """Rows, a dict of lists or a list of dicts, whose columns hold values of several kinds, as a ``datasets.Dataset``.
+    """A ``datasets.Dataset`` of a dict of lists or a list of dicts whose columns hold values of several kinds.
 
     Raises:
-        TypeError: a value is no JSON.
+        TypeError: a value cannot be written as JSON.
     """
     import datasets
 

@@ -40,7 +40,7 @@ def as_dataset(data: Any) -> Any:
 
     refuse_splits(data)
     if isinstance(data, datasets.Dataset) and data.format["type"] not in (None, "custom"):
-        # Rows of numpy and pandas are no strings and lists, by which forms are told; a transform of the user's stays.
+        # Forms are known by strings and lists, which rows of numpy and pandas are not; a user's transform stays.
         data = data.with_format(None)
     if isinstance(data, (datasets.Dataset, datasets.IterableDataset)):
         return data
@@ -53,7 +53,7 @@ def as_dataset(data: Any) -> Any:
         try:
             return as_json_columns(data)
         except (TypeError, ValueError):
-            # What JSON does not know, or lists of another length: the first error says more.
+            # A value is no JSON, or lists differ in length: the first error says more.
             raise ValueError(f"the rows make no table, each column of which holds one type only: {error}") from error
     raise ValueError(
         "a data set has to be a datasets.Dataset or IterableDataset, a dict of lists or a list of dicts, "
@@ -69,7 +69,7 @@ def load_pairs(name: str, split: str = "train", *, config: str | None = None, st
         split: the name of a split, or a part of it as ``datasets`` writes it: ``"train[:90%]"``, ``"train[200:]"``. A
             file has the one split "train".
         config: the configuration of a hub data set.
-        streaming: read it as it is trained on, rather than beforehand.
+        streaming: read rows during training, not before.
 
     Raises:
         ImportError: a file is compressed with zstd, and zstandard is not installed.
@@ -86,7 +86,7 @@ def load_pairs(name: str, split: str = "train", *, config: str | None = None, st
         reader = reader_for(path)
         if reader is None:
             raise ValueError(f"{name} is of no known kind; it has to end in {', '.join(READERS)}, compressed or not")
-        # The name of a file that is there is no pattern, though [0-2] in it could be one.
+        # A file's name is no pattern, even with [0-2] in it.
         arguments: dict[str, Any] = {"path": reader, "data_files": glob.escape(str(path))}
     else:
         refuse_missing(name)
@@ -102,12 +102,12 @@ def load_pairs(name: str, split: str = "train", *, config: str | None = None, st
     _check_files(path, streaming)
     kind = arguments["path"] if path.is_file() else "a data set"
     if streaming and split == "train" and arguments["path"] == "json" and is_json_lines(path):
-        # By itself, as the rows stand: the reader of streams decides by the first rows what later ones hold.
+        # Read here, row by row: the reader of streams lets the first rows decide the types of later ones.
         deque(islice(json_rows(path), LINES_OF_A_STREAM), maxlen=0)
         return datasets.IterableDataset.from_generator(json_rows, gen_kwargs={"path": path})
     if path.exists() and not streaming:
-        # Read before, a file is known by its path and time alone: one that was copied over it with its time kept, or
-        # replaced within the clock's resolution, would train the rows of the one before.
+        # The cache knows a file by its path and time alone: a run would train on the old rows of a file that is
+        # replaced with its time kept, or within the clock's resolution.
         arguments["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE, _digest(path)))
     try:
         with _silent_reader():
@@ -118,11 +118,11 @@ def load_pairs(name: str, split: str = "train", *, config: str | None = None, st
             encoded = [] if streaming else _encode_mixed(path, arguments)
             data = datasets.load_dataset(**arguments, split=split, streaming=streaming)
             if streaming and path.exists():
-                # A stream meets what is wrong with its file when it is read.
+                # A stream finds a broken file only when it is read: read one row now.
                 next(iter(data))
             return decode_columns(data, encoded) if encoded else data
     except (StopIteration, datasets.exceptions.DatasetGenerationError) as error:
-        # What went wrong in the file is the cause, behind a sentence that says nothing.
+        # The error itself says nothing; its cause does.
         reason = _broken_line(path) or error.__cause__ or "no row was found"
         raise ValueError(f"{name} could not be read as {kind}: {reason}") from error
     except (ValueError, pa.ArrowException) as error:
@@ -139,7 +139,7 @@ def load_pairs(name: str, split: str = "train", *, config: str | None = None, st
 
 
 def _check_files(path: Path, streaming: bool) -> None:
-    """:func:`orpo.data.files.file_check.check_file` of the text files that `path` is, or that lie below it."""
+    """Calls :func:`orpo.data.files.file_check.check_file` for `path`, or the text files below it."""
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         reader = reader_for(file)
         if reader is None or not file.is_file():
@@ -151,8 +151,8 @@ def _check_files(path: Path, streaming: bool) -> None:
 
 
 def _encode_mixed(path: Path, arguments: dict[str, Any]) -> list[str]:
-    """The columns of JSON lines whose rows do not agree on what they hold; `arguments` then read a copy of `path`, in
-    which all of them are text."""
+    """The columns of JSON lines whose rows disagree on a type. `arguments` then read a copy of `path` in which these
+    columns are text."""
     found = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
     files = [file for file in found if file.is_file() and reader_for(file) == "json" and is_json_lines(file)]
     names = mixed_columns(files)
@@ -170,8 +170,8 @@ def _encode_mixed(path: Path, arguments: dict[str, Any]) -> list[str]:
 
 
 def _tell_unread(folder: Path, builder: Any) -> None:
-    """Warns of files in `folder` that are in no split: ``datasets`` takes those of one kind, and where one is named
-    train, test or validation no other name. A README.md may say which are meant."""
+    """Warns of files in `folder` that are in no split: ``datasets`` takes files of one kind, and only train, test and
+    validation where one has such a name. A README.md may say which files are meant."""
     if not folder.is_dir() or (folder / "README.md").is_file():
         return
     read = {Path(file).resolve() for split in (builder.config.data_files or {}).values() for file in split}
@@ -188,9 +188,9 @@ def _tell_unread(folder: Path, builder: Any) -> None:
 
 
 def _as_text(builder: Any) -> dict[str, Any]:
-    """What a reader of CSV has to be told so that no column is guessed at; nothing for other readers.
+    """Options by which the CSV reader takes every column as text; none for other readers.
 
-    Left to itself it takes "NA", "None" and "null" for missing values, and the answer "007" for a number.
+    Otherwise it takes "NA", "None" and "null" for missing values, and the answer "007" for a number.
     """
     import pandas
     from datasets.exceptions import DatasetGenerationError
@@ -204,14 +204,14 @@ def _as_text(builder: Any) -> dict[str, Any]:
         for file in files:
             first = pandas.read_csv(file, nrows=1, dtype=str)
             if not isinstance(first.index, pandas.RangeIndex):
-                # The reader takes what is too much for row names, and every other field for the column on its right.
+                # The reader takes surplus fields for row names, and shifts all others by one column.
                 raise ValueError(
                     f"the first row of {Path(file).name} has more fields than its line of names; a text with a comma "
                     "has to stand in double quotes, and no comma ends a row"
                 )
             header = pandas.read_csv(file, nrows=1, dtype=str, header=None, na_filter=False).iloc[0]
             if twice := [name for name, count in Counter(header).items() if name and count > 1]:
-                # The reader renames the second one, and nobody knows which of the two is meant.
+                # The reader would rename the second one, and the wrong one may be meant.
                 raise ValueError(f"{Path(file).name} has more than one column named {twice[0]!r}: rename or remove one")
             names.update(first.columns)
     except ValueError as error:
@@ -220,7 +220,7 @@ def _as_text(builder: Any) -> dict[str, Any]:
 
 
 def _digest(path: Path) -> str:
-    """Of the content of a file, or of the names and content of the files in a folder that hold rows."""
+    """A digest of a file's content, or of the names and content of a folder's files that hold rows."""
     digest = hashlib.blake2b(digest_size=16)
     for part in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and reader_for(p)):
         with part.open("rb") as file:
@@ -231,7 +231,7 @@ def _digest(path: Path) -> str:
 
 @contextmanager
 def _silent_reader() -> Iterator[None]:
-    """Without the line that the JSON reader logs before it raises the same."""
+    """Silences the line that the JSON reader logs before it raises the same error."""
     logger = logging.getLogger("datasets.packaged_modules.json.json")
     before, logger.disabled = logger.disabled, True
     try:
@@ -241,7 +241,7 @@ def _silent_reader() -> Iterator[None]:
 
 
 def _broken_line(path: Path) -> str | None:
-    """What is wrong in a file of JSON lines, its lines counted from 1; None where nothing is, or it is no such file."""
+    """The first fault in a file of JSON lines, with its line from 1; None for a sound file and for other files."""
     opened = {".jsonl": open, ".json": open, **OPENERS}.get(path.suffix.lower())
     if opened is None or not path.is_file() or reader_for(path) != "json":
         return None
@@ -252,7 +252,7 @@ def _broken_line(path: Path) -> str | None:
 def _first_broken(lines: Iterable[str]) -> str | None:
     for number, line in enumerate(lines, 1):
         if number == 1 and (line.startswith("[") or line.strip() == "{"):
-            # One value over many lines.
+            # The file is one value over many lines, not JSON lines.
             return None
         if not line.strip():
             continue

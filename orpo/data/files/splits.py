@@ -1,4 +1,4 @@
-"""The splits of a data set: which there are, where one that is wanted is not, and those that lie saved in a folder."""
+"""The splits of a data set: the error for a missing one, and splits saved in a folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def refuse_splits(data: Any) -> None:
 
 
 def which_splits(name: str, split: str, error: str) -> str:
-    """What to say where `name` has no `split`: those that it has, read off the `error` of ``datasets``."""
+    """The error where `name` has no `split`, with the splits that the `error` of ``datasets`` names."""
     found = re.search(r"[Ss]hould be one of (\[.*?\])", error)
     splits = re.findall(r"'([^']+)'", found[1]) if found else []
     if not splits:
@@ -50,13 +50,13 @@ def is_saved(path: Path) -> bool:
 
 
 def from_disk(path: Path, split: str, *, streaming: bool) -> Any:
-    """A split, or a part of one, of what ``save_to_disk`` wrote; a single data set is the split "train".
+    """A split, or a part of one, from a folder that ``save_to_disk`` wrote; a single data set is the split "train".
 
-    ``load_dataset`` takes the folders' names for patterns, and would read train_sft and train_prefs as one split.
+    ``load_dataset`` would take the folders' names for patterns, and read train_sft and train_prefs as one split.
 
     Raises:
         NoSuchSplit: there is no such split.
-        ValueError: nothing is in that part.
+        ValueError: the part is empty.
     """
     import datasets
 

@@ -26,7 +26,7 @@ Row = Mapping[str, Any]
 
 OPENAI = ("input", "preferred_output", "non_preferred_output")
 SIDES = ("chosen", "rejected")
-# What is read of a row, in any form.
+# All columns that some form reads.
 NAMES = (
     *("prompt", *SIDES, "system", "tools", "chat_template_kwargs"),
     *(*OPENAI, "conversations", "messages", "question", "instruction", "completion", "label"),
@@ -41,7 +41,7 @@ def read_columns(given: Mapping[str, str] | str | None) -> dict[str, str] | None
         given: a mapping, or text: ``"chosen=good,rejected=bad"`` or JSON.
 
     Raises:
-        ValueError: it is no such text, or names nothing that is read of a row.
+        ValueError: it is no such text, or names no column that some form reads.
     """
     if given is None:
         return None
@@ -71,7 +71,7 @@ def _from_text(text: str) -> Any:
 
 
 def renamed(row: Row, columns: Mapping[str, str] | None, what: str = "a row") -> Row:
-    """`row` by our names: `columns` says which column has which. A column whose name is taken so is left out.
+    """`row` by our names, as `columns` maps them. A column that has one of these names already is left out.
 
     Raises:
         FileFault: `row`, called `what`, has no such column.
@@ -97,8 +97,8 @@ def with_our_names(data: Any, columns: Mapping[str, str] | None) -> Any:
 
 
 def each_pair(row: Row) -> list[Row]:
-    """`row`, by our names, once for each pair in it: where ``chosen`` or ``rejected`` hold several answers, a list of
-    strings, of messages' lists or of both, each better one beside each worse one."""
+    """`row`, by our names, once for each pair in it: ``chosen`` or ``rejected`` may be a list of answers, strings or
+    conversations, and each better one is paired with each worse one."""
     if not any(_are_several(row.get(side)) for side in SIDES):
         return [row]
     answers = [value if _are_several(value := row.get(side)) else [value] for side in SIDES]
@@ -110,7 +110,7 @@ def _are_several(answers: Any) -> bool:
 
 
 def read_row(row: Row, tokenizer: Any, columns: Mapping[str, str] | None = None) -> Row:
-    """`row` in a form of :mod:`orpo.data.forms.formats`; one that has such a form, or none that is known, as it is.
+    """`row` in a form of :mod:`orpo.data.forms.formats`. A row of such a form or of an unknown one stays as it is.
 
     Args:
         row: of a data set.
@@ -128,7 +128,7 @@ def read_row(row: Row, tokenizer: Any, columns: Mapping[str, str] | None = None)
 
 
 class Form(NamedTuple):
-    """A form of another project: what is said of it, and how its rows are told and read."""
+    """A form of another project: its description, how to recognize a row of it, and how to read one."""
 
     said: str
     fits: Callable[[Row], bool]
@@ -141,7 +141,7 @@ def known_form(row: Row) -> Form | None:
 
 
 def describe_forms(row: Row) -> str | None:
-    """What has to be said of a data set whose first row, by our names, is `row`; None for our own forms."""
+    """A sentence about the form of a data set whose first row, by our names, is `row`; None for our own forms."""
     form = known_form(row)
     said = [] if form is None else [form.said]
     if isinstance(row.get("system"), str) and not (form and "system" in form.said):
@@ -154,13 +154,13 @@ def _without(row: Row, *names: str) -> dict[str, Any]:
 
 
 def _one_message(row: Row, key: str) -> bool:
-    """Whether an answer is one message, not in a list, that has `key`."""
+    """Whether an answer is a single message, not a list, and has `key`."""
     return any(isinstance(row.get(side), Mapping) and key in row[side] for side in SIDES)
 
 
 def _two_strings(row: Row, name: str) -> bool:
-    """Whether the text in the column `name` has two strings as answers, and no ``prompt`` beside it."""
-    # In some rows a column may hold nothing, which is said of these where texts are made of them.
+    """Whether the column `name` is text, the answers are strings, and there is no ``prompt``."""
+    # A row may lack one of them, and still has this form: such a row is refused when it is read.
     texts = [row.get(side) for side in SIDES]
     whole = all(isinstance(text, str | None) for text in (row.get(name), *texts)) and any(texts)
     return whole and name in row and "prompt" not in row
@@ -258,7 +258,7 @@ FORMS = (
 
 
 def _with_system(row: Row, has_template: bool) -> Row:
-    """`row` with what its column ``system`` holds among its messages."""
+    """`row` with its column ``system`` as a message of its conversation."""
     if not isinstance(row.get("system", 0), str | None):
         return row
     prompt, answers, out = row.get("prompt"), [row.get(side) for side in SIDES], _without(row, "system")
@@ -267,7 +267,7 @@ def _with_system(row: Row, has_template: bool) -> Row:
         return out
     if all(isinstance(answer, str) for answer in answers):
         if isinstance(prompt, str) and has_template:
-            # Rows without a system message too: the others would train another form of prompt than they do.
+            # Rows without a system message become conversations too, so that all prompts have one form.
             out["prompt"] = [*message, {"role": "user", "content": prompt}]
             return out | {side: [{"role": "assistant", "content": row[side]}] for side in SIDES}
         if message and not ("prompt" in row and prompt is None):
@@ -284,7 +284,7 @@ def _with_system(row: Row, has_template: bool) -> Row:
 
 def _in_front(system: list[dict[str, Any]], messages: Any) -> Any:
     if not is_conversation(messages):
-        # Refused where messages are read.
+        # Reading the messages refuses them.
         return messages
     if not messages or messages[0].get("role") != "system":
         return [*system, *messages]

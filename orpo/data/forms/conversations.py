@@ -30,7 +30,7 @@ from orpo.data.forms.unusable import (
 
 
 class SideText(NamedTuple):
-    """One side of a pair as text. `turns` are the spans of prompt and answer that count, where it is not all answer."""
+    """One side of a pair as text. `turns` are the spans that count; None where all of the answer does."""
 
     prompt: str
     answer: str
@@ -50,8 +50,8 @@ def conversation_text(
         score_turns: which turns of the assistant count, "all" in an answer or its "last".
 
     Raises:
-        UnusableRow: the row has no prompt or no answer in it, or the template refuses it.
-        ValueError: what is given are no messages of text.
+        UnusableRow: the row lacks a prompt or an answer, or the template refuses it.
+        ValueError: what is given is not messages of text.
     """
     chosen, rejected = read_messages(chosen, tokenizer), read_messages(rejected, tokenizer)
     if is_conversation(prompt):
@@ -77,7 +77,7 @@ def conversation_text(
     longest = max(answers, key=lambda answer: sum("tool_calls" in message for message in answer))
     as_taken = calls_as_taken([*messages, *longest], tokenizer, keywords)
     messages, *answers = map(as_taken, (messages, *answers))
-    # What an answer begins with decides how the prompt ends: a tool's result follows a call that is not open.
+    # The two answers may need prompts that end differently: a tool's result does not follow the generation prompt.
     openings: dict[bool, str] = {}
     sides = []
     for answer in answers:
@@ -93,14 +93,14 @@ def conversation_text(
 def _side(
     prompt: Messages, answer: Messages, opening: str, tokenizer: Any, keywords: Mapping[str, Any], score_turns: str
 ) -> SideText:
-    """One side. Templates may render a prompt otherwise once an answer follows; the answer decides."""
+    """One side as text. Where a template renders the prompt otherwise before an answer, that rendering holds."""
     messages = [*prompt, *answer]
     whole = render_messages(messages, tokenizer, **keywords)
     for k in range(len(prompt), len(messages)):
         if not _is_rendered(messages, k, whole, tokenizer, keywords):
             raise UnusableRow(LEFT_OUT, f"role {messages[k]['role']!r}")
     if answer[0]["role"] != "assistant" and not whole.startswith(opening):
-        # Roles of other names, gpt for instance: what follows the generation prompt would be learned as another turn.
+        # A role such as gpt would be rendered as a turn of its own, after the generation prompt.
         raise UnusableRow(OTHER_ROLE, f"role {answer[0]['role']!r}")
     split = opened(opening, whole, messages, len(prompt), tokenizer, keywords)
     turns = scored_turns(messages, len(prompt), whole, opening, tokenizer, keywords, score_turns)
@@ -122,14 +122,14 @@ def _is_rendered(messages: Messages, k: int, whole: str, tokenizer: Any, keyword
     try:
         return whole != changed(silent)
     except UnusableRow:
-        # A template that refuses a turn without content and calls, or a result without its call, has read the calls.
+        # A template that refuses a turn without its calls, or a result without its call, has read the calls.
         return True
 
 
 def _split(prompt: Any, chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
-    """(prompt, chosen answer, rejected answer); answers hold a message at least."""
+    """(prompt, chosen answer, rejected answer); each answer has at least one message."""
     messages = list(prompt) if isinstance(prompt, list) else []
-    # Data sets repeat the prompt in the answers, or do not, or leave its system message out there.
+    # Answers may repeat the prompt, with or without its system message.
     for repeated in (messages, messages[1:] if messages and messages[0]["role"] == "system" else []):
         chosen, rejected = (
             side[len(repeated) :] if side[: len(repeated)] == repeated else side for side in (chosen, rejected)
@@ -138,13 +138,13 @@ def _split(prompt: Any, chosen: Messages, rejected: Messages) -> tuple[Messages,
         raise UnusableRow(EMPTY_ANSWER)
     if isinstance(prompt, str) and chosen[0]["role"] == rejected[0]["role"] == "assistant":
         messages = [{"role": "user", "content": prompt}]
-    # The last message is the answer even where both sides give the same one.
+    # The last message is the answer, even if both sides have the same one.
     alike = min(shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     if messages:
-        # With a prompt of its own, an answer may well begin like the other one; a user's turn answers nothing.
+        # The row has a prompt, so that turns which both answers share may be answer. A user's turn is not.
         while alike and chosen[alike - 1]["role"] not in ("user", "system"):
             alike -= 1
-    # Or the answers alone have the system message, in front of the prompt.
+    # Only the answers may have the system message, before the prompt that they repeat.
     repeats = chosen[0]["role"] == "system" and alike > len(messages) and chosen[1 : 1 + len(messages)] == messages
     messages = [*([] if repeats else messages), *chosen[:alike]]
     if isinstance(prompt, str) and prompt and all(message["role"] == "system" for message in messages):

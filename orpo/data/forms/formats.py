@@ -1,14 +1,14 @@
-"""The forms in which preference data comes, each reduced to one prompt and answer text per side.
+"""The forms of preference data, each reduced to a prompt and an answer as text for either side.
 
 * Strings: ``prompt``, ``chosen``, ``rejected``, taken as they are.
 * Conversations: ``chosen`` and ``rejected`` are lists of ``{"role", "content"}``, rendered with the tokenizer's chat
   template. The prompt is the ``prompt`` list, or a ``prompt`` string where the answers hold the assistant's turn alone,
-  or else the messages that both begin with (as in UltraFeedback-binarized, whose ``prompt`` repeats the first of them).
+  or else the messages that both begin with (in UltraFeedback-binarized ``prompt`` repeats the first of these).
 * Dialogues (HH-RLHF): ``chosen`` and ``rejected`` strings without a ``prompt``, split after the last
   ``"\\n\\nAssistant:"``.
-* Other strings without a ``prompt``: it is what both begin with, as in TRL, but for a space in front of the difference.
+* Other strings without a ``prompt``: it is what both begin with, without a space before the difference, as in TRL.
 
-:mod:`orpo.data.forms.columns` makes these of the forms of other projects.
+:mod:`orpo.data.forms.columns` turns forms of other projects into these.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def skips_template(row: Mapping[str, Any], tokenizer: Any) -> bool:
 
 
 class PairText(NamedTuple):
-    """Text of one pair. The prompts differ where a chat template renders the same messages in two ways.
+    """Text of one pair. The prompts may differ: a chat template may render one prompt in two ways.
 
-    `turns` are the spans of each side that count, in prompt and answer together, or None for all of its answer.
+    `turns` are the spans of each side's prompt and answer that count; None where all of the answer does.
     """
 
     chosen_prompt: str
@@ -70,7 +70,7 @@ def check_columns(names: Collection[str]) -> None:
     """Refuses columns that hold no pairs.
 
     Raises:
-        FileFault: with what they hold, and what makes pairs of it.
+        FileFault: the message says what they hold, and how to make pairs of it.
     """
     if {"chosen", "rejected"} <= set(names) or set(OPENAI) <= set(names):
         return
@@ -93,7 +93,7 @@ def check_columns(names: Collection[str]) -> None:
 
 
 def unread_columns(row: Mapping[str, Any]) -> str | None:
-    """What has to be said of columns that belong to the prompt by their names, and are no part of it; or None."""
+    """A warning of columns that sound like a part of the prompt and are not read; or None."""
     candidates = ("system", "system_prompt", "instruction", "input", "history")
     names = [name for name in candidates if isinstance(value := row.get(name), str | list | Mapping) and value]
     if not names:
@@ -105,7 +105,7 @@ def unread_columns(row: Mapping[str, Any]) -> str | None:
 
 
 def pair_text(row: Mapping[str, Any], tokenizer: Any, score_turns: str = "all") -> PairText:
-    """The texts of one row in any of the forms above, which :func:`orpo.data.forms.columns.read_row` makes of others.
+    """The texts of one row in a form above. :func:`orpo.data.forms.columns.read_row` brings others into one.
 
     A row's ``tools`` and ``chat_template_kwargs`` go to the chat template, as in TRL.
 
@@ -115,8 +115,7 @@ def pair_text(row: Mapping[str, Any], tokenizer: Any, score_turns: str = "all") 
         score_turns: "all" or "last", which turns of the assistant count in an answer of several.
 
     Raises:
-        UnusableRow: the row is of one of the forms above and cannot train, for a reason that
-            :mod:`orpo.data.forms.unusable` names.
+        UnusableRow: the row has a form above and cannot train; :mod:`orpo.data.forms.unusable` has the reasons.
         FileFault: the file was misread (:mod:`orpo.data.forms.misread`), or has no such columns.
         ValueError: the row has none of the forms above, or an image.
     """
@@ -150,7 +149,7 @@ def pair_text(row: Mapping[str, Any], tokenizer: Any, score_turns: str = "all") 
 
 
 def _keywords(given: Any, tools: Any) -> dict[str, Any]:
-    """What a row says to the chat template."""
+    """The chat template's keywords in a row."""
     if not isinstance(given, Mapping):
         raise ValueError(f"'chat_template_kwargs' has to be a dictionary, not {type(given).__name__}")
     # A column of dictionaries holds None for the names that a row does not have.
@@ -161,7 +160,7 @@ def _keywords(given: Any, tools: Any) -> dict[str, Any]:
     schemas = read_tools(tools)
     if schemas and keywords.get("tools"):
         raise ValueError("a row has tools in its column 'tools' and in 'chat_template_kwargs': leave one out")
-    # Not an empty list, of which some templates make a list of no tools.
+    # None, not an empty list, for which some templates write an empty list of tools.
     schemas = schemas or read_tools(keywords.pop("tools", None))
     return {**keywords, "tools": schemas} if schemas else keywords
 
@@ -172,13 +171,13 @@ def _refuse_empty(*answers: str) -> None:
 
 
 def implies_prompt(row: Mapping[str, Any]) -> bool:
-    """Whether the prompt of `row` is what its two strings begin with, and no marker says where it ends."""
+    """Whether the prompt of `row` is what its two strings begin with, and no marker ends it."""
     sides = (row.get("chosen"), row.get("rejected"))
     return "prompt" not in row and not any(not isinstance(text, str) or ASSISTANT in text for text in sides)
 
 
 def _without_prompt(chosen: str, rejected: str, has_column: bool) -> PairText:
-    """The pair in two strings that have no prompt of their own."""
+    """The pair in two strings that both begin with the prompt."""
     _refuse_empty(chosen, rejected)
     marked = [text for text in (chosen, rejected) if ASSISTANT in text]
     if len(marked) == 2:
@@ -203,11 +202,11 @@ def _without_prompt(chosen: str, rejected: str, has_column: bool) -> PairText:
 
 
 def _shared(chosen: str, rejected: str) -> int:
-    """Characters of the prompt that both strings begin with."""
+    """How many characters both strings share at their start: the prompt."""
     least = min(len(chosen), len(rejected))
     shared = next((at for at in range(least) if chosen[at] != rejected[at]), least)
     if shared == least:
-        # One of them is all prompt: its last character is left for an answer.
+        # One string would be all prompt: its last character is left as an answer.
         return shared - 1
     # A space belongs to the word behind it, as in most vocabularies.
     return shared - chosen[:shared].endswith(" ")

@@ -1,4 +1,4 @@
-"""Rows that hold images, which no model is trained on here: refused, where leaving them out would go unseen."""
+"""Refuses rows with images: training on their text alone would go unnoticed."""
 
 from __future__ import annotations
 

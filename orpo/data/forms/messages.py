@@ -9,10 +9,10 @@ from orpo.data.forms.unusable import REFUSED, UnusableRow
 
 Messages = list[dict[str, Any]]
 
-# Stands in a message's place to see what a template makes of it; trimmed or not, no text holds it by chance.
+# Takes a text's place to show where a template writes it. No text holds it by chance, and trimming leaves it whole.
 PROBE = "xq7probe7qx"
 
-# Whose turns are no answer. Assistants have names of all kinds: gpt, model.
+# Roles whose turns are no answer. All others are the assistant's, which has many names: gpt, model.
 OTHERS = frozenset(
     ("system", "developer", "user", "human", "tool", "ipython", "function", "observation", "environment")
 )
@@ -24,14 +24,14 @@ def is_conversation(value: Any) -> bool:
 
 
 def read_messages(messages: Any, tokenizer: Any) -> Messages:
-    """`messages` as templates know them: content a string (or parts of text, for a template that takes them).
+    """`messages` as templates know them: content is a string, or parts of text for a template that takes parts.
 
-    A column of dictionaries holds None for the names that a row does not have, and templates ask whether a message has
-    ``tool_calls``: names without a value are left out, and calls that are none. A ``weight`` of 0 becomes ``train``
-    False, which :func:`render_messages` hides from templates.
+    Names without a value are left out, and so are empty ``tool_calls``: a column of dictionaries holds None for names
+    that only other rows have, and templates ask whether a message has calls. A ``weight`` of 0 becomes ``train`` False,
+    which :func:`render_messages` hides from templates.
 
     Raises:
-        ValueError: a message has no role, its content is no text, or its weight is neither 0 nor 1.
+        ValueError: a message has no role, its content is not text, or its weight is neither 0 nor 1.
     """
     out = []
     for message in messages:
@@ -52,7 +52,7 @@ def read_messages(messages: Any, tokenizer: Any) -> Messages:
 
 
 def _is_trained(message: dict[str, Any]) -> bool:
-    """Whether nothing in `message` says that it is not to be trained; takes what says so out of it."""
+    """Removes ``weight`` and ``train`` from `message`; returns whether it is trained."""
     weight, train = message.pop("weight", 1), message.pop("train", True)
     if weight not in (0, 1) or not isinstance(train, bool):
         raise ValueError(
@@ -63,7 +63,7 @@ def _is_trained(message: dict[str, Any]) -> bool:
 
 
 def without_none(value: Any) -> Any:
-    """`value` without the names that hold None, at every depth; in a list None is a value, and stays."""
+    """`value` without names that hold None, at every depth. None in a list stays."""
     if isinstance(value, Mapping):
         return {name: without_none(part) for name, part in value.items() if part is not None}
     return [without_none(part) for part in value] if isinstance(value, list | tuple) else value
@@ -79,14 +79,14 @@ def render_messages(messages: Messages, tokenizer: Any, **keywords: Any) -> str:
 
 
 def apply_template(messages: Messages, tokenizer: Any, **keywords: Any) -> Any:
-    """``tokenizer.apply_chat_template`` of `messages`, without what they say of training; raises as above."""
+    """``tokenizer.apply_chat_template`` of `messages` without their ``train``; raises as :func:`render_messages`."""
     shown = [{name: part for name, part in message.items() if name != "train"} for message in messages]
     try:
         return tokenizer.apply_chat_template(shown, **keywords)
     except ImportError:
         raise
     except Exception as error:
-        # The template's own refusal, or whatever its expressions raise, of any type.
+        # The template refuses the messages, or one of its expressions raises an error of any type.
         line = f" (line {error.lineno} of the template)" if getattr(error, "lineno", None) else ""
         raise UnusableRow(REFUSED, f"{error}{line}") from error
 
@@ -108,7 +108,7 @@ def _content(content: Any, tokenizer: Any) -> Any:
                 "or their parts that are no text"
             )
         texts.append(text)
-    # A template that knows strings only would write the list as Python does.
+    # A template that expects strings would write a list as Python code.
     return _text_parts(*texts) if _takes_parts(tokenizer) else "".join(texts)
 
 

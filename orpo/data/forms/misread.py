@@ -1,4 +1,4 @@
-"""Rows that do not hold what was written into their file: messages that came as text, text that came as dates."""
+"""Refuses rows that a reader changed: messages that became text, text that became dates."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any
 
 from orpo.data.forms.unusable import FileFault
 
-# As json.dumps and Python's str() write messages; the names are those that messages have here and in ShareGPT.
+# Messages as json.dumps and Python's str() write them; "from" is ShareGPT's name for the role.
 _WRITTEN = re.compile(r"""\s*\[?\s*\{.*(['"])(role|from)\1\s*:.*\}\s*\]?\s*""", re.DOTALL)
 _CONTENT = re.compile(r"""(['"])(content|value)\1\s*:""")
 
 
 def are_messages(text: Any) -> bool:
-    """Whether `text` is a string that is messages written out from its first character to its last."""
-    # The first test is for speed: hardly an answer begins so.
+    """Whether all of `text` is messages written out."""
+    # Fast, before the slow pattern: few answers begin so.
     begins = isinstance(text, str) and text.lstrip()[:1] in ("[", "{")
     return begins and bool(_CONTENT.search(text)) and bool(_WRITTEN.fullmatch(text))
 
 
 def refuse_messages_as_text(prompt: Any, *answers: Any) -> None:
-    """Refuses messages that a column of text (CSV, mostly) holds written out.
+    """Refuses messages written out as text, as CSV holds them.
 
-    An answer may well be JSON; that all of a row are messages means that the row is a conversation.
+    A single answer may be JSON; a row whose texts are all messages is a conversation.
 
     Raises:
-        FileFault: with the text, and how to read it.
+        FileFault: the message has the text, and how to read it.
     """
     if are_messages(prompt) or (answers and all(map(are_messages, answers))):
         text = prompt if are_messages(prompt) else answers[0]
@@ -41,7 +41,7 @@ def refuse_dates(value: Any) -> None:
     """Refuses dates and times in `value`, or in the lists and mappings that it is made of.
 
     Raises:
-        FileFault: with the first of them, and what keeps text as it is.
+        FileFault: the message has the first of them, and how to keep text as it is.
     """
     if isinstance(value, date | time):
         raise FileFault(

@@ -1,4 +1,4 @@
-"""Tools: their schemas as a row gives them, and calls of them in the form that the chat template takes."""
+"""Tools: the schemas in a row, and calls in the form that the chat template takes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from orpo.data.forms.unusable import UnusableRow
 
 
 def read_tools(given: Any) -> list[dict[str, Any]] | None:
-    """The schemas in a row's ``tools``: a list of dictionaries, or JSON text of one; None where there are none.
+    """The schemas in a row's ``tools``, a list of dictionaries or its JSON text; None where there are none.
 
-    Arrow gives every dictionary of a column the names of all: those without a value are left out, at every depth.
+    Names without a value are left out at every depth: Arrow gives each dictionary of a column the names of all others.
 
     Raises:
         ValueError: it holds something else.
@@ -44,7 +44,7 @@ def refuse_tools(tools: Any) -> None:
 
 
 def unread_tools(tools: Any, tokenizer: Any) -> str | None:
-    """What has to be said of a row's `tools` where the chat template of `tokenizer` does not show them; or None."""
+    """A warning where the chat template of `tokenizer` does not show a row's `tools`; or None."""
     schemas = read_tools(tools)
     if not schemas or not getattr(tokenizer, "chat_template", None):
         return None
@@ -75,19 +75,18 @@ def _calls(messages: Messages) -> Iterator[dict[str, Any]]:
 
 
 def calls_as_taken(messages: Messages, tokenizer: Any, keywords: Mapping[str, Any]) -> Callable[[Messages], Messages]:
-    """What puts the calls in messages into the form that the chat template takes, tried on `messages`.
+    """A function that brings the calls in messages into the form that the chat template takes, tried on `messages`.
 
-    transformers documents ``arguments`` as a dictionary. OpenAI writes JSON text, of which most templates would make a
-    string in quotes, and some templates (DeepSeek's) take text alone; some want ``content`` beside a call, an empty
-    one, and some none. The first form under which the template shows the calls is taken: dictionaries and content as
-    it is first.
+    transformers documents ``arguments`` as a dictionary, and most templates would put OpenAI's JSON text in quotes;
+    some (DeepSeek's) take text only. Some want an empty ``content`` beside a call, some none. The first form in which
+    the template shows the calls is taken, beginning with dictionaries and the content as it is.
     """
     if not any(True for _ in _calls(messages)):
         return lambda messages: messages
     for form in product((False, True), (False, True)):
         if _shows_calls(_in_form(messages, *form), tokenizer, keywords):
             return lambda messages: _in_form(messages, *form)
-    # The template says itself what is wrong, or is found to leave the calls out.
+    # No form works: the template's own error, or the check that calls are shown, says why.
     return lambda messages: _in_form(messages, False, False)
 
 
@@ -98,7 +97,7 @@ def _shows_calls(messages: Messages, tokenizer: Any, keywords: Mapping[str, Any]
         names = render_messages(probed, tokenizer, **keywords)
     except UnusableRow:
         return False
-    # Python's way to write a dictionary, where a template takes it for text.
+    # A template that expects text would write the dictionary as Python code.
     written = (repr(f["arguments"]) for f in _calls(messages) if _is_dict(f.get("arguments")) and f["arguments"])
     return PROBE in names and not any(text in whole for text in written)
 
@@ -112,7 +111,7 @@ def _in_form(messages: Messages, as_text: bool, with_content: bool) -> Messages:
             try:
                 parsed = json.loads(arguments or "{}")
             except json.JSONDecodeError:
-                # A rejected answer may well be a call that is no JSON.
+                # A rejected answer may be a call that is not JSON.
                 return function
             return {**function, "arguments": parsed} if _is_dict(parsed) else function
         return function

@@ -1,4 +1,4 @@
-"""Which text of a conversation is the assistant's turns, where an answer holds turns of others too."""
+"""Finds the assistant's turns in the text of an answer that also holds turns of others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orpo.data.forms.messages import OTHERS, PROBE, Messages, apply_template, pr
 from orpo.data.forms.unusable import NOTHING_SCORED, TURNS_CHANGE, UnusableRow
 
 SCORE_TURNS = ("all", "last")
-# What becomes of a span: both terms score it, or neither does. All else is scored by an NLL that scores the prompt.
+# A span is scored by both terms, or by neither. Other text is scored only by an NLL that scores the prompt.
 SCORED, LEFT_OUT = 1, -1
 # (start, end, SCORED or LEFT_OUT), in characters of prompt and answer together.
 Turns = tuple[tuple[int, int, int], ...]
@@ -22,9 +22,9 @@ _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 def scored_turns(
     messages: Messages, first: int, whole: str, opening: str, tokenizer: Any, keywords: Mapping[str, Any], which: str
 ) -> Turns | None:
-    """The spans of `whole` that are scored, and those left out; None where they are its end from `opening` on.
+    """The spans of `whole` that are scored or left out; None where all after `opening` is scored.
 
-    Templates that mark what the assistant generates are read by their marks, others by rendering turn after turn.
+    They are read off a template's generation marks; without marks, turn after turn is rendered.
 
     Args:
         messages: prompt and answer.
@@ -35,7 +35,7 @@ def scored_turns(
         which: "all", every turn of the assistant in the answer, or "last". A message with ``train`` False is left out.
 
     Raises:
-        UnusableRow: nothing is scored, or the template renders a turn otherwise once others follow.
+        UnusableRow: nothing is scored, or the template changes a turn when others follow.
     """
     own = [k for k, message in enumerate(messages) if message["role"] not in OTHERS]
     left_out = [k for k in own if messages[k].get("train") is False]
@@ -83,7 +83,7 @@ def _marked(messages: Messages, tokenizer: Any, keywords: Mapping[str, Any]) -> 
 def _rendered(
     messages: Messages, k: int, whole: str, opening: str | None, tokenizer: Any, keywords: Mapping[str, Any]
 ) -> tuple[int, int] | None:
-    """(start, end) of turn `k` in `whole`, found by what the template makes of the turns up to it; or None."""
+    """(start, end) of turn `k` in `whole`, found by rendering the turns up to it; or None."""
 
     def render(*turns: dict[str, Any], **options: Any) -> str:
         return render_messages(list(turns), tokenizer, **options, **keywords) if turns else ""
@@ -98,8 +98,8 @@ def _rendered(
     shown = render(*messages[: k + 1])
     if whole.startswith(shown):
         return start, len(shown)
-    # As the last turn it may stand behind a frame, such as empty thoughts, that it loses once others follow. What it
-    # says itself has to stay: a model that answers without its thoughts would be trained otherwise than it is used.
+    # A last turn may have a frame, such as empty thoughts, that it loses when others follow. Its own words have to
+    # stay: a turn trained without its thoughts is not what the model says in use.
     most = min(len(shown), len(whole) - start)
     length = next((n for n in range(most, 0, -1) if shown.endswith(whole[start : start + n])), 0)
     framed = render(*before, _alone(messages[k]))
@@ -109,21 +109,21 @@ def _rendered(
 
 
 def opened(opening: str, whole: str, messages: Messages, k: int, tokenizer: Any, keywords: Mapping[str, Any]) -> int:
-    """How many characters of `whole` come before message `k`, in front of which the template writes `opening`."""
+    """How many characters of `whole` come before message `k`; `opening` is what the template writes before it."""
     start = shared(opening, whole)
     if start == len(opening):
         return start
-    # An opening with thoughts to come, "<think>", that the turn itself shows none of; it may begin with "<" as well.
+    # The opening may end with "<think>", which the turn itself lacks; comparing characters fails if it begins with "<".
     framed = render_messages([*messages[:k], _alone(messages[k])], tokenizer, **keywords)
     return min(start, shared(opening, framed))
 
 
 def _alone(message: dict[str, Any]) -> dict[str, Any]:
-    """`message` with a probe for all that it says and calls."""
+    """`message` with a probe in place of its content and calls."""
     return {"role": message["role"], "content": probed(message)["content"]}
 
 
 def shared(one: Any, other: Any) -> int:
-    """How many characters, or tokens, `one` and `other` begin with alike."""
+    """How many characters, or tokens, `one` and `other` share at their start."""
     least = min(len(one), len(other))
     return next((at for at in range(least) if one[at] != other[at]), least)

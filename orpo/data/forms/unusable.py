@@ -1,8 +1,8 @@
-"""Why a row cannot train: the reasons under which rows are counted."""
+"""The reasons for which a row cannot train, under which rows are counted."""
 
 from __future__ import annotations
 
-# In HH-RLHF's dialogues, what the answer follows.
+# The answer follows this in HH-RLHF's dialogues.
 ASSISTANT = "\n\nAssistant:"
 
 EMPTY_ANSWER = "empty answer"
@@ -22,11 +22,11 @@ TURNS_CHANGE = "answer whose turns the chat template alters once others follow"
 NOTHING_SCORED = "answer of which no token is scored"
 SEVERAL_TURNS = "answer of several turns, for an encoder-decoder"
 
-# What no row of a sound file is: `max_bad_rows` says how many of these a run takes. The others are left out, however
-# many they are.
+# Faults of a file: `max_bad_rows` says how many of these a run accepts. Rows with any other reason are left out,
+# however many they are.
 BAD = frozenset({MISSING, MALFORMED, UNMARKED, NO_CONTENT, REFUSED, LEFT_OUT, OTHER_ROLE})
 
-# Every reason but those of a row that is too long, which name the limit.
+# Every reason, except those of rows that are too long, which name the limit.
 REASONS = (
     MALFORMED,
     MISSING,
@@ -48,15 +48,15 @@ REASONS = (
 
 
 class FileFault(ValueError):
-    """What is wrong with all rows of a data set, and not with one of them: nothing is left out for it."""
+    """A fault of a whole data set, not of one row: it ends the run, whatever `max_bad_rows` is."""
 
 
 class UnusableRow(Exception):
     """A row that cannot train.
 
     Args:
-        reason: under which it is counted, one of a few, in the singular.
-        detail: what more is known of this row.
+        reason: under which the row is counted, in the singular.
+        detail: what else is known of this row.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
