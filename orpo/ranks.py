@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -36,11 +37,13 @@ def prepare_ranks(accelerator: Accelerator, model: nn.Module) -> None:
             "fsdp_cpu_ram_efficient_loading ties the head to the embeddings once more after it has cut them, which a "
             "LoRA on a tied head does not allow: set it false, or leave lm_head out of target_modules"
         )
-    if fsdp_plugin(accelerator) is not None and (others := _other_owners(model)):
+    if _waits_for_weights(accelerator) and (buffers := _saved_buffers(model)):
         raise ValueError(
-            f"{', '.join(others)} share the weight of the embeddings, as in an encoder-decoder, and FSDP cannot cut a "
-            "weight that two of its groups share: use ddp or zero2 (orpo-train --print-config ddp)"
+            f"fsdp_cpu_ram_efficient_loading hands out parameters alone, and the model keeps {', '.join(buffers[:3])} "
+            "beside them: set it false"
         )
+    if fsdp_plugin(accelerator) is not None and _other_owners(model):
+        keep_in_one_group(accelerator)
     keep_outputs_exact(accelerator)
 
 
@@ -82,6 +85,30 @@ def _adapted_beside_embeddings(model: nn.Module) -> bool:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layer = getattr(base.get_output_embeddings(), "base_layer", None)
     return layer is not None and layer.weight is base.get_input_embeddings().weight
+
+
+def keep_in_one_group(accelerator: Accelerator) -> None:
+    """Lets accelerate leave embeddings that an encoder and a decoder share to FSDP2's outermost group.
+
+    It would put those of the encoder into a group with the head, and torch refuses a weight that two groups share.
+    """
+    prepare = accelerator.prepare
+
+    def prepare_without_embeddings(*parts: Any, **options: Any) -> Any:
+        with ExitStack() as hidden:
+            for part in parts:
+                if isinstance(part, nn.Module):
+                    for name in ("get_input_embeddings", "get_output_embeddings"):
+                        hidden.callback(part.__dict__.pop, name)
+                        part.__dict__[name] = lambda: None
+            return prepare(*parts, **options)
+
+    accelerator.prepare = prepare_without_embeddings
+
+
+def _saved_buffers(model: nn.Module) -> list[str]:
+    saved = model.state_dict()
+    return [name for name, _ in model.named_buffers() if name in saved]
 
 
 def _other_owners(model: nn.Module) -> list[str]:
