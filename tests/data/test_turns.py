@@ -17,6 +17,7 @@ from orpo.data.preview import describe_example
 from orpo.layouts.batch import NLLSpan
 from orpo.layouts.layout import PackedLayout, PaddedLayout, SharedLayout
 from orpo.model.attach import LossCall, attach_orpo_loss
+from orpo.runs.record import describe_data
 
 
 def turn(role, content, **more):
@@ -76,6 +77,42 @@ def test_a_turn_that_says_so_is_left_out(flag, tokenizer):
     example = prepare([early], tokenizer)[0][0]
     assert stretches(example, "chosen", tokenizer) == [*first, (1, "yes<|im_end|>\n")]
     assert stretches(example, "rejected", tokenizer) == [*first, (1, "no<|im_end|>\n")]
+
+
+def test_another_speakers_message_that_says_so_is_left_out(tokenizer):
+    """With the tag of its role: the NLL would score it as well."""
+    silent = {**MORE, "weight": 0}
+    row = {"prompt": [{**USER, "train": False}], "chosen": [GOOD, silent, BETTER], "rejected": [BAD]}
+    example = prepare([row], tokenizer)[0][0]
+    asked, opened = "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n"
+    assert stretches(example, "chosen", tokenizer) == [
+        (-1, asked.format("hello")),
+        (0, opened),
+        (1, "hi<|im_end|>\n"),
+        (-1, asked.format("and?")),
+        (0, opened),
+        (1, "yes<|im_end|>\n"),
+    ]
+    assert stretches(example, "rejected", tokenizer) == [
+        (-1, asked.format("hello")),
+        (0, opened),
+        (1, "no<|im_end|>\n"),
+    ]
+
+
+@pytest.mark.parametrize("system", [[], [turn("system", "be kind")]])
+@pytest.mark.parametrize("where", ["prompt", "answers"])
+def test_a_prompt_that_the_answers_repeat_is_known_by_what_it_says(where, system, tokenizer):
+    """Whichever of the two leaves a turn out; it would stand there twice."""
+    plain, flagged = [USER, GOOD, MORE], [USER, {**GOOD, "weight": 0}, MORE]
+    single = {"prompt": [*system, *flagged], "chosen": [BETTER], "rejected": [BAD]}
+    prompt, repeated = (flagged, plain) if where == "prompt" else (plain, flagged)
+    expected = list(prepare([single], tokenizer)[0])
+    for row in (
+        {"prompt": [*system, *prompt], "chosen": [*repeated, BETTER], "rejected": [*repeated, BAD]},
+        {"prompt": prompt, "chosen": [*system, *repeated, BETTER], "rejected": [*system, *repeated, BAD]},
+    ):
+        assert list(prepare([row], tokenizer)[0]) == expected
 
 
 def test_flags_are_hidden_from_the_template():
@@ -242,6 +279,29 @@ def test_masks_are_there_only_where_a_row_needs_one(tokenizer):
         for rows in ([single] * 2, [single, ROW])
     ]
     assert [list(stream) for stream in streams] == [list(plain), list(both)]
+
+
+def test_prepared_sets_with_masks_and_without_are_joined(tokenizer):
+    single = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
+    plain, masked = prepare([single], tokenizer)[0], prepare([ROW], tokenizer)[0]
+    joined = prepare(datasets.concatenate_datasets([plain, masked]), tokenizer)[0]
+    expected = prepare([single, ROW], tokenizer)[0]
+    assert describe_data(joined) == describe_data(expected)
+    for layout in (PaddedLayout(0), PackedLayout(0)):
+        rows, truth = (layout(list(data))["orpo"].rows for data in (joined, expected))
+        for name in ("rows_N", "targets_N", "sequence_N", "in_response_N", "in_nll_N"):
+            assert torch.equal(getattr(rows, name), getattr(truth, name))
+
+
+def test_prepared_rows_that_score_other_turns_are_told(tokenizer):
+    rows = prepare([ROW], tokenizer)[0]
+    again, lines = prepare(rows, tokenizer, score_turns="last")
+    assert list(again) == list(rows)
+    assert lines == [
+        "train: the rows come as tokens, made with score_turns all, which is last now: what was scored then stays so; "
+        "give the rows of text to change it"
+    ]
+    assert prepare(rows, tokenizer)[1] == []
 
 
 def test_a_first_batch_without_masks_or_answers_does_not_set_their_type(tokenizer):
@@ -414,7 +474,6 @@ PREPARED = {
     ("mask", "said"),
     [
         ([0, 1, 1], "chosen_mask holds 3 values for 4 tokens"),
-        (None, "chosen_mask holds null for 4 tokens"),
         ([0, 1, 2, 1], "chosen_mask holds 2; it has to hold 1, 0 and -1"),
         ([1, 1, 0, 1], "chosen_mask scores token 0, which is among the 1 of the prompt"),
         ([0, 0, -1, 0], "chosen_mask scores no token that another precedes"),

@@ -38,23 +38,21 @@ def scored_turns(
         UnusableRow: nothing is scored, or the template renders a turn otherwise once others follow.
     """
     own = [k for k, message in enumerate(messages) if message["role"] not in OTHERS]
-    left_out = [k for k in own if messages[k].get("train") is False]
+    left_out = [k for k, message in enumerate(messages) if message.get("train") is False]
     if first + 1 == len(messages) and not left_out:
         return None
     scored = [k for k in own if k >= first and k not in left_out and (which == "all" or k + 1 == len(messages))]
     if not scored:
         raise UnusableRow(NOTHING_SCORED)
     marked = _marked(messages, tokenizer, keywords)
-    if len(marked) != len(own):
-        marked = [()] * len(own)
+    found = dict(zip(own, marked, strict=True)) if len(marked) == len(own) else {}
     spans: list[tuple[int, int, int]] = []
-    for k, span in zip(own, marked, strict=True):
-        if k in scored or k in left_out:
-            span = span or _rendered(messages, k, whole, opening if k == first else None, tokenizer, keywords)
-            if span is None or span[0] >= span[1] or (spans and span[0] < spans[-1][1]):
-                hint = "" if k + 1 == len(messages) else ", which score_turns last does not need"
-                raise UnusableRow(TURNS_CHANGE, f"message {k + 1} of {len(messages)}{hint}")
-            spans.append((*span, LEFT_OUT if k in left_out else SCORED))
+    for k in sorted({*scored, *left_out}):
+        span = found.get(k) or _rendered(messages, k, whole, opening if k == first else None, tokenizer, keywords)
+        if span is None or span[0] >= span[1] or (spans and span[0] < spans[-1][1]):
+            hint = "" if k + 1 == len(messages) or k in left_out else ", which score_turns last does not need"
+            raise UnusableRow(TURNS_CHANGE, f"message {k + 1} of {len(messages)}{hint}")
+        spans.append((*span, LEFT_OUT if k in left_out else SCORED))
     return tuple(spans)
 
 
@@ -89,7 +87,8 @@ def _rendered(
         return render_messages(list(turns), tokenizer, **options, **keywords) if turns else ""
 
     before = messages[:k]
-    opening = render(*before, add_generation_prompt=True) if opening is None else opening
+    if opening is None:
+        opening = render(*before, add_generation_prompt=messages[k]["role"] not in OTHERS)
     start = opened(opening, whole, messages, k, tokenizer, keywords)
     if start < len(opening) and not whole.startswith(render(*before)):
         return None
