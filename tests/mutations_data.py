@@ -52,8 +52,8 @@ DATA = [
         "data/test_turns.py",
         (
             "turns: what others say is never left out",
-            'message in enumerate(messages) if message.get("train") is False]',
-            'message in enumerate(messages) if k in own and message.get("train") is False]',
+            'if message.get("train") is False and k not in silent]',
+            'if message.get("train") is False and k in own]',
             "test_another_speakers_message_that_says_so_is_left_out",
         ),
         (

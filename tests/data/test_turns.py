@@ -79,25 +79,30 @@ def test_a_turn_that_says_so_is_left_out(flag, tokenizer):
     assert stretches(example, "rejected", tokenizer) == [*first, (1, "no<|im_end|>\n")]
 
 
-def test_another_speakers_message_that_says_so_is_left_out(tokenizer):
-    """With the tag of its role: the NLL would score it as well."""
-    silent = {**MORE, "weight": 0}
-    row = {"prompt": [{**USER, "train": False}], "chosen": [GOOD, silent, BETTER], "rejected": [BAD]}
+@pytest.mark.parametrize("family", ["ChatML", "Qwen 3", "marked"])
+def test_another_speakers_message_that_says_so_is_left_out(family, tokenizer):
+    """What it says: the NLL would score it as well. Qwen 3's template alters a turn before it once it follows."""
+    tokenizer = tokenizer if family == "ChatML" else family_tokenizer(family)
+    row = {"prompt": [{**USER, "train": False}], "chosen": [GOOD, {**MORE, "weight": 0}, BETTER], "rejected": [BAD]}
+    plain = prepare([{**row, "prompt": [USER], "chosen": [GOOD, MORE, BETTER]}], tokenizer)[0][0]
     example = prepare([row], tokenizer)[0][0]
-    asked, opened = "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n"
-    assert stretches(example, "chosen", tokenizer) == [
-        (-1, asked.format("hello")),
-        (0, opened),
-        (1, "hi<|im_end|>\n"),
-        (-1, asked.format("and?")),
-        (0, opened),
-        (1, "yes<|im_end|>\n"),
-    ]
-    assert stretches(example, "rejected", tokenizer) == [
-        (-1, asked.format("hello")),
-        (0, opened),
-        (1, "no<|im_end|>\n"),
-    ]
+    for side, said in (("chosen", ["hello", "and?"]), ("rejected", ["hello"])):
+        spans = stretches(example, side, tokenizer)
+        assert [text for value, text in spans if value == -1] == said
+        # All else counts for what it did.
+        mask = plain.get(f"{side}_mask") or [0] * plain["rejected_prompt_length"]
+        mask += [1] * (len(plain[f"{side}_input_ids"]) - len(mask))
+        assert [max(value, 0) for value in example[f"{side}_mask"]] == mask
+
+
+def test_a_message_that_is_left_out_takes_none_of_its_frame_away(tokenizer):
+    """Schemas stand in front of the first message; a message without text has nothing to leave out."""
+    qwen = family_tokenizer("Qwen 3")
+    row = {"tools": [{"name": "f"}], "prompt": [{**USER, "weight": 0}], "chosen": [GOOD], "rejected": [BAD]}
+    spans = stretches(prepare([row], qwen)[0][0], "chosen", qwen)
+    assert spans[0][0] == 0 and "<tools>" in spans[0][1] and spans[1] == (-1, "hello")
+    empty = {**ROW, "prompt": [turn("system", "", weight=0), USER]}
+    assert -1 not in prepare([empty], tokenizer)[0][0]["chosen_mask"]
 
 
 @pytest.mark.parametrize("system", [[], [turn("system", "be kind")]])
