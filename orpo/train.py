@@ -42,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     model_args, data_args, args = parse(argv, description=__doc__)
     model, data = model_args.model_name_or_path, data_args.dataset_name
+    names = {"model_name_or_path": model, "dataset_name": data, "eval_dataset_name": data_args.eval_dataset_name}
+    for name, value in (names | {"output_dir": args.output_dir}).items():
+        if value is not None and not value.strip():
+            # A variable of the shell that is not set.
+            raise ValueError(f"--{name} is {value!r}; it has to name something, or be left out")
     if model is None and data is None:
         from orpo.demo import run_demo
 
@@ -61,13 +66,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         from accelerate import PartialState
 
-        from orpo.cli.run import train
+        from orpo.cli.run import says_how_to_go_on, train
         from orpo.runs.disk import leaves_no_empty_folder, refuse_own_sources
         from orpo.runs.lock import run_lock
 
         merged = (Path(args.output_dir) / "merged",) if model_args.merge_adapter else ()
         refuse_own_sources((Path(args.output_dir), *merged), model, (data, data_args.eval_dataset_name))
-        with leaves_no_empty_folder(args.output_dir), run_lock(args.output_dir, PartialState()):
+        with (
+            says_how_to_go_on(args, argv),
+            leaves_no_empty_folder(args.output_dir),
+            run_lock(args.output_dir, PartialState()),
+        ):
             train(model_args, data_args, args, argv)
         end_process_group()
 

@@ -51,6 +51,12 @@ DATA = [
         "data/forms/turns.py",
         "data/test_turns.py",
         (
+            "turns: what others say is never left out",
+            'if message.get("train") is False and k not in silent]',
+            'if message.get("train") is False and k in own]',
+            "test_another_speakers_message_that_says_so_is_left_out",
+        ),
+        (
             "turns: the last alone",
             '(which == "all" or k + 1 == len(messages))',
             "k + 1 == len(messages)",
@@ -201,9 +207,15 @@ DATA = [
         "data/labelled.py",
         "data/test_pairs_of_rows.py",
         (
+            "labelled: system messages are not looked at",
+            "*(row.get(column) for column in CONTEXT)]",
+            "]",
+            "test_answers_to_one_prompt_under_other_instructions_are_no_pair",
+        ),
+        (
             "labelled: good and bad change places",
-            '[not row["label"]].append(number)',
-            '[int(row["label"])].append(number)',
+            "[not label].append(number)",
+            "[int(label)].append(number)",
             "test_answers_marked_one_by_one_are_paired_by_prompt",
         ),
     ),

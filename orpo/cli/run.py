@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,22 @@ class InterruptedRun(RuntimeError):
     """SIGTERM ended training before its last step, and a checkpoint was saved (``enable_jit_checkpoint``)."""
 
     exit_code = 128 + signal.SIGTERM
+
+
+@contextmanager
+def says_how_to_go_on(args: ORPOConfig, words: Sequence[str]) -> Iterator[None]:
+    """Where Ctrl-C ends the block, names the newest checkpoint and the command line `words`, once more.
+
+    Training may have ended by then: what follows it, an evaluation for instance, is all that is left to do.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if str(error) or not (complete := complete_checkpoints(args.output_dir)):
+            raise
+        raise KeyboardInterrupt(
+            f"; {complete[-1]} is whole, to go on: {_again(words, args.resume_from_checkpoint)}"
+        ) from error
 
 
 def train(
@@ -145,10 +162,6 @@ def _train(trainer: ORPOTrainer, resume: str | bool | None, model_args: ModelArg
     try:
         with ctrl_c_saves(trainer) as ctrl_c:
             result = trainer.train(resume_from_checkpoint=resume)
-    except KeyboardInterrupt as error:
-        if not (complete := complete_checkpoints(args.output_dir)):
-            raise
-        raise KeyboardInterrupt(f"; {complete[-1]} is whole, to go on: {_again(words)}") from error
     except Exception as error:
         if out_of_memory(error):
             error.add_note(_memory_advice(args, model_args))
@@ -158,7 +171,8 @@ def _train(trainer: ORPOTrainer, resume: str | bool | None, model_args: ModelArg
         newest = complete_checkpoints(args.output_dir)[-1]
         place = f"after step {state.global_step} of {state.max_steps}"
         if ctrl_c.asked:
-            raise KeyboardInterrupt(f" {place}, which {newest} holds; to go on: {_again(words)}")
+            again = _again(words, args.resume_from_checkpoint)
+            raise KeyboardInterrupt(f" {place}, which {newest} holds; to go on: {again}")
         raise InterruptedRun(
             f"SIGTERM ended training {place}, and no final model is written; {newest} is whole, and the next start "
             "resumes from it"
@@ -192,9 +206,18 @@ def _closing_words(folder: str, page: Path) -> str:
     return f"the model is in {folder}; to ask it: {ask}\nthe report of the run: {page.absolute().as_uri()}"
 
 
-def _again(words: Sequence[str]) -> str:
-    """The command line with its secrets left out, since logs are kept and shown."""
+def _again(words: Sequence[str], resume: str | bool | None = None) -> str:
+    """The command line with its secrets left out, since logs are kept and shown.
+
+    Args:
+        resume: what the command said of ``resume_from_checkpoint``; the new one goes on from the newest checkpoint.
+    """
     shown = list(words)
+    if resume is not None:
+        places = [i for i, word in enumerate(shown) if word.replace("-", "_").startswith("__resume_from_checkpoint")]
+        for i in reversed(places):
+            del shown[i : i + (1 if "=" in shown[i] else 2)]
+        shown += ["--resume_from_checkpoint", "true"]
     for i, word in enumerate(shown):
         option, equals, value = word.partition("=")
         name = option.lstrip("-").replace("-", "_")

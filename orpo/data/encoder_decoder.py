@@ -57,9 +57,11 @@ class EncoderDecoderTokenizer(PairTokenizer):
 
     def _text(self, row: Mapping[str, Any]) -> PairText:
         text = super()._text(row)
-        if any(spans is not None for spans in text.turns):
-            raise UnusableRow(SEVERAL_TURNS)
-        return text
+        for prompt, spans in zip((text.chosen_prompt, text.rejected_prompt), text.turns, strict=True):
+            # A decoder writes none of the prompt, whatever is left out there.
+            if sum(end > len(prompt) for _, end, _ in spans or ()) > 1:
+                raise UnusableRow(SEVERAL_TURNS)
+        return text._replace(turns=(None, None))
 
     def _ids(self, sides: list[list[str]]) -> list[list[int]]:
         prompts, answers = ([*part] for part in zip(*sides, strict=True))

@@ -11,6 +11,10 @@ from orpo.data.bad_rows import refuse_bad_rows, what_it_holds
 from orpo.data.files.sources import as_dataset
 
 COLUMNS = ("prompt", "completion", "label")
+# What else the answers of a pair have in common: what is said to the model beside the prompt.
+CONTEXT = ("system", "tools", "chat_template_kwargs")
+# In files of text alone, as CSV is.
+WRITTEN = {"true": True, "1": True, "false": False, "0": False}
 
 
 def is_labelled(names: Any) -> bool:
@@ -21,8 +25,8 @@ def is_labelled(names: Any) -> bool:
 def pair_by_prompt(data: Any, name: str, max_bad_rows: float, report: Callable[[str], None]) -> Any:
     """Makes pairs of a ``datasets.Dataset`` with ``prompt``, ``completion`` and ``label``.
 
-    A prompt's first good answer goes with its first bad one, the second with the second, and so on. Other columns are
-    the good answer's, and so is the order of the pairs.
+    Of each prompt, with the same system message and tools, the first good answer goes with the first bad one, the
+    second with the second, and so on. Other columns are the good answer's, and so is the order of the pairs.
 
     Args:
         name: what the report calls the data set.
@@ -45,10 +49,12 @@ def pair_by_prompt(data: Any, name: str, max_bad_rows: float, report: Callable[[
     bad: list[str] = []
     rows = list(data)
     for number, row in enumerate(rows):
-        if row["label"] not in (True, False) or row["prompt"] is None or row["completion"] is None:
+        label = _label(row)
+        if label is None or row["prompt"] is None or row["completion"] is None:
             bad.append(f"row {number}: a prompt, a completion and a label of true or false are wanted; {_held(row)}")
         else:
-            answers[json.dumps(row["prompt"], default=str)][not row["label"]].append(number)
+            asked = [row["prompt"], *(row.get(column) for column in CONTEXT)]
+            answers[json.dumps(asked, default=str)][not label].append(number)
     refuse_bad_rows(name, len(bad), len(rows), max_bad_rows, bad)
     pairs = sorted(pair for both in answers.values() for pair in zip(*both, strict=False))
     good, worse = (sum(len(both[side]) for both in answers.values()) - len(pairs) for side in (0, 1))
@@ -67,6 +73,13 @@ def _pair(good: Mapping[str, Any], bad: Mapping[str, Any]) -> dict[str, Any]:
     return {**rest, "chosen": good["completion"], "rejected": bad["completion"]}
 
 
+def _label(row: Mapping[str, Any]) -> bool | None:
+    label = row["label"]
+    if isinstance(label, str):
+        return WRITTEN.get(label.strip().lower())
+    return bool(label) if label in (True, False) else None
+
+
 def _held(row: Mapping[str, Any]) -> str:
-    label = "" if row["label"] in (True, False, None) else f", its label is {row['label']!r:.20}"
+    label = "" if row["label"] is None or _label(row) is not None else f", its label is {row['label']!r:.20}"
     return what_it_holds({column: row[column] for column in COLUMNS}) + label

@@ -76,7 +76,9 @@ def prepare_dataset(
     # A stream that was mapped does not know its columns: read them off its first rows.
     names = data.column_names or list(dict.fromkeys(name for row in islice(data, ROWS) for name in row))
     if set(COLUMNS) <= set(names):
-        return check_prepared(data, tokenizer, limits, name, report, joined=pair_tokenizer.joined)
+        return check_prepared(
+            data, tokenizer, limits, name, report, joined=pair_tokenizer.joined, score_turns=score_turns
+        )
     if pair_answers and is_labelled(renamed(dict.fromkeys(names), columns)):
         data, columns = pair_by_prompt(with_our_names(data, columns), name, max_bad_rows, report), None
         names = data.column_names
@@ -113,7 +115,7 @@ def prepare_dataset(
     kept = tokenized.filter(_is_kept, num_proc=num_proc, desc=f"Filtering the {name} set") if dropped else tokenized
     prepared = kept.remove_columns([*ACCOUNT, *empty_masks(kept)])
     setattr(prepared, SUMMARY, summary)
-    mark(prepared, tokenizer, limits)
+    mark(prepared, tokenizer, limits, score_turns)
     return prepared
 
 

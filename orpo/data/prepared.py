@@ -17,20 +17,28 @@ _MARK = "prepared by fused-orpo: "
 _SIDES = ("chosen", "rejected")
 
 
-def mark(prepared: Any, tokenizer: Any, limits: Limits) -> None:
-    """Notes tokenizer and limits in `prepared`, a ``datasets.Dataset``, for :func:`check_prepared`."""
-    made = {"tokenizer": _digest(tokenizer), "max_length": limits.max_length}
+def mark(prepared: Any, tokenizer: Any, limits: Limits, score_turns: str) -> None:
+    """Notes in `prepared`, a ``datasets.Dataset``, how it was made, for :func:`check_prepared`."""
+    made = {"tokenizer": _digest(tokenizer), "max_length": limits.max_length, "score_turns": score_turns}
     prepared.info.description = _MARK + json.dumps(made)
 
 
 def check_prepared(
-    data: Any, tokenizer: Any, limits: Limits, name: str, report: Callable[[str], None], *, joined: bool = True
+    data: Any,
+    tokenizer: Any,
+    limits: Limits,
+    name: str,
+    report: Callable[[str], None],
+    *,
+    joined: bool = True,
+    score_turns: str = "all",
 ) -> Any:
     """Checks `data`, whose rows come as tokens (:func:`orpo.tokens.pretokenized.checked`), and cuts nothing.
 
     Args:
         joined: whether ``max_length`` limits prompt and answer together; False for an encoder-decoder.
-        report: called with a sentence where the rows were cut to another ``max_length`` than that of `limits`.
+        report: called with a sentence where the rows were cut to another ``max_length`` than that of `limits`, or score
+            other turns than `score_turns`.
 
     Raises:
         ValueError: a sequence is longer than ``max_length``, or another tokenizer is known to have made the tokens.
@@ -57,6 +65,11 @@ def check_prepared(
         report(
             f"{name}: the rows come as tokens, made with max_length {made['max_length']}, which is {limits.max_length} "
             "now: what was cut or left out then stays so"
+        )
+    if made and made.get("score_turns", score_turns) != score_turns:
+        report(
+            f"{name}: the rows come as tokens, made with score_turns {made['score_turns']}, which is {score_turns} "
+            "now: what was scored then stays so; give the rows of text to change it"
         )
     return data
 

@@ -27,7 +27,7 @@ def describe_ratings(data: Any, names: Any) -> str | None:
         return said
     equal, reversed_ = [], []
     for row, (chosen, rejected) in enumerate(zip(*(data[name] for name in found), strict=True)):
-        if not all(isinstance(rating, int | float) for rating in (chosen, rejected)) or chosen > rejected:
+        if not all(isinstance(rating, int | float) for rating in (chosen, rejected)) or not chosen <= rejected:
             continue
         (equal if chosen == rejected else reversed_).append(row)
     parts = [

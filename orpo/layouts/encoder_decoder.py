@@ -67,7 +67,8 @@ def _prompt(example: Mapping[str, Any]) -> list[int]:
     if chosen and chosen == rejected:
         return chosen
     problem = "two prompts that differ" if chosen or rejected else "no prompt"
+    row = f"row {example['pair_id']}" if "pair_id" in example else "a row"
     raise ValueError(
-        f"row {example.get('pair_id', '')} of the data set has {problem}, and an encoder reads one for both answers: "
+        f"{row} of the data set has {problem}, and an encoder reads one for both answers: "
         "leave out such rows, data.filter(...)"
     )

@@ -22,8 +22,11 @@ def log_ratios(policy: SequenceLogprobs, reference: SequenceLogprobs) -> Tensor:
     Args:
         policy: from the model that trains.
         reference: from the model that it starts from, for the same labels, made under ``torch.no_grad()``.
+
+    Raises:
+        ValueError: they are of different numbers of sequences.
     """
-    return policy.sums - reference.sums
+    return _difference(policy.sums, reference.sums)
 
 
 def dpo_loss(policy: SequenceLogprobs, reference: SequenceLogprobs, beta: float = 0.1) -> Tensor:
@@ -36,7 +39,7 @@ def ipo_loss(policy: SequenceLogprobs, reference: SequenceLogprobs, beta: float 
 
     ``(ratio_chosen - ratio_rejected - 1 / (2 * beta)) ** 2``; `beta` is the paper's tau.
     """
-    return (_margin(policy.means - reference.means) - 1 / (2 * beta)).square().mean()
+    return (_margin(_difference(policy.means, reference.means)) - 1 / (2 * beta)).square().mean()
 
 
 def cpo_loss(policy: SequenceLogprobs, beta: float = 0.1, alpha: float = 1.0) -> Tensor:
@@ -54,6 +57,13 @@ def simpo_loss(policy: SequenceLogprobs, beta: float = 2.0, gamma: float = 1.0) 
     ``-log sigmoid(beta * (mean_chosen - mean_rejected) - gamma)``. `gamma` is the paper's and TRL's `simpo_gamma`.
     """
     return -logsigmoid(beta * _margin(policy.means) - gamma).mean()
+
+
+def _difference(policy_B: Tensor, reference_B: Tensor) -> Tensor:
+    # One sequence would stand beside each.
+    if policy_B.shape != reference_B.shape:
+        raise ValueError(f"policy has {len(policy_B)} sequences, and reference {len(reference_B)}: both need the same")
+    return policy_B - reference_B
 
 
 def _margin(values_B: Tensor) -> Tensor:

@@ -202,7 +202,7 @@ def describe_data(data: Any) -> str:
     for i in range(0, len(data), max(len(data) // 64, 1)):
         row = data[i]
         names = ("chosen_input_ids", "rejected_input_ids", *(mask for mask in MASKS if mask in row))
-        digest.append(repr(tuple(list(row[name]) for name in names)))
+        digest.append(repr(tuple(list(row[name] or ()) for name in names)))
     return f"{len(data):,} pairs ({_digest(''.join(digest).encode())})"
 
 

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 COLUMNS = ("chosen_input_ids", "rejected_input_ids", "chosen_prompt_length", "rejected_prompt_length")
 # Optional: 1 for a token of the answer, which both terms score; 0 for another, such as a tool's result, which only an
-# NLL over the prompt scores; -1 for one that neither scores. An empty mask means 0 in the prompt, then 1.
+# NLL over the prompt scores; -1 for one that neither scores. An empty mask, or null, means 0 in the prompt, then 1.
 MASKS = ("chosen_mask", "rejected_mask")
 _REMEDY = "leave out such rows, data.filter(...)"
 
@@ -106,8 +106,11 @@ def _refuse(ids: list[Any], prompts: list[Any], name: str, side: str, first: int
 
 def _check_masks(masks: list[Any], sizes: list[int], prompts: list[int], name: str, side: str, first: int) -> None:
     for row, (mask, size, prompt) in enumerate(zip(masks, sizes, prompts, strict=True), first):
-        if mask is None or len(mask) not in (0, size):
-            problem = f"holds {'null' if mask is None else f'{len(mask)} values'} for {size} tokens"
+        if mask is None:
+            # Sets with masks and without, joined.
+            continue
+        if len(mask) not in (0, size):
+            problem = f"holds {len(mask)} values for {size} tokens"
         elif not set(mask) <= {-1, 0, 1}:
             problem = f"holds {next(v for v in mask if v not in (-1, 0, 1))!r}; it has to hold 1, 0 and -1"
         elif 1 in mask[:prompt]:

@@ -290,6 +290,35 @@ def test_ctrl_c_at_once_names_the_checkpoint_before(foreground, files, tmp_path,
     assert f"orpo-train: interrupted; {tmp_path}/checkpoint-1 is whole, to go on: orpo-train " in capfd.readouterr().err
 
 
+def test_ctrl_c_after_training_says_how_to_go_on(foreground, files, tmp_path, monkeypatch, capfd):
+    """Training has ended then, and its last checkpoint is whole."""
+    monkeypatch.setattr(ORPOTrainer, "save_state", lambda self: os.kill(os.getpid(), signal.SIGINT))
+    line = options(files, tmp_path, save_steps=1, resume_from_checkpoint="false")
+    with pytest.raises(SystemExit):
+        run_command("orpo-train", lambda: train.main(line))
+    said = capfd.readouterr().err
+    assert f"orpo-train: interrupted; {tmp_path}/checkpoint-3 is whole, to go on: orpo-train " in said
+    # The same line would train anew.
+    assert said.endswith(" --resume_from_checkpoint true\n") and "false" not in said.rpartition("to go on")[2]
+
+
+@pytest.mark.parametrize(
+    "words", [["--resume_from_checkpoint", "false"], ["--resume-from-checkpoint=no"], ["--config", "anew.yaml"]]
+)
+def test_the_line_to_go_on_with_does_not_train_anew(words):
+    kept = words if "--config" in words else []
+    assert _again(["--beta", "1", *words], "false") == shlex.join(
+        ["orpo-train", "--beta", "1", *kept, "--resume_from_checkpoint", "true"]
+    )
+
+
+@pytest.mark.parametrize("name", ["model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir"])
+def test_an_empty_name_is_refused(name, files, tmp_path):
+    """What a variable of the shell that is not set leaves."""
+    with pytest.raises(ValueError, match=f"--{name} is ''; it has to name something, or be left out"):
+        train.main(options(files, tmp_path, **{name: ""}))
+
+
 def test_tokens_are_not_said_again():
     assert _again(["--hub_token=a", "--hub-token", "b c", "--beta", "1"]) == (
         "orpo-train '--hub_token=<HUB_TOKEN>' --hub-token '<HUB_TOKEN>' --beta 1"

@@ -46,6 +46,14 @@ def test_several_rejected_answers_make_a_pair_each(container):
         assert lines == ["train: kept 3 of 4 pairs, made of 2 rows: 1 empty answer (row 0)"]
 
 
+@pytest.mark.parametrize("empty", [{"rejected": []}, {"chosen": [], "rejected": [" no"]}])
+def test_a_list_without_an_answer_is_an_empty_answer(empty):
+    """No fault of the file: such rows are left out however many there are."""
+    row = {"prompt": "hello", "chosen": [" hi"], "rejected": [" no"]}
+    pairs, lines = prepare([row, {**row, **empty}])
+    assert len(pairs) == 1 and "1 empty answer (row 1)" in lines[0]
+
+
 def test_several_conversations_on_either_side_are_paired_each_with_each():
     row = {"prompt": USER, "chosen": [say("a"), say("b")], "rejected": [say("c"), say("d")]}
     pairs, lines = prepare([row], CHATML)
@@ -87,6 +95,24 @@ def test_conversations_marked_one_by_one_are_paired_with_their_other_columns():
     assert without_id(pairs) == without_id(prepare([single], CHATML)[0])
 
 
+@pytest.mark.parametrize("column", ["system", "tools"])
+def test_answers_to_one_prompt_under_other_instructions_are_no_pair(column):
+    """Of a good answer under one system message and a bad one under another nobody said which is better."""
+    said = {"system": ["be kind", "be rude"], "tools": [[{"name": "f"}], [{"name": "g"}]]}[column]
+    good, bad = ({"prompt": USER, "completion": say(x), "label": x == "a"} for x in "ab")
+    with pytest.raises(ValueError, match="train: 2 answers to 2 prompts make 0 pairs"):
+        prepare([{**good, column: said[0]}, {**bad, column: said[1]}], CHATML, pair_answers=True)
+    assert len(prepare([{**row, column: said[0]} for row in (good, bad)], CHATML, pair_answers=True)[0]) == 1
+
+
+@pytest.mark.parametrize("words", [("True", "False"), ("true", "false"), ("1", "0")])
+def test_labels_of_a_file_of_text_are_read(tmp_path, own_cache, words):
+    lines = [f"{row['prompt']},{row['completion']},{words[not row['label']]}\n" for row in KTO]
+    (tmp_path / "kto.csv").write_text("prompt,completion,label\n" + "".join(lines))
+    pairs, said = prepare(load_pairs(str(tmp_path / "kto.csv")), pair_answers=True)
+    assert without_id(pairs) == without_id(prepare(KTO, pair_answers=True)[0]) and said[0] == KTO_LINE
+
+
 def test_what_cannot_be_paired_is_refused():
     with pytest.raises(ValueError, match=r"--pair_by_prompt true makes pairs"):
         prepare(KTO)
@@ -122,6 +148,7 @@ def test_a_run_pairs_by_prompt(tmp_path, capsys):
         (("chosen-rating", "rejected-rating"), [(5.0, 3.0), (4.0, 4.0), (1.0, 2.0), (2.0, 2.0)], "of 4 rows 2 are "
          "rated equal (first: row 1) and 1 is rated the other way round (first: row 2); data.filter"),
         (("chosen_rating", "rejected_rating"), [(5, 3), (None, 4)], "which training does not read"),
+        (("chosen_rating", "rejected_rating"), [(float("nan"), 3.0), (1.0, 2.0)], "of 2 rows 1 is rated the other way"),
         (("score_chosen", "score_rejected"), [(1, 3)], "of 1 rows 1 is rated the other way round (first: row 0)"),
     ],
 )  # fmt: skip

@@ -328,6 +328,8 @@ def test_limits_that_make_no_sense(options, message):
 def test_other_containers_are_refused():
     with pytest.raises(ValueError, match="a dict of lists or a list of dicts, not int"):
         as_dataset(3)
+    with pytest.raises(ValueError, match="row 1 of the list, counted from 0, is of type NoneType; a row is a dict"):
+        as_dataset([{"chosen": "a"}, None])
 
 
 def test_tokenization_is_trls():

@@ -17,6 +17,7 @@ from orpo.data.preview import describe_example
 from orpo.layouts.batch import NLLSpan
 from orpo.layouts.layout import PackedLayout, PaddedLayout, SharedLayout
 from orpo.model.attach import LossCall, attach_orpo_loss
+from orpo.runs.record import describe_data
 
 
 def turn(role, content, **more):
@@ -76,6 +77,47 @@ def test_a_turn_that_says_so_is_left_out(flag, tokenizer):
     example = prepare([early], tokenizer)[0][0]
     assert stretches(example, "chosen", tokenizer) == [*first, (1, "yes<|im_end|>\n")]
     assert stretches(example, "rejected", tokenizer) == [*first, (1, "no<|im_end|>\n")]
+
+
+@pytest.mark.parametrize("family", ["ChatML", "Qwen 3", "marked"])
+def test_another_speakers_message_that_says_so_is_left_out(family, tokenizer):
+    """What it says: the NLL would score it as well. Qwen 3's template alters a turn before it once it follows."""
+    tokenizer = tokenizer if family == "ChatML" else family_tokenizer(family)
+    row = {"prompt": [{**USER, "train": False}], "chosen": [GOOD, {**MORE, "weight": 0}, BETTER], "rejected": [BAD]}
+    plain = prepare([{**row, "prompt": [USER], "chosen": [GOOD, MORE, BETTER]}], tokenizer)[0][0]
+    example = prepare([row], tokenizer)[0][0]
+    for side, said in (("chosen", ["hello", "and?"]), ("rejected", ["hello"])):
+        spans = stretches(example, side, tokenizer)
+        assert [text for value, text in spans if value == -1] == said
+        # All else counts for what it did.
+        mask = plain.get(f"{side}_mask") or [0] * plain["rejected_prompt_length"]
+        mask += [1] * (len(plain[f"{side}_input_ids"]) - len(mask))
+        assert [max(value, 0) for value in example[f"{side}_mask"]] == mask
+
+
+def test_a_message_that_is_left_out_takes_none_of_its_frame_away(tokenizer):
+    """Schemas stand in front of the first message; a message without text has nothing to leave out."""
+    qwen = family_tokenizer("Qwen 3")
+    row = {"tools": [{"name": "f"}], "prompt": [{**USER, "weight": 0}], "chosen": [GOOD], "rejected": [BAD]}
+    spans = stretches(prepare([row], qwen)[0][0], "chosen", qwen)
+    assert spans[0][0] == 0 and "<tools>" in spans[0][1] and spans[1] == (-1, "hello")
+    empty = {**ROW, "prompt": [turn("system", "", weight=0), USER]}
+    assert -1 not in prepare([empty], tokenizer)[0][0]["chosen_mask"]
+
+
+@pytest.mark.parametrize("system", [[], [turn("system", "be kind")]])
+@pytest.mark.parametrize("where", ["prompt", "answers"])
+def test_a_prompt_that_the_answers_repeat_is_known_by_what_it_says(where, system, tokenizer):
+    """Whichever of the two leaves a turn out; it would stand there twice."""
+    plain, flagged = [USER, GOOD, MORE], [USER, {**GOOD, "weight": 0}, MORE]
+    single = {"prompt": [*system, *flagged], "chosen": [BETTER], "rejected": [BAD]}
+    prompt, repeated = (flagged, plain) if where == "prompt" else (plain, flagged)
+    expected = list(prepare([single], tokenizer)[0])
+    for row in (
+        {"prompt": [*system, *prompt], "chosen": [*repeated, BETTER], "rejected": [*repeated, BAD]},
+        {"prompt": prompt, "chosen": [*system, *repeated, BETTER], "rejected": [*system, *repeated, BAD]},
+    ):
+        assert list(prepare([row], tokenizer)[0]) == expected
 
 
 def test_flags_are_hidden_from_the_template():
@@ -242,6 +284,29 @@ def test_masks_are_there_only_where_a_row_needs_one(tokenizer):
         for rows in ([single] * 2, [single, ROW])
     ]
     assert [list(stream) for stream in streams] == [list(plain), list(both)]
+
+
+def test_prepared_sets_with_masks_and_without_are_joined(tokenizer):
+    single = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
+    plain, masked = prepare([single], tokenizer)[0], prepare([ROW], tokenizer)[0]
+    joined = prepare(datasets.concatenate_datasets([plain, masked]), tokenizer)[0]
+    expected = prepare([single, ROW], tokenizer)[0]
+    assert describe_data(joined) == describe_data(expected)
+    for layout in (PaddedLayout(0), PackedLayout(0)):
+        rows, truth = (layout(list(data))["orpo"].rows for data in (joined, expected))
+        for name in ("rows_N", "targets_N", "sequence_N", "in_response_N", "in_nll_N"):
+            assert torch.equal(getattr(rows, name), getattr(truth, name))
+
+
+def test_prepared_rows_that_score_other_turns_are_told(tokenizer):
+    rows = prepare([ROW], tokenizer)[0]
+    again, lines = prepare(rows, tokenizer, score_turns="last")
+    assert list(again) == list(rows)
+    assert lines == [
+        "train: the rows come as tokens, made with score_turns all, which is last now: what was scored then stays so; "
+        "give the rows of text to change it"
+    ]
+    assert prepare(rows, tokenizer)[1] == []
 
 
 def test_a_first_batch_without_masks_or_answers_does_not_set_their_type(tokenizer):
@@ -414,7 +479,6 @@ PREPARED = {
     ("mask", "said"),
     [
         ([0, 1, 1], "chosen_mask holds 3 values for 4 tokens"),
-        (None, "chosen_mask holds null for 4 tokens"),
         ([0, 1, 2, 1], "chosen_mask holds 2; it has to hold 1, 0 and -1"),
         ([1, 1, 0, 1], "chosen_mask scores token 0, which is among the 1 of the prompt"),
         ([0, 0, -1, 0], "chosen_mask scores no token that another precedes"),

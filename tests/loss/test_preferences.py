@@ -121,3 +121,6 @@ def test_refusals():
     odd = sequence_logprobs(x[:1], w, y[:1])
     with pytest.raises(ValueError, match="two sequences each, the chosen ones first; got 1"):
         orpo.simpo_loss(odd)
+    for loss in (orpo.dpo_loss, orpo.ipo_loss):
+        with pytest.raises(ValueError, match="policy has 2 sequences, and reference 1: both need the same"):
+            loss(sequence_logprobs(x, w, y), odd)

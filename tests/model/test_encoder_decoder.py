@@ -13,6 +13,8 @@ from transformers import AutoModelForSeq2SeqLM
 
 from orpo import ORPOTrainer, train
 from orpo import generate as command
+from orpo.data.encoder_decoder import EncoderDecoderTokenizer
+from orpo.data.prepare import Limits, prepare_dataset
 from orpo.generation import generate, load
 from orpo.layouts.batch import NLLSpan
 from orpo.layouts.encoder_decoder import EncoderDecoderLayout
@@ -366,3 +368,20 @@ def test_no_full_logits_are_made(tmp_path):
     with Watch():
         loss_of(trainer, batch).backward()
     assert rows * 400 > max(itertools.chain(seen, [400 * 32]))
+
+
+def test_what_is_left_out_of_a_prompt_takes_no_answer_away():
+    """The decoder writes none of it. An answer of several turns stays one that cannot be trained."""
+    tokenizer = make_encoder_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    user, other = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}
+    good, bad = ({"role": "assistant", "content": text} for text in ("yes", "no"))
+    plain = {"prompt": [user, other, user], "chosen": [good], "rejected": [bad]}
+    flagged = {**plain, "prompt": [{**user, "weight": 0}, {**other, "train": False}, user]}
+    several = {**plain, "prompt": [user], "chosen": [other, user, good]}
+    lines = []
+    rows = prepare_dataset(
+        [plain, flagged, several], tokenizer, Limits(), pair_tokenizer=EncoderDecoderTokenizer, report=lines.append
+    )
+    assert lines == ["train: kept 2 of 3: 1 answer of several turns, for an encoder-decoder (row 2)"]
+    assert rows[0]["chosen_input_ids"] == rows[1]["chosen_input_ids"]

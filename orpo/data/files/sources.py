@@ -48,6 +48,9 @@ def as_dataset(data: Any) -> Any:
         if isinstance(data, Mapping):
             return datasets.Dataset.from_dict(dict(data))
         if isinstance(data, (list, tuple)):
+            if wrong := [i for i, row in enumerate(data) if not isinstance(row, Mapping)]:
+                kind = type(data[wrong[0]]).__name__
+                raise ValueError(f"row {wrong[0]} of the list, counted from 0, is of type {kind}; a row is a dict")
             return datasets.Dataset.from_list(list(data))
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         try:

@@ -132,7 +132,7 @@ def _split(prompt: Any, chosen: Messages, rejected: Messages) -> tuple[Messages,
     # Answers may repeat the prompt, with or without its system message.
     for repeated in (messages, messages[1:] if messages and messages[0]["role"] == "system" else []):
         chosen, rejected = (
-            side[len(repeated) :] if side[: len(repeated)] == repeated else side for side in (chosen, rejected)
+            side[len(repeated) :] if _begins_with(side, repeated) else side for side in (chosen, rejected)
         )
     if not chosen or not rejected:
         raise UnusableRow(EMPTY_ANSWER)
@@ -145,8 +145,19 @@ def _split(prompt: Any, chosen: Messages, rejected: Messages) -> tuple[Messages,
         while alike and chosen[alike - 1]["role"] not in ("user", "system"):
             alike -= 1
     # Only the answers may have the system message, before the prompt that they repeat.
-    repeats = chosen[0]["role"] == "system" and alike > len(messages) and chosen[1 : 1 + len(messages)] == messages
+    repeats = chosen[0]["role"] == "system" and alike > len(messages) and _begins_with(chosen[1:], messages)
     messages = [*([] if repeats else messages), *chosen[:alike]]
     if isinstance(prompt, str) and prompt and all(message["role"] == "system" for message in messages):
         messages = [*messages, {"role": "user", "content": prompt}]
     return messages, chosen[alike:], rejected[alike:]
+
+
+def _begins_with(side: Messages, messages: Messages) -> bool:
+    """Whether `side` begins with what `messages` say. What either leaves out, both leave out from then on."""
+    pairs = [*zip(side, messages, strict=False)]
+    if len(pairs) < len(messages) or any({**one, "train": 0} != {**other, "train": 0} for one, other in pairs):
+        return False
+    for one, other in pairs:
+        if False in (one.get("train"), other.get("train")):
+            one["train"] = other["train"] = False
+    return True

@@ -126,6 +126,9 @@ def pair_text(row: Mapping[str, Any], tokenizer: Any, score_turns: str = "all") 
     refuse_messages_as_text(prompt, chosen, rejected)
     if chosen is None or rejected is None:
         raise UnusableRow(MISSING, f"{'chosen' if chosen is None else 'rejected'!r} is null")
+    if [] in (chosen, rejected):
+        # A list of answers without any, or messages without one.
+        raise UnusableRow(EMPTY_ANSWER)
     if is_conversation(chosen) and is_conversation(rejected):
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError(

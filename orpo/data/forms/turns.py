@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
-from orpo.data.forms.messages import OTHERS, PROBE, Messages, apply_template, probed, render_messages
+from orpo.data.forms.messages import OTHERS, PROBE, Messages, apply_template, plain, probed, render_messages
 from orpo.data.forms.unusable import NOTHING_SCORED, TURNS_CHANGE, UnusableRow
 
 SCORE_TURNS = ("all", "last")
@@ -32,29 +32,35 @@ def scored_turns(
         whole: what the template makes of them.
         opening: what it makes of the prompt.
         keywords: for the template.
-        which: "all", every turn of the assistant in the answer, or "last". A message with ``train`` False is left out.
+        which: "all", every turn of the assistant in the answer, or "last". A message with ``train`` False is left
+            out; of another speaker's, what it says.
 
     Raises:
         UnusableRow: nothing is scored, or the template changes a turn when others follow.
     """
     own = [k for k, message in enumerate(messages) if message["role"] not in OTHERS]
-    left_out = [k for k in own if messages[k].get("train") is False]
+    silent = [k for k, m in enumerate(messages) if m["role"] in OTHERS and not plain(m.get("content")).strip()]
+    left_out = [k for k, message in enumerate(messages) if message.get("train") is False and k not in silent]
     if first + 1 == len(messages) and not left_out:
         return None
     scored = [k for k in own if k >= first and k not in left_out and (which == "all" or k + 1 == len(messages))]
     if not scored:
         raise UnusableRow(NOTHING_SCORED)
     marked = _marked(messages, tokenizer, keywords)
-    if len(marked) != len(own):
-        marked = [()] * len(own)
+    found = dict(zip(own, marked, strict=True)) if len(marked) == len(own) else {}
+    if first + 1 == len(messages):
+        # Of an answer of one turn all is scored, whatever is left out before it.
+        found.pop(first, None)
     spans: list[tuple[int, int, int]] = []
-    for k, span in zip(own, marked, strict=True):
-        if k in scored or k in left_out:
-            span = span or _rendered(messages, k, whole, opening if k == first else None, tokenizer, keywords)
-            if span is None or span[0] >= span[1] or (spans and span[0] < spans[-1][1]):
-                hint = "" if k + 1 == len(messages) else ", which score_turns last does not need"
-                raise UnusableRow(TURNS_CHANGE, f"message {k + 1} of {len(messages)}{hint}")
-            spans.append((*span, LEFT_OUT if k in left_out else SCORED))
+    for k in sorted({*scored, *left_out}):
+        if messages[k]["role"] in OTHERS:
+            span = _said(messages, k, whole, tokenizer, keywords)
+        else:
+            span = found.get(k) or _rendered(messages, k, whole, opening if k == first else None, tokenizer, keywords)
+        if span is None or span[0] >= span[1] or (spans and span[0] < spans[-1][1]):
+            hint = "" if k + 1 == len(messages) or k in left_out else ", which score_turns last does not need"
+            raise UnusableRow(TURNS_CHANGE, f"message {k + 1} of {len(messages)}{hint}")
+        spans.append((*span, LEFT_OUT if k in left_out else SCORED))
     return tuple(spans)
 
 
@@ -78,6 +84,16 @@ def _marked(messages: Messages, tokenizer: Any, keywords: Mapping[str, Any]) -> 
         offsets = [offset for _, offset in tokens]
         spans += [(offsets[0][0], offsets[-1][1])] if kept else []
     return spans
+
+
+def _said(
+    messages: Messages, k: int, whole: str, tokenizer: Any, keywords: Mapping[str, Any]
+) -> tuple[int, int] | None:
+    """(start, end) in `whole` of what message `k`, which is another's, says; or None. Its frame is the template's."""
+    changed = render_messages([*messages[:k], probed(messages[k]), *messages[k + 1 :]], tokenizer, **keywords)
+    before, found, after = changed.partition(PROBE)
+    stands = found and PROBE not in after and whole.startswith(before) and whole.endswith(after)
+    return (len(before), len(whole) - len(after)) if stands else None
 
 
 def _rendered(
