@@ -189,7 +189,11 @@ def _describe(trainer: ORPOTrainer, model_args: ModelArguments, data_args: DataA
     left_out = ("output_dir", "resume_from_checkpoint", "local_rank")
     settings = {name: value for name, value in trainer.args.to_dict().items() if name not in left_out}
     held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
+    # Of a stream nothing is read yet: a file of it is known by its size and time.
+    streamed = (data_args.dataset_name, data_args.eval_dataset_name) if data_args.dataset_streaming else ()
+    files = [path for name in streamed if name and (path := Path(name).expanduser()).is_file()]
     return {
+        "streamed": {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
         "settings": settings | asdict(model_args) | asdict(data_args),
         "run": describe_run(trainer),
         "held-out": {name: describe_data(data) for name, data in held_out.items() if data is not None},

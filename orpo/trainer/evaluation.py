@@ -81,8 +81,14 @@ class EvaluatingTrainer(Trainer):
             check_positions(part, self.model, self.args)
             return part
 
-        # A string names one of the trainer's own data sets.
-        return data if data is None or isinstance(data, str) else each_set(data, name, prepare, self.args.columns)
+        if isinstance(data, str):
+            # It names one of the trainer's own data sets.
+            names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
+            if data not in names:
+                own = ", ".join(map(repr, names)) or "no named ones: give a data set, or eval_dataset a dict of several"
+                raise ValueError(f"{data!r} names no evaluation set of this trainer; it has {own}")
+            return data
+        return None if data is None else each_set(data, name, prepare, self.args.columns)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -18,9 +18,9 @@ def check_positions(data: Any, model: nn.Module, args: ORPOConfig) -> None:
     A model that computes its positions goes on beyond those that it was trained on; a line says so.
 
     Args:
-        data: prepared, or None. The sequences of a stream are known by ``max_length`` only.
+        data: prepared, or None. Of a stream only the limits are known.
         model: with or without adapters.
-        args: with ``max_length``.
+        args: with ``max_length``, or an encoder-decoder's limits of prompt and answer.
 
     Raises:
         ValueError: the message has the longest sequence, the model's limit, and the ``max_length`` to set.
@@ -32,20 +32,23 @@ def check_positions(data: Any, model: nn.Module, args: ORPOConfig) -> None:
     most = table or getattr(base.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(most, int) or most < 1:
         return
+    limits = _limits(args, in_two=base.config.is_encoder_decoder)
     if hasattr(data, "data"):
         longest = _longest(data, in_two=base.config.is_encoder_decoder)
         what = f"a sequence of {longest:,} tokens"
     else:
-        longest = args.max_length
+        longest = None if None in limits.values() else max(limits.values())
         what = f"{counters(data)[0].name if counters(data) else 'the data'}, a stream, may hold sequences of any length"
         what = what if longest is None else f"a stream with sequences of up to {longest:,} tokens"
     if longest is not None and longest <= most:
         return
     kind = type(base).__name__
     if table:
+        beyond = [name for name, limit in limits.items() if limit is None or limit > most] or [*limits]
         raise ValueError(
-            f"max_length is {args.max_length}, and there is {what}; {kind} has a table of {most:,} positions, and none "
-            f"beyond: set max_length to {most} (--max_length {most})"
+            f"{' and '.join(f'{name} is {limits[name]}' for name in beyond)}, and there is {what}; {kind} has a table "
+            f"of {most:,} positions, and none beyond: set {' and '.join(f'{name} to {most}' for name in beyond)} "
+            f"({' '.join(f'--{name} {most}' for name in beyond)})"
         )
     if longest is not None and args.should_log:
         print(
@@ -74,6 +77,13 @@ def position_table(model: nn.Module) -> int | None:
             if isinstance(table, Tensor) and len(table) == most:
                 return most
     return None
+
+
+def _limits(args: ORPOConfig, in_two: bool) -> dict[str, int | None]:
+    """The settings that bound a sequence; with `in_two`, where an encoder reads the prompts, either part of one."""
+    parts = ("max_prompt_length", "max_completion_length") if in_two else ()
+    names = [name if getattr(args, name) is not None else "max_length" for name in parts] or ["max_length"]
+    return {name: getattr(args, name) for name in names}
 
 
 def _longest(data: Any, in_two: bool) -> int:

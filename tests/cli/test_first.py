@@ -217,6 +217,16 @@ def test_other_pairs_are_another_run(files, tmp_path, capsys):
     assert "nothing to do" not in capsys.readouterr().out
 
 
+def test_another_file_that_is_streamed_is_evaluated(files, tmp_path, capsys):
+    """Of a stream nothing is read before training."""
+    for part, complete in ((ROWS, False), (ROWS[:5], False), (ROWS[:5], True)):
+        if not complete:
+            (tmp_path / "held-out.jsonl").write_text("\n".join(map(json.dumps, part)))
+        streamed = {"dataset_name": files / "pairs.jsonl", "dataset_streaming": "true", "max_length": 64}
+        train.main(options(files, tmp_path / "out", eval_dataset_name=tmp_path / "held-out.jsonl", **streamed))
+        assert ("nothing to do" in capsys.readouterr().out) == complete
+
+
 class CtrlC(TrainerCallback):
     """Presses Ctrl-C in the step after `step`, `times` times."""
 

@@ -137,6 +137,31 @@ def test_sequences_beyond_a_table_of_positions_are_refused_before_training(where
     make_trainer(tmp_path, model, as_stream(LONG), layout="padded", max_length=12)
 
 
+BART = {"max_length": 1024, "max_prompt_length": 12, "max_completion_length": 12}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_length": 12, "max_prompt_length": None, "max_completion_length": 13}, "max_completion_length is 13,"),
+        ({"max_prompt_length": 13}, "max_prompt_length is 13,"),
+        ({"max_prompt_length": None}, "max_length is 1024,"),
+        (
+            {"max_prompt_length": 13, "max_completion_length": 14},
+            "max_prompt_length is 13 and max_completion_length is",
+        ),
+    ],
+)
+def test_either_part_of_an_encoder_decoders_pairs_has_to_fit(changes, said, tmp_path):
+    """Of a stream the limits alone are known, and each part may have its own: the first long answer would fail."""
+    model = make_encoder_decoder("bart", max_position_embeddings=12)
+    given = {"model": model, "tokenizer": make_encoder_tokenizer("<s> $A </s>"), "train_dataset": as_stream(LONG)}
+    setting = said.split()[0]
+    with pytest.raises(ValueError, match=rf"^{said}.* a table of 12 positions.* set {setting} to 12.*--{setting} 12"):
+        make_any_trainer(tmp_path, **given, **{**BART, **changes})
+    make_any_trainer(tmp_path, max_steps=1, **given, **BART).train()
+
+
 def test_computed_positions_go_on_and_a_line_says_so(tmp_path, capsys):
     model = make_model("llama", max_position_embeddings=12)
     make_trainer(tmp_path, model, LONG, layout="padded")

@@ -157,3 +157,12 @@ def test_metrics_are_given_the_losses_and_inputs_that_they_ask_for(layout, batch
         assert len({*seen[0][1][:4].tolist()}) == len({*seen[0][1][4:].tolist()}) == 1
     # Training knows nothing of them.
     trainer.train()
+
+
+def test_a_name_of_no_evaluation_set_is_answered_with_those_there_are(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset={"a": SEVEN, "b": SEVEN}, layout="padded")
+    with pytest.raises(ValueError, match="'c' names no evaluation set of this trainer; it has 'a', 'b'"):
+        trainer.evaluate("c")
+    assert any("loss" in name for name in trainer.evaluate("b"))
+    with pytest.raises(ValueError, match="'a' names no evaluation set of this trainer; it has no named ones: give a d"):
+        make_trainer(tmp_path, eval_dataset=SEVEN, layout="padded").evaluate("a")
