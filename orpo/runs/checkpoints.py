@@ -220,6 +220,13 @@ class CheckpointingTrainer(Trainer):
         finally:
             plugin.state_dict_type = before
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """``Trainer``'s; a weight that FSDP has put together once for each of its names is saved once."""
+        for name, source in getattr(self.model, "all_tied_weights_keys", {}).items():
+            if state_dict is not None and name in state_dict and source in state_dict:
+                state_dict[name] = state_dict[source]
+        super()._save(output_dir, state_dict)
+
 
 def _mark(part: Path) -> None:
     """Makes the folder `part` with an empty record, which tells a later run that it may be removed."""

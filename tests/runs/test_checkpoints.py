@@ -11,6 +11,7 @@ import pytest
 import torch
 from run_checkpoints import KILLED, start
 from run_ranks import EIGHT
+from safetensors.torch import load_file
 from tiny import SEVEN, make_model, make_tokenizer
 from trainers import logged, make_args, make_trainer
 from transformers import AutoModelForCausalLM
@@ -98,6 +99,7 @@ def test_a_whole_model_is_exported_with_its_ties(way, uninterrupted):
     model, loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     assert not torch.equal(model.lm_head.weight, make_model("llama", tie_word_embeddings=True).lm_head.weight)
     # Every way trains the same steps; dropout draws differently on every rank.
     assert seen["losses"]["1"] == pytest.approx(uninterrupted("ddp" if way != "one" else way)[1]["losses"]["1"])
