@@ -42,7 +42,7 @@ def prepare_ranks(accelerator: Accelerator, model: nn.Module) -> None:
             f"fsdp_cpu_ram_efficient_loading hands out parameters alone, and the model keeps {', '.join(buffers[:3])} "
             "beside them: set it false"
         )
-    if fsdp_plugin(accelerator) is not None and _other_owners(model):
+    if fsdp_plugin(accelerator) is not None and _shares_embeddings(model):
         keep_in_one_group(accelerator)
     keep_outputs_exact(accelerator)
 
@@ -111,15 +111,16 @@ def _saved_buffers(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_buffers() if name in saved]
 
 
-def _other_owners(model: nn.Module) -> list[str]:
-    """Names of the modules that share the input embeddings' weight, except the head, which accelerate knows."""
+def _shares_embeddings(model: nn.Module) -> bool:
+    """Whether other modules than the head, which accelerate knows, have the input embeddings' weight."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
     weight = getattr(embeddings, "weight", None)
+    if weight is None:
+        return False
     # A head wrapped by an adapter holds the model's own head: both are known.
     known = {id(part) for module in (embeddings, head) if module is not None for part in module.modules()}
-    found = ((name, part) for name, part in base.named_modules() if getattr(part, "weight", None) is weight)
-    return [name for name, part in found if weight is not None and id(part) not in known]
+    return any(getattr(part, "weight", None) is weight and id(part) not in known for part in base.modules())
 
 
 def _copied_from_embeddings(model: nn.Module) -> bool:

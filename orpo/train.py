@@ -16,8 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from orpo.cli.before_imports import announce, look
 from orpo.cli.errors import run_command
-from orpo.cli.first import announce, look
 
 
 def end_process_group() -> None:

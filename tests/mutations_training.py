@@ -238,8 +238,8 @@ TRAINING = [
         ),
     ),
     *within(
-        "cli/first.py",
-        "cli/test_first.py",
+        "cli/before_imports.py",
+        "cli/test_start_and_end.py",
         (
             "first: options with hyphens are none",
             'for form in (name, name.replace("_", "-"))',
@@ -249,7 +249,7 @@ TRAINING = [
     ),
     *within(
         "runs/finished.py",
-        "cli/test_first.py",
+        "cli/test_start_and_end.py",
         (
             "finished: whatever is gone",
             "return step if whole else None",
@@ -259,7 +259,7 @@ TRAINING = [
     ),
     *within(
         "runs/signals.py",
-        "cli/test_first.py",
+        "cli/test_start_and_end.py",
         (
             "Ctrl-C: a second one waits too",
             "            raise KeyboardInterrupt",
@@ -275,7 +275,7 @@ TRAINING = [
     ),
     *within(
         "trainer/start.py",
-        "cli/test_first.py",
+        "cli/test_start_and_end.py",
         (
             "start: two numbers of 4 bits are one",
             "return 2 * parameter.element_size() * count if",

@@ -28,7 +28,7 @@ class EncoderDecoderTokenizer(PairTokenizer):
     None. The special tokens around it stay.
 
     Args:
-        tokenizer, limits, columns, score_turns: as of :class:`orpo.data.pair_tokens.PairTokenizer`.
+        tokenizer, limits, options: as of :class:`orpo.data.pair_tokens.PairTokenizer`.
         escape: has to be False.
 
     Raises:
@@ -37,20 +37,13 @@ class EncoderDecoderTokenizer(PairTokenizer):
 
     joined = False
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        limits: Limits,
-        escape: bool = False,
-        columns: Mapping[str, str] | None = None,
-        score_turns: str = "all",
-    ) -> None:
+    def __init__(self, tokenizer: Any, limits: Limits, *, escape: bool = False, **options: Any) -> None:
         if escape:
             raise ValueError(
                 "escape_special_tokens is true, and the model is an encoder-decoder, for which special tokens in the "
                 "text cannot be kept text: leave the option out"
             )
-        super().__init__(tokenizer, limits, False, columns, score_turns)
+        super().__init__(tokenizer, limits, **options)
         self.code += hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         self.around_prompt = _around(tokenizer("a"), tokenizer("a", add_special_tokens=False))
         self.around_answer = _around(tokenizer(text_target="a"), tokenizer(text_target="a", add_special_tokens=False))

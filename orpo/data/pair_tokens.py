@@ -78,6 +78,7 @@ class PairTokenizer:
         self,
         tokenizer: Any,
         limits: Limits,
+        *,
         escape: bool = False,
         columns: Mapping[str, str] | None = None,
         score_turns: str = "all",

@@ -82,7 +82,8 @@ def prepare_dataset(
     if pair_answers and is_labelled(renamed(dict.fromkeys(names), columns)):
         data, columns = pair_by_prompt(with_our_names(data, columns), name, max_bad_rows, report), None
         names = data.column_names
-    tokenize = pair_tokenizer(tokenizer, limits, escape_special_tokens, columns, score_turns)
+    options = {"escape": escape_special_tokens, "columns": columns, "score_turns": score_turns}
+    tokenize = pair_tokenizer(tokenizer, limits, **options)
     is_stream = isinstance(data, datasets.IterableDataset)
     if not is_stream and not len(data):
         raise ValueError(f"the {name} set holds no rows")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from orpo.integrations.logprobs import LogprobCall
 from orpo.integrations.replacing import Replacements, check_attached, refuse_unknown
 
-# First version with the methods that are replaced here, and first version that was not compared.
+# First version with the methods that are replaced here, and the first one after those that were compared.
 KNOWN = "0.24", "1.17"
 
 _replaced = Replacements()

@@ -29,7 +29,7 @@ from orpo.runs.checkpoints import CheckpointingTrainer
 from orpo.runs.non_finite import NonFiniteGuard
 from orpo.runs.resuming import ResumingTrainer
 from orpo.trainer.adapt import adapt, pad_token_id, router_coefficient
-from orpo.trainer.call import check_call
+from orpo.trainer.check_call import check_call
 from orpo.trainer.config import ORPOConfig
 from orpo.trainer.diagnose import gradient_norms, pair_statistics, refuse_cut_gradients
 from orpo.trainer.evaluation import EvaluatingTrainer

@@ -1,7 +1,6 @@
 """A command that is interrupted, that nobody reads, or that would write over its sources."""
 
 import io
-import json
 import os
 import shutil
 import signal
@@ -9,22 +8,12 @@ import sys
 import time
 
 import pytest
-from tiny import ROWS, make_model, make_tokenizer
 
 from orpo import ORPOTrainer, train
 from orpo.cli.errors import run_command
 from orpo.runs.checkpoints import complete_checkpoints
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    make_model("llama").save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
-    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    return folder
 
 
 def options(files, **changes):

@@ -52,6 +52,20 @@ def test_a_part_of_a_mixed_file_is_read(tmp_path):
     assert list(load_pairs(path, "train[5:]")) == [*ROWS[5:], TALK]
 
 
+@pytest.mark.parametrize("beside", ["one list", "a README.md"])
+def test_no_file_of_a_folder_is_lost_to_a_copy(beside, tmp_path):
+    odd = {**ROWS[0], "chosen": "other", "rejected": ["a", "b"]}
+    write(tmp_path / "first.jsonl", [ROWS[0], odd])
+    if beside == "one list":
+        (tmp_path / "second.json").write_text(json.dumps([ROWS[0], odd, odd]))
+        rows = 5
+    else:
+        write(tmp_path / "second.jsonl", [ROWS[0], odd])
+        (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: second.jsonl\n---\n")
+        rows = 2
+    assert len(load_pairs(str(tmp_path))) == rows
+
+
 def test_texts_beside_an_odd_row_late_in_a_file_get_no_quotes(tmp_path):
     """The reader takes 10 MB at a time, and has decided for text by the first."""
     rows = [{**ROWS[0], "chosen": f"answer {i} {'x' * 1000}"} for i in range(11_000)]

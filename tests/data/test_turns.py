@@ -66,6 +66,11 @@ def test_the_last_turn_alone_where_that_is_asked(tokenizer):
     assert stretches(example, "chosen", tokenizer) == [(0, before), (1, "yes<|im_end|>\n")]
 
 
+def test_the_setting_reaches_the_trainers_rows(tokenizer, tmp_path):
+    trainer = make_trainer(tmp_path, train_dataset=[ROW], tokenizer=tokenizer, score_turns="last")
+    assert stretches(trainer.train_dataset[0], "chosen", tokenizer)[1:] == [(1, "yes<|im_end|>\n")]
+
+
 @pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"train": False, "weight": 1}])
 def test_a_turn_that_says_so_is_left_out(flag, tokenizer):
     """Of both terms: -1, where another's turn is 0. In the prompt, too."""

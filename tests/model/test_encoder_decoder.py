@@ -74,6 +74,11 @@ def test_a_pair_becomes_one_prompt_and_two_answers(tmp_path):
     assert rows.targets_N.tolist() == chosen + rejected and rows.in_response_N.all()
     assert rows.in_nll_N.tolist() == [True] * len(chosen) + [False] * len(rejected)
     assert batch["orpo"].counts == (len(chosen), 1, len(chosen), len(rejected))
+    # A mask that comes with the row: the second token of the chosen answer counts for nothing.
+    mask = [0] * len(prompt) + [1, -1] + [1] * (len(chosen) - 2)
+    masked = trainer.data_collator([{**row, "chosen_mask": mask}])["orpo"]
+    assert masked.rows.targets_N.tolist() == chosen[:1] + chosen[2:] + rejected
+    assert masked.counts == (len(chosen) - 1, 1, len(chosen) - 1, len(rejected))
     # The paper's code scores no end-of-sequence token.
     assert int(EncoderDecoderLayout(0, NLLSpan(True, 2))([row])["orpo"].rows.in_nll_N.sum()) == len(chosen) - 1
 

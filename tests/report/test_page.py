@@ -100,8 +100,8 @@ def test_a_run_without_evaluation_logs_or_samples_says_so(tmp_path):
     trainer = make_trainer(tmp_path, logging_steps=50, learning_rate=1e-6)
     trainer.train()
     write_page(trainer, tmp_path, described="A model.")
-    text = (tmp_path / "report.html").read_text()
-    assert Page(tmp_path / "report.html").loaded == ["data:,"]
+    text, page = (tmp_path / "report.html").read_text(), Page(tmp_path / "report.html")
+    assert page.loaded == ["data:,"] and page.links == ["README.md"]
     assert "Nothing was evaluated" in text and "Nothing was logged" in text and "Answers to" not in text
 
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from orpo import ORPOTrainer
 from orpo.runs.disk import check_writable, checkpoint_bytes
 from orpo.runs.find_checkpoint import complete_checkpoints
+from orpo.runs.record import compare_runs, write_record
 
 SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 WAYS = {
@@ -66,6 +67,33 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(way, kill, tmp_path, uninter
     ours, theirs = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "out", whole))
     for name, weight in theirs.state_dict().items():
         assert torch.equal(weight, ours.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"normalization": "micro_batch"},
+        {"train_sampling_strategy": "group_by_length"},
+        {"auto_find_batch_size": True},
+        {"dataloader_drop_last": True},
+        {"train_dataset": "a stream"},
+        {"fsdp or deepspeed": "ZeRO-2"},
+        {},
+    ],
+    ids=lambda setting: next(iter(setting), "any other"),
+)
+def test_where_the_division_of_pairs_decides_the_losses_it_is_a_setting(setting, tmp_path):
+    run = {
+        **{"normalization": "global", "train_sampling_strategy": "random", "train_dataset": "8 pairs"},
+        **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "world_size": 1, **setting},
+    }
+    write_record(tmp_path, run, 1)
+    other = {**run, "gradient_accumulation_steps": 1, "world_size": 2}
+    if not setting:
+        assert compare_runs(tmp_path, other).endswith("a step has the same 4 pairs)")
+        return
+    with pytest.raises(ValueError, match=r"accumulation_steps was 2 and is 1; world_size was 1 and is 2\. Give"):
+        compare_runs(tmp_path, other)
 
 
 @pytest.mark.parametrize(

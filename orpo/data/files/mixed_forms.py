@@ -23,14 +23,24 @@ def json_rows(path: Path) -> Iterator[dict[str, Any]]:
     """
     for number, line in _lines(path):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path} could not be read as json: line {number} is no JSON: {error.msg} in column {error.colno}"
-            ) from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path} could not be read as json: line {number} is {line.strip()[:40]}, no JSON object")
-        yield row
+            yield json_row(number, line)
+        except ValueError as error:
+            raise ValueError(f"{path} could not be read as json: {error}") from error
+
+
+def json_row(number: int, line: str) -> dict[str, Any]:
+    """The row in line `number`.
+
+    Raises:
+        ValueError: it holds no JSON, or no object.
+    """
+    try:
+        row = json.loads(line.rstrip("\r\n"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number} is no JSON: {error.msg} in column {error.colno}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number} is {line.strip()[:40]}, no JSON object")
+    return row
 
 
 def is_json_lines(path: Path) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import logging
 import warnings
 from collections import Counter, deque
@@ -21,6 +20,7 @@ from orpo.data.files.mixed_forms import (
     decode_columns,
     encode_columns,
     is_json_lines,
+    json_row,
     json_rows,
     mixed_columns,
 )
@@ -157,7 +157,10 @@ def _encode_mixed(path: Path, arguments: dict[str, Any]) -> list[str]:
     """The columns of JSON lines whose rows disagree on a type. `arguments` then read a copy of `path` in which these
     columns are text."""
     found = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
-    files = [file for file in found if file.is_file() and reader_for(file) == "json" and is_json_lines(file)]
+    files = [file for file in found if reader_for(file) == "json"]
+    if not all(map(is_json_lines, files)) or (path.is_dir() and (path / "README.md").is_file()):
+        # The copies would stand in for all files: one that is a list would be lost, and what a README.md says of files.
+        return []
     names = mixed_columns(files)
     if names:
         folder = Path(arguments["cache_dir"], "encoded")
@@ -260,9 +263,7 @@ def _first_broken(lines: Iterable[str]) -> str | None:
         if not line.strip():
             continue
         try:
-            row = json.loads(line.rstrip("\r\n"))
-        except json.JSONDecodeError as error:
-            return f"line {number} is no JSON: {error.msg} in column {error.colno}"
-        if not isinstance(row, dict):
-            return f"line {number} is {line.strip()[:40]}, no JSON object"
+            json_row(number, line)
+        except ValueError as error:
+            return str(error)
     return None

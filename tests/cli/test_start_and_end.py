@@ -16,23 +16,14 @@ from transformers import TrainerCallback
 
 from orpo import ORPOTrainer, train
 from orpo.cli.arguments import parse
+from orpo.cli.before_imports import announce, look, option_strings
 from orpo.cli.errors import run_command
-from orpo.cli.first import announce, look, option_strings
 from orpo.cli.run import _again
 from orpo.runs.find_checkpoint import complete_checkpoints
 from orpo.runs.finished import FINISHED
 from orpo.trainer.start import describe_training, odd_rate
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    make_model("llama").save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
-    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    return folder
 
 
 def options(files, output, **changes):
@@ -184,6 +175,17 @@ def test_an_odd_rate_is_warned_of_in_a_run_but_not_of_an_own_optimizer(tmp_path)
 
 def times(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_that_writes_over_a_finished_one_is_none_until_its_end(files, tmp_path, monkeypatch):
+    line = options(files, tmp_path)
+    train.main(line)
+    assert (tmp_path / FINISHED).is_file()
+    monkeypatch.setattr("orpo.cli.run.write_page", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main([*line, "--resume_from_checkpoint", "false", "--beta", "0.5"])
+    # Its weights are in the folder, of the size of those before.
+    assert not (tmp_path / FINISHED).exists()
 
 
 def test_a_finished_run_called_again_writes_nothing(files, tmp_path, capsys):
