@@ -18,11 +18,15 @@ _FLOAT16_SCALE = 2.0**14
 
 @dataclass(frozen=True)
 class Kept:
-    """exps (N, C) with rows `stride` apart, and max_TN, in flat buffers; larger ones may hold fewer rows."""
+    """exps (N, C) with rows `stride` apart, and max_TN, in flat buffers; larger ones may hold fewer rows.
+
+    `overwrite`: stage 3 may put g where the exponentials are.
+    """
 
     columns: int
     exps: Tensor
     maxima: Tensor
+    overwrite: bool = False
 
     @property
     def stride(self) -> int:

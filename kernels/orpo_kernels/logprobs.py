@@ -33,22 +33,24 @@ def linear_logprobs(
     strip_bytes: int | None,
     backend: str,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    group: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logp_N, and for backward lse_2N and, where only x needs a gradient, u_ND with dlogp_n/dx_n = scale * u_n, else
-    the exponentials that are kept (exps and maxima, kept.py)."""
-    check_targets(targets_N, weight_VD.shape[0], "targets")
-    targets_N = targets_N.contiguous()
-    head, wants = Numbers.read(numbers).head(weight_VD, bias_V), Needs(*needs)
-    plan = _plan(x_ND, weight_VD, wants, logits_budget, strip_bytes, backend)
+    the exponentials that are kept (exps and maxima, kept.py) and, in a group, the targets of this rank's columns."""
+    head, wants = Numbers.read(numbers).head(weight_VD, bias_V, group), Needs(*needs)
+    vocabulary, own_targets_N = head.shard.place(weight_VD.shape[0], targets_N.contiguous())
+    check_targets(targets_N, vocabulary, "targets")
+    plan = _plan(x_ND, weight_VD, wants, logits_budget, strip_bytes, backend, group)
     dtype = torch.promote_types(x_ND.dtype, weight_VD.dtype)
     exps, maxima = buffers(x_ND, plan.row_tiles if wants.any else 0, dtype)
-    kept = Kept(plan.columns, exps, maxima) if wants.any and plan.columns else None
-    (logp_N, lse_2N), u_ND = strips.token_stats(plan, x_ND, targets_N, head, kept)
+    kept = Kept(plan.columns, exps, maxima, overwrite=not wants.head) if wants.any and plan.columns else None
+    (logp_N, lse_2N), u_ND = strips.token_stats(plan, x_ND, own_targets_N, head, kept)
     if wants.head:
         clear_padding(exps, maxima, plan.rows, plan.columns)
     else:
         exps, maxima = buffers(x_ND, 0, dtype)
-    return logp_N, lse_2N, logp_N.new_empty(0) if u_ND is None else u_ND, exps, maxima
+    own_targets_N = own_targets_N if group and wants.head else targets_N.new_empty(0)
+    return logp_N, lse_2N, logp_N.new_empty(0) if u_ND is None else u_ND, exps, maxima, own_targets_N
 
 
 def _plan(
@@ -58,20 +60,21 @@ def _plan(
     logits_budget: int | None,
     strip_bytes: int | None,
     backend: str,
+    group: str,
 ) -> Plan:
     if logits_budget is None and not needs.frozen:
         # Every call whose backward is still to come would keep exponentials of its own.
         logits_budget = 0
     settings = logits_budget, strip_bytes, backend
     # Of single tokens nothing is known that a tile could be turned into gradients of.
-    return make_plan(x_ND, weight_VD, x_ND.shape[0], needs, *settings, has_pairs=False)
+    return make_plan(x_ND, weight_VD, x_ND.shape[0], needs, *settings, has_pairs=False, is_shard=bool(group))
 
 
 @linear_logprobs.register_fake
-def _(x_ND, weight_VD, bias_V, targets_N, numbers, *, needs, logits_budget, strip_bytes, backend):
+def _(x_ND, weight_VD, bias_V, targets_N, numbers, *, needs, group="", **settings):
     dtype, wants = accumulation_dtype(x_ND, weight_VD), Needs(*needs)
     # Not asked where nothing is kept: it compares numbers of rows, which a compiler may not know.
-    tiles = _plan(x_ND, weight_VD, wants, logits_budget, strip_bytes, backend).row_tiles if wants.head else 0
+    tiles = _plan(x_ND, weight_VD, wants, group=group, **settings).row_tiles if wants.head else 0
     keeps_u = wants.any and not wants.head
     rows = x_ND.new_empty(x_ND.shape[0], dtype=dtype)
     return (
@@ -79,6 +82,7 @@ def _(x_ND, weight_VD, bias_V, targets_N, numbers, *, needs, logits_budget, stri
         rows.new_empty(2, x_ND.shape[0]),
         x_ND.new_empty(x_ND.shape if keeps_u else 0, dtype=dtype),
         *buffers(x_ND, tiles, torch.promote_types(x_ND.dtype, weight_VD.dtype)),
+        targets_N.new_empty(x_ND.shape[0] if group and wants.head else 0),
     )
 
 
@@ -97,18 +101,20 @@ def linear_logprobs_backward(
     strip_bytes: int | None,
     backend: str,
     needs: list[bool],
+    group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dX_ND, dW_VD, db_V (empty where not wanted) for upstream gradients grad_N; saved is what the forward returned."""
-    logp_N, lse_2N, u_ND, exps, maxima = saved
-    head, wants = Numbers.read(numbers).head(weight_VD, bias_V), Needs(*needs)
+    logp_N, lse_2N, u_ND, exps, maxima, own_targets_N = saved
+    head, wants = Numbers.read(numbers).head(weight_VD, bias_V, group), Needs(*needs)
     if not wants.head:
         dx_ND = (u_ND * (head.scale * grad_N[:, None])).to(x_ND.dtype)
         return dx_ND, logp_N.new_empty(0), logp_N.new_empty(0)
-    plan = _plan(x_ND, weight_VD, wants, logits_budget, strip_bytes, backend)
+    plan = _plan(x_ND, weight_VD, wants, logits_budget, strip_bytes, backend, group)
     kept = Kept(plan.columns, exps, maxima) if plan.columns else None
-    grads = strips.backward(plan, x_ND, targets_N.contiguous(), logp_N, lse_2N, grad_N, head, kept)
+    targets_N = own_targets_N if group else targets_N.contiguous()
+    grads = strips.backward(plan, x_ND, targets_N, logp_N, lse_2N, grad_N, head, kept)
     return (
-        grads.x_ND.to(x_ND.dtype) if wants.hidden else logp_N.new_empty(0),
+        plan.stages.weighted(grads.x_ND, grads.x_coef_N, x_ND.dtype) if wants.hidden else logp_N.new_empty(0),
         grads.weight_VD if wants.weight else logp_N.new_empty(0),
         grads.bias_V if wants.bias else logp_N.new_empty(0),
     )
@@ -143,12 +149,12 @@ linear_logprobs.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 @register_flop_formula(torch.ops.orpo.linear_logprobs, get_raw=True)
-def _(x_ND, weight_VD, *_, needs, logits_budget, strip_bytes, backend, **__) -> int:
-    plan = _plan(x_ND, weight_VD, Needs(*needs), logits_budget, strip_bytes, backend)
+def _(x_ND, weight_VD, *_, needs, group="", out_val=None, **settings) -> int:
+    plan = _plan(x_ND, weight_VD, Needs(*needs), group=group, **settings)
     return plan.forward_flops(x_ND.shape[1])
 
 
 @register_flop_formula(torch.ops.orpo.linear_logprobs_backward, get_raw=True)
-def _(_, x_ND, weight_VD, *__, needs, logits_budget, strip_bytes, backend, **___) -> int:
-    plan = _plan(x_ND, weight_VD, Needs(*needs), logits_budget, strip_bytes, backend)
+def _(_, x_ND, weight_VD, *__, needs, group="", out_val=None, **settings) -> int:
+    plan = _plan(x_ND, weight_VD, Needs(*needs), group=group, **settings)
     return plan.backward_flops(x_ND.shape[1])

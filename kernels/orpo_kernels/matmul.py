@@ -102,6 +102,18 @@ def add_matmul(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
             accumulator[first:last].add_(matmul(a[first:last], b, accumulator.dtype))
 
 
+def set_matmul(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, as `add_matmul` adds it."""
+    if a.is_cuda and a.dtype == b.dtype and out.dtype in (a.dtype, torch.float32):
+        # What the product writes needs no zeros before it.
+        if out.dtype == a.dtype:
+            torch.mm(a, b, out=out)
+        else:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        add_matmul(out.zero_(), a, b)
+
+
 def widened_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b in `dtype`, computed in a's dtype without a whole copy of b in it."""
     if a.dtype == b.dtype == torch.bfloat16 != dtype and a.is_cpu:
@@ -124,13 +136,20 @@ class WeightedRows:
     products are multiplied by it again.
     """
 
-    def __init__(self, x_ND: Tensor, coef_N: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        x_ND: Tensor,
+        coef_N: Tensor,
+        dtype: torch.dtype,
+        weighted: Callable[[Tensor, Tensor, torch.dtype], Tensor] | None = None,
+    ) -> None:
+        """`weighted`: coef * x in a dtype, without a copy of x in coef's where a backend can."""
         self.norm = None
         if dtype == torch.float16 and coef_N.numel():
             self.norm = torch.exp2(torch.floor(torch.log2(coef_N.abs().amax().clamp(min=_SMALLEST))) + 1)
             coef_N = coef_N / self.norm
-        self.x_ND = (x_ND * coef_N[:, None]).to(dtype)
-        self.coef_N1 = coef_N[:, None].to(dtype)
+        self.x_ND = weighted(x_ND, coef_N, dtype) if weighted else (x_ND * coef_N[:, None]).to(dtype)
+        self.coef_N = coef_N
 
     def weight_grad(self, g_NV: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """g^T (coef * x) in `dtype`, written to `out` where it is given."""
@@ -143,5 +162,6 @@ class WeightedRows:
 
     def bias_grad(self, g_NV: Tensor, dtype: torch.dtype) -> Tensor:
         """g^T coef in `dtype`."""
-        product_V = matmul(g_NV.T, self.coef_N1, torch.promote_types(g_NV.dtype, torch.float32))[:, 0]
+        coef_N1 = self.coef_N[:, None].to(self.x_ND.dtype)
+        product_V = matmul(g_NV.T, coef_N1, torch.promote_types(g_NV.dtype, torch.float32))[:, 0]
         return (product_V if self.norm is None else product_V * self.norm).to(dtype)

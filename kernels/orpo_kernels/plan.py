@@ -11,6 +11,7 @@ FLOPs, a plain forward and backward being 6:
 
 A frozen head has no backward: dX is made in the forward, at 2 less. In torch no logit is looked at twice, since dX
 follows the running maximum (RUNNING); Triton goes block of rows by block, each with its own exponentials (BLOCKS).
+Where other ranks have other columns, V are this rank's, and there are neither TILES nor BLOCKS.
 
 Letters: N kept rows, D hidden size, V vocabulary, C kept columns.
 """
@@ -120,12 +121,16 @@ def make_plan(
     strip_bytes: int | None,
     backend: str,
     has_pairs: bool = True,
+    is_shard: bool = False,
 ) -> Plan:
     """The plan for so many rows; of the tensors only the dtypes, the device and the vocabulary are read.
 
     Args:
         logits_budget, strip_bytes: as in `LossSettings`; None: the device's default.
-        has_pairs: the rows are those of whole pairs, whose loss the forward computes; TILES need its gradients there.
+        has_pairs: the rows are those of whole pairs, whose loss the forward computes; TILES need its gradients there,
+            each tile before the next one, and no other rank's sums.
+        is_shard: other ranks have other columns. Neither TILES nor BLOCKS then: how many there are depends on the
+            columns that a rank has, and each would wait for the statistics of the others.
     """
     device, v = x.device.type, weight_VD.shape[0]
     if strip_bytes is None:
@@ -139,13 +144,13 @@ def make_plan(
             # TILES save the head's gradient a second computation of the logits. A frozen head has none.
             logits_budget = CPU_LOGITS_BUDGET if device == "cpu" and not needs.frozen else 0
         tile_rows = logits_budget // (v * cpu_logits.compute_dtype(x.dtype, weight_VD.dtype).itemsize)
-        if has_pairs and tile_rows > 0:
+        if has_pairs and tile_rows > 0 and not is_shard:
             return plan(Way.TILES, tile_rows=tile_rows)
         return plan(Way.RUNNING if needs.frozen else Way.STRIPS)
 
     budget = LOGITS_BUDGET if logits_budget is None else logits_budget
     element_bytes = torch.promote_types(x.dtype, weight_VD.dtype).itemsize
-    if needs.frozen and budget and (block := block_rows(rows, v, element_bytes, budget)):
+    if needs.frozen and budget and not is_shard and (block := block_rows(rows, v, element_bytes, budget)):
         return plan(Way.BLOCKS, columns=v, row_tiles=block * -(-v // TILE), block=block)
     # Without a look at the rows: a compiler may not know how many they are.
     row_tiles = row_tiles_within(rows, v, element_bytes, budget) if budget else 0

@@ -104,24 +104,43 @@ def objective(
 
     A pair with an empty answer has no odds: it is left out of the sum and of the count.
     """
-    P, S = rows.pairs, 2 * rows.pairs
-    response_N, nll_N = rows.in_response_N.to(logp_N.dtype), rows.in_nll_N.to(logp_N.dtype)
-    zeros_S = logp_N.new_zeros(S)
-    length_S = zeros_S.index_add(0, rows.sequence_N, response_N)
+    settings = dict(beta=beta, nll_weight=nll_weight, num_nll_tokens=num_nll_tokens, num_pairs=num_pairs)
+    return objective_of_sums(answer_sums(logp_N, rows), rows, **settings)
+
+
+def answer_sums(logp_N: Tensor, rows: Rows) -> Tensor:
+    """(4, S): the sum over each sequence's response, its length, and the same two of the NLL (Eqs. 3, 5)."""
+    masks_2N = torch.stack([rows.in_response_N, rows.in_nll_N])
     # `where` and not a product: a row outside the mask may hold -inf, and 0 * -inf is NaN.
-    scored_N = torch.where(rows.in_response_N, logp_N, 0.0)
-    mean_logp_S = zeros_S.index_add(0, rows.sequence_N, scored_N) / length_S.clamp(min=1)
+    values_4N = torch.stack([torch.where(masks_2N, logp_N, 0.0), masks_2N.to(logp_N.dtype)], 1).flatten(0, 1)
+    return logp_N.new_zeros(4, 2 * rows.pairs).index_add(1, rows.sequence_N, values_4N)
+
+
+def objective_of_sums(
+    sums_4S: Tensor,
+    rows: Rows,
+    *,
+    beta: float,
+    nll_weight: float,
+    num_nll_tokens: float | None,
+    num_pairs: float | None,
+) -> Objective:
+    """`objective` from `answer_sums`, of which the rows may have a part; coef_N is that of the rows."""
+    P, dtype = rows.pairs, sums_4S.dtype
+    logp_sum_S, length_S, nll_sum_S, nll_count_S = sums_4S
+    mean_logp_S = logp_sum_S / length_S.clamp(min=1)
     a_w, a_l = mean_logp_S[:P], mean_logp_S[P:]
     pair_mask_P = (length_S[:P] > 0) & (length_S[P:] > 0)
 
-    nll_count = nll_N.sum().clamp(min=1) if num_nll_tokens is None else num_nll_tokens
-    pair_count = pair_mask_P.sum(dtype=logp_N.dtype).clamp(min=1) if num_pairs is None else num_pairs
-    nll_loss = -torch.where(rows.in_nll_N, logp_N, 0.0).sum() / nll_count
+    nll_count = nll_count_S.sum().clamp(min=1) if num_nll_tokens is None else num_nll_tokens
+    pair_count = pair_mask_P.sum(dtype=dtype).clamp(min=1) if num_pairs is None else num_pairs
+    nll_loss = -nll_sum_S.sum() / nll_count
     r_P = torch.where(pair_mask_P, log_odds_ratio(a_w, a_l), 0.0)
     odds_ratio_loss = torch.where(pair_mask_P, softplus(-r_P), 0.0).sum() / pair_count
 
     grad_w, grad_l = (torch.where(pair_mask_P, beta / pair_count * g, 0.0) for g in odds_ratio_grad(a_w, a_l))
     grad_per_token_S = torch.cat([grad_w, grad_l]) / length_S.clamp(min=1)
+    response_N, nll_N = rows.in_response_N.to(dtype), rows.in_nll_N.to(dtype)
     coef_N = -nll_N * nll_weight / nll_count + response_N * grad_per_token_S[rows.sequence_N]
     return Objective(
         loss=nll_weight * nll_loss + beta * odds_ratio_loss,

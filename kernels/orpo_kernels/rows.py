@@ -8,6 +8,7 @@ prompt have no row, so they never reach a matmul.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -30,6 +31,8 @@ class Rows:
         in_nll_N: bool (N,), the row belongs to the NLL (Eq. 5).
         pairs: P, the number of pairs, whether or not each of them has rows.
         all_count: every row has a mask set. False where that cannot be known: then a row without one has coefficient 0.
+        bounds: the smallest and the largest target, where the host knows them; -1 for one below it, and the largest
+            int32 for one above that.
     """
 
     rows_N: Tensor
@@ -39,6 +42,7 @@ class Rows:
     in_nll_N: Tensor
     pairs: int
     all_count: bool = True
+    bounds: tuple[int, int] | None = None
 
     @property
     def arrays(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -50,10 +54,12 @@ class Rows:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Rows:
         """The same with `change` made to each of the five arrays."""
-        return Rows(*map(change, self.arrays), self.pairs, self.all_count)
+        return Rows(*map(change, self.arrays), self.pairs, self.all_count, self.bounds)
 
 
-def rows_from_labels(labels: Tensor, nll_labels: Tensor | None, ignore_index: int, shift: bool) -> Rows:
+def rows_from_labels(
+    labels: Tensor, nll_labels: Tensor | None, ignore_index: int, shift: bool, backend: str = "torch"
+) -> Rows:
     """The rows of a padded batch that count; makes the host wait for how many they are.
 
     In a graph nobody can wait: there every position is a row, and `all_count` is False.
@@ -64,7 +70,12 @@ def rows_from_labels(labels: Tensor, nll_labels: Tensor | None, ignore_index: in
         nll_labels: (P, T) or (2P, T), what the NLL scores; the rejected half is ignored. None: the chosen `labels`.
         ignore_index: the label that counts nowhere.
         shift: position t predicts labels[:, t + 1].
+        backend: of `plan.BACKENDS`.
     """
+    if backend == "triton" and not _stands_for_sizes(labels):
+        # Found by name: without triton nothing of gpu/ can be imported.
+        made_by = importlib.import_module("orpo_kernels.gpu.label_rows")
+        return made_by.rows_from_labels(labels, nll_labels, ignore_index, shift)
     P, T = labels.shape[0] // 2, labels.shape[1]
     labels = _predicted(labels, ignore_index, shift)
     positions = torch.arange(2 * P * T, device=labels.device).view(2 * P, T)
@@ -95,11 +106,15 @@ def rows_from_labels(labels: Tensor, nll_labels: Tensor | None, ignore_index: in
 
 def _that_count(rows: Rows) -> Rows:
     counts_N = rows.in_response_N | rows.in_nll_N
-    # Tensors that stand for sizes alone have no numbers to count.
-    if torch.compiler.is_compiling() or counts_N.is_meta or isinstance(counts_N, FakeTensor):
+    if _stands_for_sizes(counts_N):
         return replace(rows, targets_N=torch.where(counts_N, rows.targets_N, 0), all_count=False)
     index = counts_N.nonzero()[:, 0]
     return rows.map(lambda array: array[index])
+
+
+def _stands_for_sizes(t: Tensor) -> bool:
+    """Whether there are no numbers to count: in a graph, and of tensors without any."""
+    return torch.compiler.is_compiling() or t.is_meta or isinstance(t, FakeTensor)
 
 
 def without_others(hidden_RD: Tensor, rows: Rows) -> Tensor:
@@ -107,6 +122,14 @@ def without_others(hidden_RD: Tensor, rows: Rows) -> Tensor:
     counts_N = (rows.in_response_N | rows.in_nll_N).int()
     counts_R = hidden_RD.new_zeros(hidden_RD.shape[0], dtype=torch.int32).index_add(0, rows.rows_N, counts_N)
     return torch.where(counts_R[:, None] > 0, hidden_RD, 0)
+
+
+def count_pairs(rows: Rows) -> Tensor:
+    """Pairs with at least one response token on either side."""
+    # Not by a boolean index, whose size the host of a GPU would have to wait for.
+    scored_S = torch.zeros(2 * rows.pairs, dtype=torch.int32, device=rows.sequence_N.device)
+    scored_S = scored_S.scatter_reduce(0, rows.sequence_N, rows.in_response_N.int(), "amax")
+    return (scored_S[: rows.pairs] * scored_S[rows.pairs :]).sum()
 
 
 def _predicted(labels: Tensor, ignore_index: int, shift: bool) -> Tensor:
@@ -121,42 +144,89 @@ def _predicted(labels: Tensor, ignore_index: int, shift: bool) -> Tensor:
 _WEIGHTS = {"labels": "lm_head_weight", "target": "lin_weight", "targets": "weight", "rows": "lm_head_weight"}
 
 
-def check_rows(rows: Rows, hidden_rows: int, vocabulary: int, source: str) -> None:
+def check_rows(rows: Rows, hidden_rows: int, vocabulary: int | Tensor, source: str) -> None:
     """Refuse rows that the stages would misread; on a GPU without making the host wait.
 
     Args:
         hidden_rows: R, the number of hidden states.
+        vocabulary: V; a tensor where it is summed over ranks, of which the host of a GPU does not know.
         source: the argument that the rows come from: "labels" or "target", which are read in order, or "rows".
     """
     if source == "rows" and rows.rows_N.numel():
         last = 2 * rows.pairs - 1
         inside = (rows.sequence_N[0] >= 0) & (rows.sequence_N[-1] <= last)
         good = inside & (rows.sequence_N[1:] >= rows.sequence_N[:-1]).all()
-        # Their sums would be taken over the wrong spans.
-        _refuse(good, f"rows.sequence_N has to be sorted, from 0 to at most {last} for {rows.pairs} pairs")
+        refuse(good, _unsorted(rows))
         low, high = rows.rows_N.aminmax()
-        # A negative index would read from the end.
-        _refuse((low >= 0) & (high < hidden_rows), f"rows.rows_N has to be in [0, {hidden_rows}), as hidden has rows")
+        refuse((low >= 0) & (high < hidden_rows), _unread(hidden_rows))
     check_targets(rows.targets_N, vocabulary, source, rows.in_response_N)
 
 
-def check_targets(targets_N: Tensor, vocabulary: int, source: str, in_response_N: Tensor | None = None) -> None:
+def refuse_by_flags(good_3: Tensor, rows: Rows, hidden_rows: int, vocabulary: int, source: str) -> None:
+    """`check_rows` where a kernel has answered: sequences are sorted, rows have hidden states, targets are tokens."""
+    if source == "rows":
+        refuse(good_3[0], _unsorted(rows))
+        refuse(good_3[1], _unread(hidden_rows))
+    if not good_3.is_cpu:
+        refuse(good_3[2], _no_token(vocabulary, source))
+    elif not good_3[2]:
+        _refuse_token(rows.targets_N, vocabulary, source, rows.in_response_N)
+
+
+def check_bounds(rows: Rows, vocabulary: int, source: str) -> None:
+    """Refuse a target outside the vocabulary where the host knows the smallest and the largest one."""
+    low, high = rows.bounds
+    if low < 0 or high >= vocabulary:
+        _refuse_token(rows.targets_N, vocabulary, source, rows.in_response_N)
+
+
+def check_targets(
+    targets_N: Tensor, vocabulary: int | Tensor, source: str, in_response_N: Tensor | None = None
+) -> None:
     """Refuse a target outside the vocabulary, in the words of `source`: "targets", or as `check_rows` has it."""
     if targets_N.numel() == 0:
         return
     low, high = targets_N.aminmax()
-    good, name = (low >= 0) & (high < vocabulary), "rows.targets_N" if source == "rows" else source
-    limit = f"but {_WEIGHTS[source]} has {vocabulary} rows"
+    good = (low >= 0) & (high < vocabulary)
     if not good.is_cpu:
-        _refuse(good, f"{name} holds a token outside the vocabulary, {limit}")
+        refuse(good, _no_token(vocabulary, source))
     elif not good:
-        first = ((targets_N < 0) | (targets_N >= vocabulary)).nonzero()[0, 0]
-        if source in ("labels", "target") and not in_response_N[first]:
-            name = f"nll_{name}"
-        raise ValueError(f"{name} holds the token {int(targets_N[first])}, {limit}")
+        _refuse_token(targets_N, int(vocabulary), source, in_response_N)
 
 
-def _refuse(good: Tensor, message: str) -> None:
+def _refuse_token(targets_N: Tensor, vocabulary: int, source: str, in_response_N: Tensor | None) -> None:
+    first = ((targets_N < 0) | (targets_N >= vocabulary)).nonzero()[0, 0]
+    name = _name(source)
+    if source in ("labels", "target") and not in_response_N[first]:
+        name = f"nll_{name}"
+    raise ValueError(f"{name} holds the token {int(targets_N[first])}, {_limit(vocabulary, source)}")
+
+
+def _name(source: str) -> str:
+    return "rows.targets_N" if source == "rows" else source
+
+
+def _limit(vocabulary: int | str, source: str) -> str:
+    return f"but {_WEIGHTS[source]} has {vocabulary} rows"
+
+
+def _no_token(vocabulary: int | Tensor, source: str) -> str:
+    limit = _limit("fewer" if isinstance(vocabulary, Tensor) else vocabulary, source)
+    return f"{_name(source)} holds a token outside the vocabulary, {limit}"
+
+
+def _unsorted(rows: Rows) -> str:
+    # Their sums would be taken over the wrong spans.
+    return f"rows.sequence_N has to be sorted, from 0 to at most {2 * rows.pairs - 1} for {rows.pairs} pairs"
+
+
+def _unread(hidden_rows: int) -> str:
+    # A negative index would read from the end.
+    return f"rows.rows_N has to be in [0, {hidden_rows}), as hidden has rows"
+
+
+def refuse(good: Tensor, message: str) -> None:
+    """Raise ValueError unless `good`, a bool (); on a GPU stop the device there, without making the host wait."""
     if good.is_cpu:
         if not good:
             raise ValueError(message)

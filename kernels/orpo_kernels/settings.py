@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from orpo_kernels.head import Head
+from orpo_kernels.shard import Shard
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,6 @@ class Numbers:
         names = ("beta", "nll_weight", "num_nll_tokens", "num_pairs")
         return {name: getattr(self, name) for name in names}
 
-    def head(self, weight_VD: Tensor, bias_V: Tensor | None) -> Head:
-        """The head with this scale and softcap."""
-        return Head(weight_VD, bias_V, self.logit_scale, self.logit_softcap)
+    def head(self, weight_VD: Tensor, bias_V: Tensor | None, group: str = "") -> Head:
+        """The head with this scale and softcap, this rank's shard of it where there is a group of that name."""
+        return Head(weight_VD, bias_V, self.logit_scale, self.logit_softcap, Shard(group))

@@ -5,13 +5,20 @@ Letters: P pairs, T positions, D hidden size, V vocabulary, N rows; equations ar
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from orpo_kernels.plan import choose_backend
 from orpo_kernels.rows import Rows, rows_from_labels
 from orpo_kernels.settings import LossSettings
 from torch import Tensor
 
-from orpo.loss.call import ORPOOutput, check_labels, check_row_arrays, run_orpo
+from orpo.loss.call import Names, ORPOOutput, check_labels, check_row_arrays, run_orpo
 from orpo.loss.drop_in import FusedLinearORPOLoss, odds_ratio_loss
 from orpo.loss.logprobs import SequenceLogprobs, sequence_logprobs, token_logprobs
+from orpo.loss.own_part import name_of, own_part
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "FusedLinearORPOLoss",
@@ -43,6 +50,8 @@ def orpo_loss(
     logits_budget: int | None = None,
     strip_bytes: int | None = None,
     backend: str | None = None,
+    tp_group: ProcessGroup | None = None,
+    cp_group: ProcessGroup | None = None,
 ) -> ORPOOutput:
     """The ORPO loss of a padded batch of pairs, with its gradients, without the (2P, T, V) logits.
 
@@ -54,12 +63,13 @@ def orpo_loss(
 
     Args:
         hidden: (2P, T, D), the decoder's last hidden states, the P chosen sequences first, then the P rejected ones.
-        lm_head_weight: (V, D). Its dtype may differ from that of `hidden`; autocast applies as it would to a Linear.
+        lm_head_weight: (V, D), with `tp_group` (V_r, D). Its dtype may differ from that of `hidden`; autocast applies
+            as it would to a Linear.
         labels: (2P, T) int32 or int64, the response tokens, `ignore_index` on prompt and padding; aligned with the
             input ids (position t predicts label t + 1) unless `shift=False`.
         nll_labels: (P, T), or (2P, T) with the rejected half ignored: the tokens that the NLL scores. Default:
             `labels`, the chosen response. TRL's NLL scores the prompt too: pass the input ids with padding ignored.
-        lm_head_bias: (V,) or None.
+        lm_head_bias: (V,), with `tp_group` (V_r,), or None.
         beta: weight of the odds-ratio term (the paper's lambda), >= 0.
         nll_weight: weight of the NLL term.
         ignore_index: the label of positions that do not count.
@@ -79,13 +89,38 @@ def orpo_loss(
         strip_bytes: size of one vocabulary strip of recomputed logits. Default: 128 MiB on accelerators, 32 MiB on CPU,
             where a wider one is no faster.
         backend: "triton", "torch", or None: torch for CPU tensors, for float64 and without triton; else Triton.
+        tp_group: process group over whose ranks the head is cut: rank r has the next V_r rows of weight and bias after
+            those of the ranks before it, and all ranks the same hidden states and labels (tokens of the whole
+            vocabulary). Loss, metrics and the gradient of `hidden` are then the same numbers on all of them, that of
+            the head is of its own rows. Two reductions of a few floats a row forward, one of the hidden states'
+            gradient backward. `logits_budget` then counts for Triton alone, where a frozen head's exponentials are kept
+            for all rows or not at all; on a CPU all goes by strips. Default: None, the whole head is here, or the group
+            of a DTensor's mesh: of a weight (and bias) with ``Shard(0)`` over a mesh of one dimension.
+        cp_group: process group over whose ranks the sequences are cut (context parallel, Ulysses, ring attention):
+            `hidden` and `labels` have this rank's positions of all 2P sequences, whichever and however many, and
+            `shift=False`: labels are shifted before they are cut (transformers' `shift_labels`). Loss, metrics and
+            default denominators are then those of the whole sequences, the same numbers on all ranks. The gradient of
+            `hidden` is that of this rank's positions, and of the head it is the part that comes from them: the ranks'
+            parts add up to the whole, so where DDP or FSDP averages over the ranks of `cp_group`, multiply the loss by
+            their number. One reduction of eight floats a pair and one of two hidden states forward, none backward; on
+            a CPU all goes by strips. Beside `tp_group` the two are dimensions of a mesh.
 
     Returns:
         ORPOOutput; `loss` is differentiable by hidden, lm_head_weight and lm_head_bias, once.
 
     Raises:
-        ValueError: a shape, dtype, device, label or setting that does not fit; the message names the argument.
+        ValueError: a shape, dtype, device, label or setting that does not fit; the message names the argument. With
+            `tp_group`, on all its ranks: they have different rows, or one has no part of the head. With `cp_group`:
+            `shift` is True, and on all its ranks: one has a token outside the vocabulary, or other pairs.
     """
+    hidden, weight, bias, group = own_part(hidden, lm_head_weight, lm_head_bias, tp_group, Names())
+    sequence_group = name_of(cp_group, "cp")
+    if sequence_group and shift:
+        raise ValueError(
+            "shift is True, and with cp_group the token after a slice's last position lies on another rank: shift the "
+            "whole sequences' labels before they are cut, F.pad(labels, (0, 1), value=ignore_index)[:, 1:], nll_labels "
+            "as well, and pass shift=False"
+        )
     check_labels(hidden, labels, nll_labels)
     settings = LossSettings(
         beta=beta,
@@ -98,8 +133,9 @@ def orpo_loss(
         strip_bytes=strip_bytes,
         backend=backend,
     )
-    rows = rows_from_labels(labels, nll_labels, ignore_index, shift)
-    return run_orpo(hidden, lm_head_weight, lm_head_bias, rows, settings, "labels")
+    backend = choose_backend(backend, hidden.device.type, hidden.dtype, weight.dtype)
+    rows = rows_from_labels(labels, nll_labels, ignore_index, shift, backend)
+    return run_orpo(hidden, weight, bias, rows, settings, "labels", group=group, sequence_group=sequence_group)
 
 
 def orpo_loss_from_rows(
@@ -117,6 +153,8 @@ def orpo_loss_from_rows(
     logits_budget: int | None = None,
     strip_bytes: int | None = None,
     backend: str | None = None,
+    tp_group: ProcessGroup | None = None,
+    cp_group: ProcessGroup | None = None,
 ) -> ORPOOutput:
     """`orpo_loss` for any batch layout (padded, packed, prefix-shared), described by the five arrays of `Rows`.
 
@@ -128,6 +166,8 @@ def orpo_loss_from_rows(
 
     The other arguments, the result and the errors are those of `orpo_loss`.
     """
+    hidden, weight, bias, group = own_part(hidden, lm_head_weight, lm_head_bias, tp_group, Names())
+    sequence_group = name_of(cp_group, "cp")
     check_row_arrays(rows, hidden)
     settings = LossSettings(
         beta=beta,
@@ -140,4 +180,4 @@ def orpo_loss_from_rows(
         strip_bytes=strip_bytes,
         backend=backend,
     )
-    return run_orpo(hidden, lm_head_weight, lm_head_bias, rows, settings, "rows")
+    return run_orpo(hidden, weight, bias, rows, settings, "rows", group=group, sequence_group=sequence_group)

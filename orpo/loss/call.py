@@ -12,8 +12,9 @@ from orpo_kernels import reference
 from orpo_kernels.head import Head
 from orpo_kernels.matmul import mean_rows
 from orpo_kernels.plan import choose_backend
-from orpo_kernels.rows import Rows, without_others
+from orpo_kernels.rows import Rows, check_bounds, without_others
 from orpo_kernels.settings import LossSettings
+from orpo_kernels.shard import Shard
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -22,7 +23,7 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass
 class ORPOOutput:
-    """The loss and its parts; only `loss` is differentiable.
+    """The loss and its parts; only `loss` is differentiable. With `cp_group` all of it is of the whole sequences.
 
     Attributes:
         loss: scalar, nll_weight * nll_loss + beta * odds_ratio_loss (Eq. 5); float32, or float64 for float64 inputs.
@@ -50,7 +51,8 @@ class ORPOOutput:
 
         Means are over the pairs with two answers. `log_odds_ratio` is the mean of log sigmoid(r) <= 0, as in TRL.
         `logits/*` is the mean over the vocabulary and the scored rows, by the identity mean(x W^T + b) = mean(x) .
-        mean(W) + mean(b); it reads the weight once, so `logits=False` saves that, and it is absent with a softcap.
+        mean(W) + mean(b); it reads the weight once, so `logits=False` saves that, and it is absent with a softcap. Of a
+        head that is cut over ranks it is a call of all of them.
         """
         chosen, rejected = self.beta * self.chosen_logps, self.beta * self.rejected_logps
         count = self.pair_mask.sum().clamp(min=1)
@@ -61,7 +63,8 @@ class ORPOOutput:
         metrics = {
             "rewards/chosen": mean(chosen),
             "rewards/rejected": mean(rejected),
-            "rewards/accuracies": mean(chosen > rejected),
+            # Of rewards, which beta 0 makes equal, none would be larger.
+            "rewards/accuracies": mean(self.chosen_logps > self.rejected_logps),
             "rewards/margins": mean(chosen - rejected),
             "logps/chosen": mean(self.chosen_logps),
             "logps/rejected": mean(self.rejected_logps),
@@ -75,6 +78,10 @@ class ORPOOutput:
             mean_2 = (self._mean_hidden * mean_rows(head.weight_VD.detach(), self._mean_hidden.dtype)).sum(1)
             if head.bias_V is not None:
                 mean_2 = mean_2 + head.bias_V.detach().mean(dtype=mean_2.dtype)
+            columns = head.weight_VD.shape[0]
+            # 1 where all columns are here.
+            share = columns / head.shard.sum_(mean_2.new_full((), columns))
+            mean_2 = head.shard.sum_(share * mean_2)
             metrics["logits/chosen"], metrics["logits/rejected"] = (head.scale * mean_2).unbind()
         return metrics
 
@@ -97,31 +104,42 @@ def run_orpo(
     settings: LossSettings,
     source: str,
     names: Names = Names(),
+    group: str = "",
+    sequence_group: str = "",
 ) -> ORPOOutput:
-    """The loss of `rows`, which come from the argument `source` (`orpo_kernels.rows.check_rows`)."""
-    from orpo_kernels import fused  # registers the operators
+    """The loss of `rows`, which come from the argument `source` (`orpo_kernels.rows.check_rows`).
 
-    check_head(hidden, weight, bias, names)
+    `group` names the ranks that have the other rows of the head, `sequence_group` those that have the other positions
+    of the sequences (`own_part`).
+    """
+    from orpo_kernels import eager  # registers the operators
+
+    check_head(hidden, weight, bias, names, group)
     # Asked before autocast: under no_grad its copy of a trained head needs no gradient, and evaluation would compute
     # otherwise than training.
     head_frozen = is_frozen(weight, bias)
     hidden, weight, bias = autocast(hidden, weight, bias)
     hidden_RD = hidden.reshape(-1, hidden.shape[-1])
-    out = fused.Output(
-        *fused.linear_orpo(
-            hidden_RD if rows.all_count else without_others(hidden_RD, rows),
-            weight,
-            bias,
-            list(rows.arrays),
-            settings.numbers(),
-            pairs=rows.pairs,
-            source=source,
-            all_count=rows.all_count,
+    if rows.bounds is not None and not group and not sequence_group:
+        # The host knows already what the device would be asked. Of a group the whole vocabulary is asked for, or the
+        # other ranks have to hear of it.
+        check_bounds(rows, weight.shape[0], source)
+        source = "checked"
+    out = eager.linear_orpo(
+        hidden_RD if rows.all_count else without_others(hidden_RD, rows),
+        weight,
+        bias,
+        rows,
+        settings.numbers(),
+        source,
+        dict(
             logits_budget=settings.logits_budget,
             strip_bytes=settings.strip_bytes,
             backend=choose_backend(settings.backend, hidden.device.type, hidden.dtype, weight.dtype),
             needs=[*wanted_gradients(hidden, weight, bias), head_frozen],
-        )
+            group=group,
+            sequence_group=sequence_group,
+        ),
     )
     return ORPOOutput(
         loss=out.loss,
@@ -133,7 +151,7 @@ def run_orpo(
         pair_mask=out.pair_mask_P,
         beta=settings.beta,
         _mean_hidden=out.mean_hidden_2D.detach(),
-        _head=Head(weight, bias, settings.logit_scale, settings.logit_softcap),
+        _head=Head(weight, bias, settings.logit_scale, settings.logit_softcap, Shard(group)),
     )
 
 
@@ -151,12 +169,12 @@ def check_row_arrays(rows: Rows, hidden: Tensor) -> None:
         check_device(f"rows.{name}", array, hidden)
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, names: Names = Names()) -> None:
-    """Refuse hidden states and a head that do not fit each other."""
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, names: Names = Names(), group: str = "") -> None:
+    """Refuse hidden states and a head, or this rank's part of one, that do not fit each other."""
     for name, tensor in ((names.hidden, hidden), (names.weight, weight), (names.bias, bias)):
         if tensor is None:
             continue
-        _refuse_dtensor(
+        refuse_dtensor(
             name,
             tensor,
             "call the loss inside the head's forward, where FSDP has gathered the weight (ORPOTrainer does), or pass "
@@ -177,13 +195,15 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, names: Names
             f"{names.weight} of shape {tuple(weight.shape)} does not fit {names.hidden} of shape "
             f"{tuple(hidden.shape)}: it has to be (vocabulary, hidden size)"
         )
-    if weight.shape[0] == 0:
+    # All ranks of a group refuse a part without rows together: here the others would wait for this one.
+    if weight.shape[0] == 0 and not group:
         raise ValueError(f"{names.weight} has 0 rows: the vocabulary is empty")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{names.bias} of shape {tuple(bias.shape)} does not fit the vocabulary of {weight.shape[0]}")
 
 
-def _refuse_dtensor(name: str, tensor: Tensor, remedy: str) -> None:
+def refuse_dtensor(name: str, tensor: Tensor, remedy: str) -> None:
+    """Refuse a DTensor, with what to do."""
     if hasattr(tensor, "full_tensor"):
         raise ValueError(f"{name} is a DTensor, of which this rank holds a part: {remedy}")
 
@@ -212,7 +232,7 @@ def check_labels(hidden: Tensor, labels: Tensor, nll_labels: Tensor | None, name
 
 def check_integers(name: str, labels: Tensor, hidden: Tensor, hidden_name: str = "hidden") -> None:
     """Refuse labels that are not int32 or int64, or live elsewhere than the hidden states."""
-    _refuse_dtensor(name, labels, "pass full_tensor()")
+    refuse_dtensor(name, labels, "pass full_tensor()")
     if labels.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} has to be int32 or int64, got {labels.dtype}")
     check_device(name, labels, hidden, hidden_name)

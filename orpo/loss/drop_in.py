@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from orpo_kernels import reference
 from orpo_kernels.matmul import mean_rows
+from orpo_kernels.plan import choose_backend
 from orpo_kernels.rows import rows_from_labels
 from orpo_kernels.settings import LossSettings
 from torch import Tensor
@@ -70,7 +71,8 @@ class FusedLinearORPOLoss(torch.nn.Module):
             ValueError: as `orpo.orpo_loss`.
         """
         check_labels(_input, target, nll_target, _NAMES)
-        rows = rows_from_labels(target, nll_target, self.ignore_index, shift=False)
+        backend = choose_backend(None, _input.device.type, _input.dtype, lin_weight.dtype)
+        rows = rows_from_labels(target, nll_target, self.ignore_index, shift=False, backend=backend)
         settings = LossSettings(beta=self.beta, nll_weight=float(self.compute_nll_loss))
         out = run_orpo(_input, lin_weight, bias, rows, settings, "target", _NAMES)
         metrics = out.metrics(logits=False)

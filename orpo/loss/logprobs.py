@@ -5,13 +5,17 @@ Letters: B sequences, T positions, D hidden size, V vocabulary, N rows; equation
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orpo_kernels.plan import choose_backend
 from orpo_kernels.settings import LossSettings
 from torch import Tensor
 
-from orpo.loss.call import Names, autocast, check_head, check_integers, is_frozen, wanted_gradients
+from orpo.loss.call import Names, autocast, check_head, check_integers, is_frozen, refuse_dtensor, wanted_gradients
+from orpo.loss.own_part import own_part
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class SequenceLogprobs(NamedTuple):
@@ -41,6 +45,7 @@ def sequence_logprobs(
     logits_budget: int | None = None,
     strip_bytes: int | None = None,
     backend: str | None = None,
+    tp_group: ProcessGroup | None = None,
 ) -> SequenceLogprobs:
     """Log-probability of each sequence's labels, differentiable, without the (B, T, V) logits.
 
@@ -54,7 +59,7 @@ def sequence_logprobs(
         bias: (V,) or None.
         ignore_index: the label of positions that do not count.
         shift: whether labels are aligned with the input ids, as in transformers.
-        logit_scale, logit_softcap, logits_budget, strip_bytes, backend: as in `token_logprobs`.
+        logit_scale, logit_softcap, logits_budget, strip_bytes, backend, tp_group: as in `token_logprobs`.
 
     Returns:
         SequenceLogprobs: sums (B,), means (B,), lengths (B,).
@@ -69,6 +74,7 @@ def sequence_logprobs(
         "logits_budget": logits_budget,
         "strip_bytes": strip_bytes,
         "backend": backend,
+        "tp_group": tp_group,
     }
     logps, counts = label_logprobs(hidden, weight, labels, ignore_index=ignore_index, shift=shift, **settings)
     sums, lengths = logps.sum(1), counts.sum(1)
@@ -82,6 +88,7 @@ def label_logprobs(
 
     The arguments and errors are those of :func:`sequence_logprobs`.
     """
+    refuse_dtensor("hidden", hidden, "pass to_local() of one that is replicated")
     if hidden.dim() != 3:
         raise ValueError(f"hidden has to have shape (sequences, positions, hidden size), got {tuple(hidden.shape)}")
     if labels.shape != hidden.shape[:2]:
@@ -106,6 +113,7 @@ def token_logprobs(
     logits_budget: int | None = None,
     strip_bytes: int | None = None,
     backend: str | None = None,
+    tp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Log-probability of each target token, differentiable, without the (N, V) logits (Eqs. 1-2).
 
@@ -120,6 +128,8 @@ def token_logprobs(
             waits for its backward would keep its own; 1 GiB where weight and bias need no gradient, since nothing is
             kept then after the call. On a CPU none are kept.
         bias, logit_scale, logit_softcap, strip_bytes, backend: as in `orpo_loss`.
+        tp_group: as in `orpo_loss`; upstream gradients have to be the same on all ranks, as those of a loss are that
+            all of them compute.
 
     Returns:
         (N,) float32 (float64 for float64 inputs), in nats.
@@ -129,6 +139,7 @@ def token_logprobs(
     """
     from orpo_kernels.logprobs import linear_logprobs  # registers the operators
 
+    hidden, weight, bias, group = own_part(hidden, weight, bias, tp_group, Names(weight="weight", bias="bias"))
     if hidden.dim() != 2:
         raise ValueError(f"hidden has to have shape (rows, hidden size), got {tuple(hidden.shape)}")
     if targets.shape != hidden.shape[:1]:
@@ -141,7 +152,7 @@ def token_logprobs(
         backend=backend,
     )
     check_integers("targets", targets, hidden)
-    check_head(hidden, weight, bias, Names(weight="weight", bias="bias"))
+    check_head(hidden, weight, bias, Names(weight="weight", bias="bias"), group)
     head_frozen = is_frozen(weight, bias)
     hidden, weight, bias = autocast(hidden, weight, bias)
     logp, *_ = linear_logprobs(
@@ -154,5 +165,6 @@ def token_logprobs(
         strip_bytes=settings.strip_bytes,
         backend=choose_backend(settings.backend, hidden.device.type, hidden.dtype, weight.dtype),
         needs=[*wanted_gradients(hidden, weight, bias), head_frozen],
+        group=group,
     )
     return logp

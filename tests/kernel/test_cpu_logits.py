@@ -118,7 +118,7 @@ def test_the_dtype_of_the_matmuls(bfloat16_cpu):
     assert cpu_logits.compute_dtype(narrow, wide) == wide
     assert cpu_logits.compute_dtype(torch.float64, narrow) == torch.float64
     x, weight = torch.randn(5, 8).to(narrow), torch.randn(5000, 8).to(narrow)
-    strip = cpu_logits.LogitStrip(x, torch.zeros(5, dtype=torch.long), Head(weight), 7, 4990)
+    strip = cpu_logits.LogitStrip(x, None, Head(weight), 7, 4990)
     assert strip.z_NK.dtype == cpu_logits.compute_dtype(narrow, narrow)
 
 
@@ -128,7 +128,7 @@ def test_the_dtype_of_the_matmuls(bfloat16_cpu):
 def test_a_strip_holds_logits_less_the_targets(scale, softcap, dtype, bfloat16_cpu):
     x, weight, bias = torch.randn(5, 8).to(dtype), torch.randn(5000, 8).to(dtype), torch.randn(5000)
     head, targets = Head(weight, bias, scale, softcap), torch.tensor([0, 7, 4000, 4989, 4999])
-    strip = cpu_logits.LogitStrip(x, targets, head, 7, 4990)
+    strip = cpu_logits.LogitStrip(x, cpu_logits.target_shift(x, targets, head), head, 7, 4990)
     exact = reference.logits(x.double(), weight.double(), bias.double(), scale, softcap)
     shifted = dtype == torch.bfloat16 and bfloat16_cpu
     offset_N1 = scale * strip.shift_N1.float() if shifted and softcap is None else torch.zeros(5, 1)

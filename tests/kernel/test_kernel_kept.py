@@ -108,7 +108,8 @@ def test_a_target_that_rounds_beyond_its_softcap_keeps_its_sign(kernel_device):
     head = Head(torch.zeros(TILE, 2, device=kernel_device), softcap=30.0)
     logp_N, lse_2N = (torch.tensor(v, device=kernel_device) for v in ([-1.0], [[30.0], [1.00001]]))
     targets_N = torch.tensor([5], device=kernel_device)
-    g_NW, _ = gpu_stages.kept_grad(kept, targets_N, logp_N, lse_2N, head, 0, TILE)
+    terms, _ = gpu_stages.row_terms(logp_N, lse_2N, head, torch.float32)
+    g_NW = gpu_stages.kept_grad(kept, targets_N, terms, lse_2N, 0, TILE)
     assert g_NW[0, 5] == 0 and not g_NW.any()
 
 

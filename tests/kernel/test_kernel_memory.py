@@ -5,7 +5,9 @@ import weakref
 import pytest
 import torch
 from kernelcheck.memory import lazily_mapped
+from orpo_kernels import eager
 from orpo_kernels.head import Head
+from orpo_kernels.kept import Kept
 from problems import make_problem, relative_error
 
 from orpo import orpo_loss
@@ -77,30 +79,45 @@ def test_a_frozen_head_is_watched_too(budget):
     assert relative_error(problem.hidden.grad, problem.truth()[1]) < 1e-6
 
 
+@pytest.mark.parametrize("by_operator", [False, True], ids=["eager", "operator"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_one_strip_of_gradients_is_alive(dtype, budget, frozen, monkeypatch):
-    """What one strip was made into is gone before the next one is made, whether from logits or from exponentials."""
+def test_one_strip_of_gradients_is_alive(dtype, budget, frozen, by_operator, monkeypatch):
+    """What one strip was made into is gone before the next one is made, whether from logits or from exponentials.
+
+    That of kept exponentials is in their place where nobody looks at operators: once, and no strip at all.
+    """
     from orpo_kernels.gpu import stages as gpu_stages
 
-    made, alive = [], []
+    made, alive, in_place = [], [], []
 
     def watched(function):
         def call(*arguments):
             alive.append(sum(ref() is not None for ref in made))
-            g_NW, weight_WD = function(*arguments)
-            made.append(weakref.ref(g_NW))
-            return g_NW, weight_WD
+            strip = function(*arguments)
+            g_NW = strip[0] if isinstance(strip, tuple) else strip
+            if isinstance(arguments[0], Kept) and arguments[0].overwrite:
+                in_place.append(g_NW.untyped_storage().data_ptr() == arguments[0].exps.untyped_storage().data_ptr())
+            else:
+                made.append(weakref.ref(g_NW))
+            return strip
 
         return call
 
     for name in ("logit_grad", "kept_grad"):
         monkeypatch.setattr(gpu_stages, name, watched(getattr(gpu_stages, name)))
+    if by_operator:
+        monkeypatch.setattr(eager, "is_unseen", lambda *tensors: False)
     problem = make_problem(V=V, dtype=dtype).requiring_grad(weight=not frozen)
     keywords = dict(logits_budget=budget, strip_bytes=16384, backend="triton")
     orpo_loss(problem.hidden, problem.weight, problem.labels, **keywords, **problem.keywords).loss.backward()
-    assert len(alive) > 2 and not any(alive)
+    assert not any(alive) and all(in_place)
+    # A frozen head has no backward, so its exponentials are used up whoever looks.
+    if budget and (frozen or not by_operator):
+        assert in_place
+    else:
+        assert len(alive) > 2 and not in_place
 
 
 @pytest.mark.parametrize("schedule", ["shuffled", "interleaved"])

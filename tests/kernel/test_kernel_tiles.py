@@ -1,6 +1,8 @@
 """The tiles of the kernels: which fit a chip, what they compute, and how grids cover rows and vocabulary."""
 
+import ast
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -186,3 +188,26 @@ def test_each_block_has_one_program_and_neighbours_share_operands(rows, columns,
         wave = found[first : first + 132]
         # 132 programs could read 132 + 132 blocks; the fewest is 12 + 11.
         assert len({row for row, _ in wave}) + len({column for _, column in wave}) <= 48 or rows < 8
+
+
+def test_every_launch_says_whether_products_are_added_unrounded():
+    """Triton 3.10 changes what it does where nobody says: other bits, and registers that no report has seen."""
+    from orpo_kernels.gpu import label_rows
+
+    labels = torch.zeros(2, 3, dtype=torch.int64)
+    keywords = {
+        "config.launch_options()": tiles._CPU[0].launch_options(),
+        "arguments": label_rows._arguments(labels, None, -100, True),
+    }
+    launches = 0
+    for file in Path(tiles.__file__).parent.glob("*.py"):
+        for call in ast.walk(ast.parse(file.read_text())):
+            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript)):
+                continue
+            launches += 1
+            named = {keyword.arg for keyword in call.keywords}
+            for keyword in call.keywords:
+                if keyword.arg is None:
+                    named |= set(keywords.get(ast.unparse(keyword.value), ()))
+            assert "enable_fp_fusion" in named, f"{file.name}:{call.lineno}"
+    assert launches >= 13

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -154,6 +155,20 @@ def test_without_a_timing_the_first_tile_runs(clock, monkeypatch, kernel_device)
     monkeypatch.setattr(tuning, "capturing", lambda device: False)
     assert torch.equal(_logp(*problem), captured)
     assert list(tuning._chosen.values()) == [str(TILES[0])]
+
+
+def test_an_evaluation_times_with_the_stores_that_training_makes(clock, monkeypatch, kernel_device):
+    """Both have one class and one tile, whichever comes first, and the loss the same bits."""
+    from orpo_kernels.gpu import logit_stats
+
+    monkeypatch.setattr(tiles, "matmul_candidates", lambda *_, **__: [replace(tile, block_v=64) for tile in TILES])
+    clock(2.0, 1.0)
+    stores, original = [], logit_stats._logit_stats
+    monkeypatch.setattr(
+        logit_stats, "_logit_stats", lambda *args: stores.append(args[5] is not None) or original(*args)
+    )
+    logit_stats.logit_stats(*_inputs(kernel_device, vocabulary=130), columns=130)
+    assert stores == [True, True, False] and len(tuning._chosen) == 1
 
 
 OTHER_CLASS = b'{"class": "other", "chosen": "%s", "milliseconds": {}}' % str(TILES[0]).encode()

@@ -178,7 +178,7 @@ def test_one_block_of_a_slope_is_alive_at_a_time(keeps):
         *_, peak = measure(lambda: cpu_stages.tile_stats_and_grad(x, targets, head, memory))
     else:
         stats = cpu_stages.token_stats(x, targets, head, 2**30)
-        *_, peak = measure(lambda: cpu_stages.logit_grad(x, targets, *stats, head, 0, vocabulary))
+        *_, peak = measure(lambda: cpu_stages.logit_grad(x, targets, *stats, head, 0, vocabulary, None))
         peak -= n * vocabulary * 4
     assert block <= peak < block + 2**18
 

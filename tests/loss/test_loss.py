@@ -102,6 +102,15 @@ def test_metrics_are_trls():
         torch.testing.assert_close(value.double(), expected[name].double(), rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_accuracy_without_an_odds_ratio_is_that_of_the_log_probabilities():
+    """beta 0 is plain fine-tuning: all rewards are 0, and the model still prefers one answer or the other."""
+    problem = make_problem()
+    metrics = orpo_loss(problem.hidden, problem.weight, problem.labels, **{**problem.keywords, "beta": 0.0}).metrics()
+    truth, *_ = problem.truth()
+    expected = (truth.mean_logp_S[:3] > truth.mean_logp_S[3:]).double().mean()
+    assert expected > 0 and metrics["rewards/accuracies"].item() == pytest.approx(expected.item())
+
+
 def test_metrics_are_means_over_the_pairs_with_two_answers():
     problem = make_problem(P=5, bias=True)
     # The second pair has no chosen answer, the fourth no rejected one, the fifth neither.

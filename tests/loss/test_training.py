@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import make_problem, relative_error
 
-from orpo import orpo_loss
+from orpo import FusedLinearORPOLoss, orpo_loss, sequence_logprobs
 
 
 def loss_of(problem, **keywords):
@@ -63,14 +63,23 @@ def test_tied_weights_get_both_gradients():
 def test_dtensors_are_refused_with_what_to_do(tmp_path):
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        problem = make_problem()
-        problem.weight = distribute_tensor(problem.weight, init_device_mesh("cpu", (1,)), [Shard(0)])
+        problem, mesh = make_problem(), init_device_mesh("cpu", (1,))
+        whole = problem.weight
+        problem.weight = distribute_tensor(whole, mesh, [Replicate()])
         with pytest.raises(ValueError, match=r"lm_head_weight is a DTensor.*forward"):
             loss_of(problem)
+        # Cut by rows it is what tensor parallel makes; Liger's call has no group for it.
+        problem.weight = distribute_tensor(whole, mesh, [Shard(0)])
+        assert loss_of(problem).isfinite()
+        with pytest.raises(ValueError, match=r"lin_weight is a DTensor.*forward"):
+            FusedLinearORPOLoss()(problem.weight, problem.hidden, problem.labels)
+        hidden = distribute_tensor(problem.hidden, mesh, [Replicate()])
+        with pytest.raises(ValueError, match=r"hidden is a DTensor.*to_local"):
+            sequence_logprobs(hidden, problem.weight, problem.labels)
     finally:
         dist.destroy_process_group()
 

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -103,7 +103,18 @@ def shipped_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], Any]]]:
     TF32 is a case of its own, where torch's setting can allow it; the kernels without a matmul do not know of it.
     """
     from orpo_kernels import kept
-    from orpo_kernels.gpu import kept_grad, logit_grad, logit_stats, odds_ratio, tiles
+    from orpo_kernels.gpu import (
+        hidden_rows,
+        kept_grad,
+        label_rows,
+        logit_grad,
+        logit_stats,
+        mean_hidden,
+        odds_ratio,
+        row_checks,
+        row_terms,
+        tiles,
+    )
     from orpo_kernels.head import Head
     from orpo_kernels.rows import Rows
 
@@ -133,9 +144,22 @@ def shipped_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], Any]]]:
                 tf32 = mock.patch.object(tiles, "input_precision", lambda: "tf32")
                 yield case.replace("fp32", "tf32"), tf32(launch)
         yield case, lambda a=(held, *grad_arguments[:-1], 0, 4096): kept_grad.kept_grad(*a)
+        all_kept = replace(held, overwrite=True), *grad_arguments[:-1], 0, v
+        yield case, lambda a=all_kept: kept_grad.kept_grad(*a)
+        terms = vector, empty(2, n), head, dtype, vector, empty()
+        yield case, lambda a=terms: row_terms.row_terms(*a)
+        yield case, lambda a=(x, vector, dtype): hidden_rows.weighted(*a)
+        places = empty(n, d), vector, targets, x, dtype
+        yield case, lambda a=places: hidden_rows.placed(*a)
     n, pairs = REAL_SHAPE[0], 8
     flags = empty(n, dtype=torch.bool)
     rows = Rows(*(empty(n, dtype=torch.int64) for _ in range(3)), flags, flags, pairs)
+    yield "rows", lambda: row_checks.flags(rows, n, REAL_SHAPE[2])
+    for nll_labels in (None, empty(2 * pairs, 1024, dtype=torch.int64)):
+        labels = empty(2 * pairs, 1024, dtype=torch.int64), nll_labels, -100, True
+        yield "rows", lambda a=labels: label_rows.count(*a)
+        yield "rows", lambda a=labels: label_rows.fill(*a, empty(2 * pairs, 4, dtype=torch.int32), n)
+    yield "mean hidden state", lambda: mean_hidden.picks(empty(n, 8, dtype=torch.bfloat16), rows)
     yield "stage 2", lambda: odds_ratio.combine(empty(4, n), empty(4, n), empty(n))
     counts = {"num_nll_tokens": 5000.0, "num_pairs": float(pairs)}
     yield "stage 2", lambda: odds_ratio.objective(empty(n), rows, beta=0.1, nll_weight=1.0, **counts)

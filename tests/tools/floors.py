@@ -42,10 +42,10 @@ FLOORS = {
         "the trainer",
         (
             "torch==2.13.0",
-            "transformers==5.20.2 datasets==5.2.0 accelerate==1.15.0 peft==0.20.0 triton==3.9.0 numpy matplotlib "
+            "transformers==5.23.0 datasets==5.2.0 accelerate==1.15.0 peft==0.21.2 triton==3.9.0 numpy matplotlib "
             f"pyyaml tqdm tensorboard {TOOLS}",
         ),
-        "attach trainer probe config layout prefix_mask lora train checkpoints evaluation prepare start resuming "
+        "attach trainer probe config layout prefix_mask flash lora train checkpoints evaluation prepare start resuming "
         "find_checkpoint generate newcomer arguments trainer_refusals broken_files samples merge load",
     ),
     "trl": Floor(

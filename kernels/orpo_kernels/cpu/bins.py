@@ -130,7 +130,7 @@ def forward(plan: Plan, x_ND: Tensor, rows: Rows, head: Head, settings: dict) ->
             logp, gradients = _by_strips(plan, x, part, head, settings)
             _put(logp_N, bin_, logp)
             if dx_ND is not None:
-                _put(dx_ND, bin_, gradients.x_ND)
+                _put(dx_ND, bin_, gradients.x_ND.mul_(gradients.x_coef_N[:, None]))
             total.add_finished(gradients)
         elif not needs.any:
             _put(logp_N, bin_, stages.tile_stats(x, part.targets_N, head, memory))
@@ -138,7 +138,6 @@ def forward(plan: Plan, x_ND: Tensor, rows: Rows, head: Head, settings: dict) ->
             logp, g_NV = stages.tile_stats_and_grad(x, part.targets_N, head, memory)
             _put(logp_N, bin_, logp)
             coef = head.scale * stages.objective(logp, part, **settings).coef_N
-            coef = stages.grad_coefficient(coef, logp, g_NV.dtype)
             if dx_ND is not None:
                 _put(dx_ND, bin_, widened_matmul(g_NV, head.weight_VD, dtype).mul_(coef[:, None]))
             if needs.head:

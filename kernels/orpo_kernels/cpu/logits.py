@@ -76,11 +76,12 @@ class LogitStrip:
     """Columns [first, last) of the logits of some rows, read block by block of rows in fp32 (fp64 for fp64).
 
     The strip's memory, `out` where given, is overwritten by what stage 3 stores into it: exp or gradient, in the
-    matmul's dtype. In bfloat16 without a softcap `read` leaves scale * c_n out, the same in every strip of these rows.
+    matmul's dtype. In bfloat16 without a softcap `read` leaves scale * c_n out, shift_N1 of `target_shift`, the same in
+    every strip of these rows.
     """
 
     def __init__(
-        self, x_ND: Tensor, targets_N: Tensor, head: Head, first: int, last: int, out: Tensor | None = None
+        self, x_ND: Tensor, shift_N1: Tensor | None, head: Head, first: int, last: int, out: Tensor | None = None
     ) -> None:
         dtype = compute_dtype(x_ND.dtype, head.weight_VD.dtype)
         # A matmul would resize an `out` of another shape without a word, and its caller would read other memory.
@@ -88,7 +89,7 @@ class LogitStrip:
         self.head, self.first, self.last = head, first, last
         self.z_NK = x_ND.new_empty(x_ND.shape[0], last - first, dtype=dtype) if out is None else out
         weight_KD, x_ND = head.weight_VD[first:last], x_ND.to(dtype)
-        self.shift_N1 = _target_products(x_ND, targets_N, head) if dtype == torch.bfloat16 else None
+        self.shift_N1 = shift_N1
         if self.shift_N1 is not None:
             # One memory for all blocks: fresh, its first touch would cost more than the conversion.
             self.block_memory = x_ND.new_empty(_block_rows(*self.z_NK.shape), last - first, dtype=torch.float32)
@@ -153,11 +154,18 @@ def row_blocks(n: int, k: int) -> list[slice]:
     return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
 
-def _target_products(x_ND: Tensor, targets_N: Tensor, head: Head) -> Tensor:
-    """c_n = x_n . W_y of every row's target, summed in fp32 and rounded once: (N, 1) in x's dtype."""
-    c_N1 = x_ND.new_empty(len(x_ND), 1)
+def target_shift(x_ND: Tensor, targets_N: Tensor, head: Head) -> Tensor | None:
+    """c_n = x_n . W_y of every row's target, summed in fp32 and rounded once: (N, 1) bfloat16, None in other dtypes.
+
+    A call of all ranks where the head is a shard, with -1 for the targets of others.
+    """
+    if compute_dtype(x_ND.dtype, head.weight_VD.dtype) != torch.bfloat16:
+        return None
+    c_N1 = x_ND.new_empty((len(x_ND), 1), dtype=torch.float32)
     # Three float32 copies of a block are alive beside the logits.
     for block in row_blocks(len(x_ND), 4 * x_ND.shape[1]):
-        c_N1[block] = (x_ND[block].float() * head.weight_VD[targets_N[block]].float()).sum(1, keepdim=True)
+        weight_ND = head.weight_VD[targets_N[block].clamp(min=0)]
+        c_N1[block] = (x_ND[block].float() * weight_ND.float()).sum(1, keepdim=True)
+    c_N1 = head.shard.sum_(c_N1.masked_fill_(targets_N[:, None] < 0, 0)).to(torch.bfloat16)
     # An infinite c would make every logit of the row inf - inf.
     return c_N1.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)

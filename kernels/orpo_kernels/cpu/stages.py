@@ -8,19 +8,21 @@ Letters: N rows, D hidden size, V vocabulary, K columns of a strip.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from orpo_kernels import reference
-from orpo_kernels.cpu.logits import LogitStrip, chunk_rows, compute_dtype, row_blocks
+from orpo_kernels.cpu.logits import LogitStrip, chunk_rows, compute_dtype, row_blocks, target_shift
+from orpo_kernels.cpu.running_stats import RunningStats, exp_, finite, stats_of
 from orpo_kernels.head import Head, strip_width, strips
-from orpo_kernels.matmul import accumulation_dtype, add_matmul, converted_parts
+from orpo_kernels.matmul import accumulation_dtype, add_matmul, converted_parts, matmul, widened_matmul
 from orpo_kernels.rows import Rows
+from orpo_kernels.rows import check_rows as check
+from orpo_kernels.slices import WHOLE, Slices
 
-_LOG2_E = math.log2(math.e)
+__all__ = ["check"]
 
 
 def _take_target(z: Tensor, targets_N: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,30 +32,6 @@ def _take_target(z: Tensor, targets_N: Tensor, first: int, last: int) -> tuple[T
     z_y = z[row, column]
     z[row, column] = -torch.inf
     return row, column, z_y
-
-
-def _exp_(z: Tensor) -> Tensor:
-    """exp(z) in place, z at most 0 up to rounding; in float32 off by |z| 5e-8 of itself, much where it is small only.
-
-    As a power of 2: for that torch has vector code, its exp took 2.6 times as long (AMD EPYC).
-    """
-    return z.mul_(_LOG2_E).exp2_()
-
-
-def _finite(max_N: Tensor) -> Tensor:
-    """The maximum to subtract: a row with no finite logit (yet) has -inf, and -inf - -inf is NaN."""
-    return max_N.masked_fill(max_N == -torch.inf, 0)
-
-
-def _stats(max_N: Tensor, sum_N: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(logp_N, lse_2N), Eq. 2, of all logits but the target's, sum_n exp max_n being that of their exponentials.
-
-    lse = lse_2N[0] + lse_2N[1], both relative to the maximum until then: what all logits have in common would take the
-    digits of their sum.
-    """
-    max_N = _finite(max_N)
-    others_N, target_N = sum_N.log(), target_N - max_N
-    return -reference.softplus(others_N - target_N), torch.stack([max_N, torch.logaddexp(others_N, target_N)])
 
 
 def _share(log_sum_N: Tensor) -> Tensor:
@@ -68,29 +46,6 @@ def _element_bytes(x_ND: Tensor, head: Head) -> int:
     return compute_dtype(x_ND.dtype, head.weight_VD.dtype).itemsize
 
 
-class RunningStats:
-    """Stage 1 over strips: running maximum and sum of exponentials without the target, and the target's logit."""
-
-    def __init__(self, n: int, like: Tensor, dtype: torch.dtype) -> None:
-        self.max_N = like.new_full((n,), -torch.inf, dtype=dtype)
-        self.sum_N = like.new_zeros(n, dtype=dtype)
-        self.target_N = like.new_zeros(n, dtype=dtype)
-
-    def add(self, block: slice, z: Tensor) -> Tensor:
-        """Fold a block's logits in; z becomes exp(z - the new maximum). Returns exp(old maximum - new maximum)."""
-        new_max = torch.maximum(self.max_N[block], z.amax(1))
-        shift = _finite(new_max)
-        rescale = torch.exp(self.max_N[block] - shift)
-        _exp_(z.sub_(shift[:, None]))
-        self.sum_N[block] = self.sum_N[block] * rescale + z.sum(1)
-        self.max_N[block] = new_max
-        return rescale
-
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """(logp_N, lse_2N), Eq. 2."""
-        return _stats(self.max_N, self.sum_N, self.target_N)
-
-
 def token_stats(
     x_ND: Tensor, targets_N: Tensor, head: Head, strip_bytes: int, columns: int = 0, kept: None = None
 ) -> tuple[Tensor, Tensor]:
@@ -100,8 +55,9 @@ def token_stats(
     """
     n, v = x_ND.shape[0], head.weight_VD.shape[0]
     stats = RunningStats(n, x_ND, accumulation_dtype(x_ND, head.weight_VD))
+    shift_N1 = target_shift(x_ND, targets_N, head)
     for first, last in strips(v, strip_width(n, v, _element_bytes(x_ND, head), strip_bytes)):
-        strip = LogitStrip(x_ND, targets_N, head, first, last)
+        strip = LogitStrip(x_ND, shift_N1, head, first, last)
         for block in strip.blocks():
             z = strip.read(block)
             row, _, z_y = _take_target(z, targets_N[block], first, last)
@@ -109,7 +65,7 @@ def token_stats(
             stats.add(block, z)
         # z is a view of its memory, which would stand beside the next strip's.
         strip = z = None
-    return stats.finish()
+    return stats.finish(targets_N, head)
 
 
 def _chunk_size(n: int, dtype: torch.dtype) -> int:
@@ -139,7 +95,7 @@ def _tile_blocks(
     for start in range(0, n, size or 1):
         chunk = slice(start, min(start + size, n))
         out = memory_NV[chunk] if keep else memory_NV[: chunk.stop - start]
-        tile = LogitStrip(x_ND[chunk], targets_N[chunk], head, 0, v, out)
+        tile = LogitStrip(x_ND[chunk], target_shift(x_ND[chunk], targets_N[chunk], head), head, 0, v, out)
         for block in tile.blocks():
             yield slice(start + block.start, start + block.stop), tile, block
 
@@ -150,8 +106,8 @@ def _whole_rows(z: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
     z_y = z.gather(1, targets_N1)[:, 0]
     # Eq. 2 leaves it out.
     max_N = z.scatter_(1, targets_N1, -torch.inf).amax(1)
-    sum_N = _exp_(z.sub_(_finite(max_N)[:, None])).sum(1)
-    return _stats(max_N, sum_N, z_y)
+    sum_N = exp_(z.sub_(finite(max_N)[:, None])).sum(1)
+    return stats_of(max_N, sum_N, z_y)
 
 
 def tile_stats(x_ND: Tensor, targets_N: Tensor, head: Head, memory_NV: Tensor) -> Tensor:
@@ -169,15 +125,16 @@ def frozen_head_stats_and_grad(
     """Stages 1 and 3 in one pass for a frozen head: (logp_N, lse_2N, u_ND), u = sum_v g_v W_v before its coefficient.
 
     The sum over v != y of exp(z - running maximum) * cap' * W_v follows the maximum as it rises, so no logit is
-    computed twice; the target's own term is added at the end from its exact 1 - p_y.
+    computed twice; the target's own term is added at the end from its exact 1 - p_y. u is of the head's own columns.
     """
     n, v = x_ND.shape[0], head.weight_VD.shape[0]
     dtype = accumulation_dtype(x_ND, head.weight_VD)
     stats = RunningStats(n, x_ND, dtype)
     u_ND = x_ND.new_zeros(x_ND.shape, dtype=dtype)
     slope_y_N = x_ND.new_ones(n, dtype=dtype)
+    shift_N1 = target_shift(x_ND, targets_N, head)
     for first, last in strips(v, strip_width(n, v, _element_bytes(x_ND, head), strip_bytes)):
-        strip = LogitStrip(x_ND, targets_N, head, first, last)
+        strip = LogitStrip(x_ND, shift_N1, head, first, last)
         for block in strip.blocks():
             z, slope = strip.read_with_slope(block)
             row, column, z_y = _take_target(z, targets_N[block], first, last)
@@ -193,9 +150,11 @@ def frozen_head_stats_and_grad(
         strip = z = None
         add_matmul(u_ND, exps_NK, head.weight_VD[first:last])
         del exps_NK
-    logp_N, lse_2N = stats.finish()
-    u_ND.mul_(_share(lse_2N[1]))
-    u_ND.addcmul_(head.weight_VD[targets_N].to(dtype), (-torch.expm1(logp_N) * slope_y_N)[:, None])
+    logp_N, lse_2N = stats.finish(targets_N, head)
+    # Here u is relative to the largest logit of this rank's columns.
+    u_ND.mul_(_share(lse_2N[1]) * torch.exp(stats.max_N - lse_2N[0])[:, None])
+    target_grad_N = (-torch.expm1(logp_N) * slope_y_N).masked_fill_(targets_N < 0, 0)
+    u_ND.addcmul_(head.weight_VD[targets_N.clamp(min=0)].to(dtype), target_grad_N[:, None])
     return logp_N, lse_2N, u_ND
 
 
@@ -217,15 +176,25 @@ def tile_stats_and_grad(x_ND: Tensor, targets_N: Tensor, head: Head, memory_NV: 
 
 
 def logit_grad(
-    x_ND: Tensor, targets_N: Tensor, logp_N: Tensor, lse_2N: Tensor, head: Head, first: int, last: int
+    x_ND: Tensor,
+    targets_N: Tensor,
+    logp_N: Tensor,
+    lse_2N: Tensor,
+    head: Head,
+    first: int,
+    last: int,
+    shift_N1: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Stage 3: (g_NK, weight_KD) for columns [first, last), logits recomputed (Eq. 8); g in the matmul's dtype."""
-    strip, (max_N, log_sum_N) = LogitStrip(x_ND, targets_N, head, first, last), lse_2N
+    """Stage 3: (g_NK, weight_KD) for columns [first, last), logits recomputed (Eq. 8); g in the matmul's dtype.
+
+    shift_N1 is `target_shift` of all columns.
+    """
+    strip, (max_N, log_sum_N) = LogitStrip(x_ND, shift_N1, head, first, last), lse_2N
     factor_N1 = _share(log_sum_N)
     for block in strip.blocks():
         z, slope = strip.read_with_slope(block)
         row, column, _ = _take_target(z, targets_N[block], first, last)
-        _exp_(z.sub_(max_N[block, None])).mul_(factor_N1[block])
+        exp_(z.sub_(max_N[block, None])).mul_(factor_N1[block])
         z[row, column] = -torch.expm1(logp_N[block][row])
         if slope is not None:
             z.mul_(slope)
@@ -234,15 +203,58 @@ def logit_grad(
     return strip.z_NK, head.weight_VD[first:last]
 
 
-def objective(logp_N: Tensor, rows: Rows, **settings: float | Tensor | None) -> reference.Objective:
+def objective(
+    logp_N: Tensor, rows: Rows, slices: Slices = WHOLE, **settings: float | Tensor | None
+) -> reference.Objective:
     """Stage 2 (Eqs. 3-7), in float64: it is O(N), and a mean of thousands of terms gains the most from it."""
-    result = reference.objective(logp_N.double(), rows, **settings)
+    sums_4S = slices.sum_(reference.answer_sums(logp_N.double(), rows))
+    result = reference.objective_of_sums(sums_4S, rows, **settings)
     return reference.Objective(*(t if t.dtype == torch.bool else t.to(logp_N.dtype) for t in result))
 
 
-def grad_coefficient(coef_N: Tensor, logp_N: Tensor, dtype: torch.dtype) -> Tensor:
-    """coef_N as it applies to the g that this backend stores, which carries no scale of its own."""
-    return coef_N
+def row_terms(
+    logp_N: Tensor,
+    lse_2N: Tensor,
+    head: Head,
+    dtype: torch.dtype,
+    coef_N: Tensor | None = None,
+    upstream: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(logp_N, which is all that `logit_grad` needs, scale * upstream * coef_N)."""
+    if coef_N is not None:
+        coef_N = head.scale * (coef_N if upstream is None else coef_N * upstream)
+    return logp_N, coef_N
+
+
+def weighted(x_ND: Tensor, coef_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """coef_n x_n in `dtype`; uses x_ND up, which is of coef_N's."""
+    return x_ND.mul_(coef_N[:, None]).to(dtype)
+
+
+def placed(dx_ND: Tensor, coef_N: Tensor | None, rows_N: Tensor, hidden_RD: Tensor, dtype: torch.dtype) -> Tensor:
+    """dX_RD in `dtype`: coef_n dx_n at the places of their rows; uses dx_ND up."""
+    if coef_N is not None:
+        dx_ND.mul_(coef_N[:, None])
+    # An index occurs at most twice, and x + y == y + x: no order to depend on.
+    return torch.zeros_like(hidden_RD, dtype=dtype, memory_format=torch.contiguous_format).index_add_(
+        0, rows_N, dx_ND.to(dtype)
+    )
+
+
+def mean_hidden(x_ND: Tensor, rows: Rows, dtype: torch.dtype, slices: Slices = WHOLE) -> Tensor:
+    """(2, D) in `dtype`: the mean hidden state of the chosen and of the rejected rows that count."""
+    chosen_N = rows.sequence_N < rows.pairs
+    picks_2N = torch.stack([chosen_N, ~chosen_N])
+    if not rows.all_count:
+        picks_2N &= rows.in_response_N | rows.in_nll_N
+    picks_2N = picks_2N.to(dtype)
+    # Divided at the end: 1 / n is not a number of bfloat16, and would be off by 2^-9 in every term.
+    if x_ND.is_cuda:
+        sums_2D = matmul(picks_2N.to(x_ND.dtype), x_ND, dtype)
+    else:
+        # A CPU's narrow matmul would round its sums, or be emulated.
+        sums_2D = widened_matmul(picks_2N, x_ND, dtype)
+    return slices.whole_mean(sums_2D, picks_2N.sum(1, keepdim=True).clamp(min=0 if slices.name else 1))
 
 
 def head_grad_operand(x_ND: Tensor, coef_N: Tensor, head: Head) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,10 @@ before lse_n is known. e is stored in the dtype of g (float16 times 2^14), and i
 both. The softcap's slope is stored with it, since the logit that log e gives back is too coarse for 1 - (z / c)^2 where
 z is near c.
 
-    exps_NC, max_TN, targets_N, lse_2N, target_grad_N  ->  g_NW
+    exps_NC, max_TN, targets_N, lse_2N, target_grad_N  ->  g_NW, or g_NC in the place of exps_NC
+
+Where g takes the exponentials' place their maxima become infinite, so that a second backward finds it made. It is the
+same g: the upstream gradient is not in it.
 
 Letters: N rows, V vocabulary, C kept columns (the first ones), T tiles of them, W columns of a strip.
 """
@@ -17,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from orpo_kernels.head import strip_memory
 from orpo_kernels.kept import TILE, Kept
 
 
@@ -65,8 +69,10 @@ def kept_grad_kernel(
     first,
     last,
     stride,
+    stride_g,
     scale,
     HAS_ROW_SCALE: tl.constexpr,
+    OVERWRITE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -79,7 +85,8 @@ def kept_grad_kernel(
     mask = row_mask[:, None] & ((offs_v >= first) & (offs_v < last))[None, :]
     # int64: N * C may exceed 2^31.
     rows = offs_n.to(tl.int64)[:, None]
-    e_NV = tl.load(exps_ptr + rows * stride + offs_v[None, :], mask=mask, other=0.0).to(tl.float32) / scale
+    stored_NV = tl.load(exps_ptr + rows * stride + offs_v[None, :], mask=mask, other=0.0).to(tl.float32)
+    e_NV = stored_NV / scale
     max_N = tl.load(maxima_ptr + tile.to(tl.int64) * N + offs_n, mask=row_mask, other=0.0)
     row_max_N = tl.load(lse_ptr + offs_n, mask=row_mask, other=0.0)
     log_sum_N = tl.load(lse_ptr + N + offs_n, mask=row_mask, other=0.0)
@@ -90,7 +97,15 @@ def kept_grad_kernel(
     g_NV = tl.where(offs_v[None, :] == targets_N[:, None], target_grad_N[:, None], g_NV)
     if HAS_ROW_SCALE:
         g_NV *= tl.load(row_scale_ptr + offs_n, mask=row_mask, other=0.0)[:, None]
-    g_ptrs = g_ptr + rows * (last - first) + (offs_v - first)[None, :]
+    g_NV = tl.where((max_N == float("inf"))[:, None], stored_NV, g_NV)
+    if OVERWRITE:
+        # Zeros up to the next row: a library may read them, though it leaves them out.
+        mask = row_mask[:, None] & (offs_v < stride)[None, :]
+        # A warp that comes late would read what an early one has stored.
+        tl.debug_barrier()
+        infinite_N = tl.full([BLOCK_N], float("inf"), tl.float32)
+        tl.store(maxima_ptr + tile.to(tl.int64) * N + offs_n, infinite_N, mask=row_mask)
+    g_ptrs = g_ptr + rows * stride_g + (offs_v - first)[None, :]
     tl.store(g_ptrs, g_NV.to(g_ptr.dtype.element_ty), mask=mask)
 
 
@@ -103,10 +118,18 @@ def kept_grad(
     first: int,
     last: int,
 ) -> Tensor:
-    """g_NW of the kept columns [first, last) in the dtype of the exponentials; target_grad_N is (1 - p_y) cap'(z_y)."""
+    """g_NW of the kept columns [first, last) in the dtype of the exponentials; target_grad_N is (1 - p_y) cap'(z_y).
+
+    Where they may be overwritten it is a view of them, and [first, last) all of their columns.
+    """
     assert targets_N.is_contiguous() and lse_2N.is_contiguous() and last <= kept.columns
     n = targets_N.shape[0]
-    g_NW = kept.exps.new_empty((n, last - first))
+    if kept.overwrite:
+        assert (first, last) == (0, kept.columns)
+        # With the columns up to the next row, which become zeros.
+        g_NW = kept.exps[: n * kept.stride].view(n, kept.stride)
+    else:
+        g_NW = strip_memory(kept.exps, n, last - first)
     block_n = 32
     tiles = triton.cdiv(last, TILE) - first // TILE
     kept_grad_kernel[(triton.cdiv(n, block_n) * tiles,)](
@@ -121,10 +144,13 @@ def kept_grad(
         first=first,
         last=last,
         stride=kept.stride,
+        stride_g=g_NW.stride(0),
         scale=kept.scale,
         HAS_ROW_SCALE=row_scale_N is not None,
+        OVERWRITE=kept.overwrite,
         BLOCK_N=block_n,
         TILE=TILE,
         num_warps=4,
+        enable_fp_fusion=True,
     )
-    return g_NW
+    return g_NW[:, : last - first]

@@ -18,7 +18,7 @@ from torch import Tensor
 from orpo_kernels.gpu import tiles
 from orpo_kernels.gpu.device_math import apply_head, grouped_block, raw_logits, tanh_and_slope
 from orpo_kernels.gpu.tuning import TIMED_ROWS
-from orpo_kernels.head import Head
+from orpo_kernels.head import ALIGNED, Head, strip_memory
 
 
 @triton.jit
@@ -65,6 +65,7 @@ def logit_grad_kernel(
     g_ptr,
     N,
     D,
+    first,
     columns,
     stride_wv,
     stride_wd,
@@ -80,6 +81,7 @@ def logit_grad_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_N: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     block_n, block_v = grouped_block(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(columns, BLOCK_V), GROUP_N)
     offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -103,7 +105,8 @@ def logit_grad_kernel(
         DESCRIPTORS,
     )
     u_NV = apply_head(u_NV, bias_ptr, offs_v, columns, scale, softcap, HAS_BIAS, False)
-    targets_N = tl.load(targets_ptr + offs_n, mask=row_mask, other=-1).to(tl.int32)
+    # A target outside the strip equals none of its columns.
+    targets_N = tl.load(targets_ptr + offs_n, mask=row_mask, other=-1).to(tl.int32) - first
     target_grad_N = tl.load(target_grad_ptr + offs_n, mask=row_mask, other=0.0)
     g_NV = gradient(
         u_NV,
@@ -120,7 +123,7 @@ def logit_grad_kernel(
         HAS_ROW_SCALE,
     )
     # int64: N * W may exceed 2^31.
-    g_ptrs = g_ptr + offs_n.to(tl.int64)[:, None] * columns + offs_v[None, :]
+    g_ptrs = g_ptr + offs_n.to(tl.int64)[:, None] * (tl.cdiv(columns, ALIGNED) * ALIGNED) + offs_v[None, :]
     tl.store(g_ptrs, g_NV.to(g_ptr.dtype.element_ty), mask=row_mask[:, None] & (offs_v < columns)[None, :])
 
 
@@ -131,14 +134,15 @@ def logit_grad(
     target_grad_N: Tensor,
     row_scale_N: Tensor | None,
     head: Head,
+    first: int = 0,
 ) -> Tensor:
-    """g_NW in x's dtype for the strip that `head` and targets_N are relative to.
+    """g_NW in x's dtype for the strip `head`, whose first column is column `first` of the vocabulary.
 
     x_ND is contiguous and of the weight's dtype.
     """
     assert x_ND.is_contiguous() and targets_N.is_contiguous() and x_ND.dtype == head.weight_VD.dtype
     assert lse_2N.is_contiguous()
-    g_NW = x_ND.new_empty((x_ND.shape[0], head.weight_VD.shape[0]))
+    g_NW = strip_memory(x_ND, x_ND.shape[0], head.weight_VD.shape[0])
     candidates = tiles.matmul_candidates(x_ND, head.weight_VD, softcap=head.softcap is not None)
 
     def launch(config: tiles.MatmulConfig) -> None:
@@ -146,10 +150,10 @@ def logit_grad(
         # A copy, since the second half is read N elements after the first.
         few_lse_2N = lse_2N[:, :TIMED_ROWS].contiguous()
         few = x_ND[:TIMED_ROWS], targets_N[:TIMED_ROWS], few_lse_2N, target_grad_N[:TIMED_ROWS], few_scales
-        _logit_grad(*few, head, g_NW, config)
+        _logit_grad(*few, head, first, g_NW, config)
 
     config = tiles.fastest("logit_grad", candidates, x_ND, head, launch)
-    _logit_grad(x_ND, targets_N, lse_2N, target_grad_N, row_scale_N, head, g_NW, config)
+    _logit_grad(x_ND, targets_N, lse_2N, target_grad_N, row_scale_N, head, first, g_NW, config)
     return g_NW
 
 
@@ -160,6 +164,7 @@ def _logit_grad(
     target_grad_N: Tensor,
     row_scale_N: Tensor | None,
     head: Head,
+    first: int,
     g_NW: Tensor,
     config: tiles.MatmulConfig,
 ) -> None:
@@ -174,6 +179,7 @@ def _logit_grad(
         g_NW,
         N=n,
         D=d,
+        first=first,
         columns=columns,
         stride_wv=head.weight_VD.stride(0),
         stride_wd=head.weight_VD.stride(1),
@@ -184,5 +190,6 @@ def _logit_grad(
         HAS_ROW_SCALE=row_scale_N is not None,
         INPUT_PRECISION=tiles.input_precision(),
         EVEN_D=d % config.block_d == 0,
+        ALIGNED=ALIGNED,
         **config.launch_options(),
     )

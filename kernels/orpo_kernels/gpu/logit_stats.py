@@ -22,7 +22,7 @@ from orpo_kernels.gpu.device_math import apply_head, grouped_block, raw_logits
 from orpo_kernels.gpu.kept_grad import store_exps
 from orpo_kernels.gpu.tuning import TIMED_ROWS
 from orpo_kernels.head import Head
-from orpo_kernels.kept import TILE, Kept
+from orpo_kernels.kept import TILE, Kept, buffers
 
 
 @triton.jit
@@ -153,10 +153,15 @@ def logit_stats(
     assert x_ND.is_contiguous() and targets_N.is_contiguous() and x_ND.dtype == head.weight_VD.dtype
     candidates = tiles.matmul_candidates(x_ND, head.weight_VD, columns > 0, head.softcap is not None)
     few_ND, few_N = x_ND[:TIMED_ROWS], targets_N[:TIMED_ROWS]
+    scratch = kept
 
     def launch(config: tiles.MatmulConfig) -> None:
+        nonlocal scratch
+        if scratch is None and columns:
+            # With stores, as a call with a gradient: an evaluation that comes first would choose its tile otherwise.
+            scratch = Kept(columns, *buffers(x_ND, few_ND.shape[0] * -(-columns // TILE), x_ND.dtype))
         # What it leaves in `kept` is written again below.
-        _logit_stats(few_ND, few_N, head, config, columns, kept)
+        _logit_stats(few_ND, few_N, head, config, columns, scratch)
 
     config = tiles.fastest("logit_stats, kept" if columns else "logit_stats", candidates, x_ND, head, launch)
     return _logit_stats(x_ND, targets_N, head, config, columns, kept)

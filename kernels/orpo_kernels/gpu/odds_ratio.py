@@ -8,7 +8,7 @@
     coef_n = -[n in NLL] nll_weight / N_nll + [n in response] dL/da_s / len_s, dL/da_s in closed form       (Eqs. 6-7)
 
     combine_kernel     max_KN, sum_KN, target_N    ->  logp_N, lse_2N       one program a block of rows
-    answers_kernel     logp_N, masks, offsets_S    ->  sums_4S              one program a sequence
+    answers_kernel     logp_N, masks, sequence_N   ->  sums_4S, offsets     one program a sequence
     objective_kernel   sums_4S                     ->  coef_N, parts_P      one program a pair
 
 No sum crosses programs, so the result does not depend on their order. Everything is O(N).
@@ -24,6 +24,7 @@ from torch import Tensor
 from orpo_kernels.gpu.device_math import expm1, softplus
 from orpo_kernels.reference import Q_EPS, Objective
 from orpo_kernels.rows import Rows
+from orpo_kernels.slices import WHOLE, Slices
 
 _BLOCK = 1024
 
@@ -58,10 +59,26 @@ def combine_kernel(max_ptr, sum_ptr, target_ptr, logp_ptr, lse_ptr, N, splits, B
 
 
 @triton.jit
-def answers_kernel(logp_ptr, response_ptr, nll_ptr, offsets_ptr, sums_ptr, S, BLOCK: tl.constexpr):
+def first_row(sequence_ptr, N, s):
+    """The first row of a sequence from s on, N where there is none, by halving: sequences are sorted."""
+    low = 0
+    high = N
+    while low < high:
+        middle = low + (high - low) // 2
+        before = tl.load(sequence_ptr + middle) < s
+        low = tl.where(before, middle + 1, low)
+        high = tl.where(before, high, middle)
+    return low
+
+
+@triton.jit
+def answers_kernel(logp_ptr, response_ptr, nll_ptr, sequence_ptr, offsets_ptr, sums_ptr, N, S, BLOCK: tl.constexpr):
     s = tl.program_id(0)
-    start = tl.load(offsets_ptr + s)
-    end = tl.load(offsets_ptr + s + 1)
+    start = first_row(sequence_ptr, N, s)
+    end = first_row(sequence_ptr, N, s + 1)
+    tl.store(offsets_ptr + s, start)
+    if s == S - 1:
+        tl.store(offsets_ptr + S, end)
     logp_sum = tl.zeros([BLOCK], tl.float32)
     length = tl.zeros([BLOCK], tl.float32)
     nll_sum = tl.zeros([BLOCK], tl.float32)
@@ -194,7 +211,8 @@ def combine(max_KN: Tensor, sum_KN: Tensor, target_N: Tensor) -> tuple[Tensor, T
     """(logp_N, lse_2N) from the partial statistics of K vocabulary splits; lse = lse_2N[0] + lse_2N[1]."""
     splits, n = max_KN.shape
     logp_N, lse_2N = torch.empty_like(target_N), target_N.new_empty((2, n))
-    combine_kernel[(triton.cdiv(n, 256),)](max_KN, sum_KN, target_N, logp_N, lse_2N, N=n, splits=splits, BLOCK=256)
+    sizes = dict(N=n, splits=splits, BLOCK=256)
+    combine_kernel[(triton.cdiv(n, 256),)](max_KN, sum_KN, target_N, logp_N, lse_2N, **sizes, enable_fp_fusion=True)
     return logp_N, lse_2N
 
 
@@ -206,14 +224,29 @@ def objective(
     nll_weight: float,
     num_nll_tokens: float | None = None,
     num_pairs: float | None = None,
+    slices: Slices = WHOLE,
 ) -> Objective:
-    """Stage 2 from log-probabilities (N,), float32, on; rows are sorted by sequence. None: what the rows hold."""
+    """Stage 2 from log-probabilities (N,), float32, on; rows are sorted by sequence. None: what the rows hold, those
+    of other ranks with the rest of the sequences among them.
+    """
     p, device = rows.pairs, logp_N.device
-    offsets = torch.searchsorted(rows.sequence_N, torch.arange(2 * p + 1, device=device))
+    offsets = torch.empty(2 * p + 1, dtype=torch.int32, device=device)
     # The bytes of a bool, without a pass over them: a launch takes the host longer than all rows take the device.
     response_N, nll_N = (mask_N.bool().view(torch.int8) for mask_N in (rows.in_response_N, rows.in_nll_N))
     sums_4S = logp_N.new_empty((4, 2 * p))
-    answers_kernel[(2 * p,)](logp_N, response_N, nll_N, offsets, sums_4S, S=2 * p, BLOCK=_BLOCK)
+    answers_kernel[(2 * p,)](
+        logp_N,
+        response_N,
+        nll_N,
+        rows.sequence_N,
+        offsets,
+        sums_4S,
+        N=logp_N.shape[0],
+        S=2 * p,
+        BLOCK=_BLOCK,
+        enable_fp_fusion=True,
+    )
+    slices.sum_(sums_4S)
     coef_N, mean_logp_S, log_odds_P = torch.empty_like(logp_N), logp_N.new_empty(2 * p), logp_N.new_empty(p)
     pair_mask_P = torch.empty(p, dtype=torch.bool, device=device)
     loss, nll_loss, odds_ratio_loss = (logp_N.new_empty(()) for _ in range(3))
@@ -236,5 +269,6 @@ def objective(
         num_pairs=float(num_pairs or 0),
         Q_EPS=Q_EPS,
         BLOCK=_BLOCK,
+        enable_fp_fusion=True,
     )
     return Objective(loss, nll_loss, odds_ratio_loss, mean_logp_S, log_odds_P, pair_mask_P, coef_N)

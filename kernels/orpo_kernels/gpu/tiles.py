@@ -83,6 +83,9 @@ class MatmulConfig:
             DESCRIPTORS=self.descriptors,
             num_warps=self.num_warps,
             num_stages=self.num_stages,
+            # As at every launch of this folder. Triton 3.9 warns where nobody says it, and from 3.10 on a product would
+            # be rounded before it is added: other bits, and code that no compile report has seen.
+            enable_fp_fusion=True,
         )
 
     def fits(self, chip: Limits, element_bytes: int, keeps: bool = False, softcap: bool = False) -> bool:

@@ -40,6 +40,7 @@ SHUFFLE_TYPES = {
     "f16": ("half", "i16"),
     "bf16": ("bfloat", "i16"),
     "f32": ("float", "i32"),
+    "i64": ("i64", "i64"),
 }
 
 # Replaced by a function of the same signature, written in LLVM IR.
@@ -107,7 +108,7 @@ WRITTEN_OUT["llvm.amdgcn.wmma.f32.16x16x16.bf16.v8f32.v16i16"] = _wmma("simt_wmm
 
 
 def shuffle_wrapper(name: str, suffix: str) -> str:
-    """A function with the signature of the shuffle intrinsic `name.suffix` that moves its value as 32 bits."""
+    """A function with the signature of the shuffle intrinsic `name.suffix` that moves its value by 32 bits."""
     runtime, values, rest = SHUFFLES[name]
     type_, integer = SHUFFLE_TYPES[suffix]
     parameters = [f"{t} %a{i}" for i, t in enumerate([type_] * values + rest)]
@@ -115,6 +116,8 @@ def shuffle_wrapper(name: str, suffix: str) -> str:
         f"declare i32 @{runtime}({', '.join(['i32'] * values + rest)})",
         f"define {type_} @{runtime}_{suffix}({', '.join(parameters)}) {{",
     ]
+    if integer == "i64":
+        return "\n".join([*lines, *_by_halves(runtime, values, rest)])
     for i in range(values):
         source = f"%a{i}"
         if type_ != integer:
@@ -127,3 +130,18 @@ def shuffle_wrapper(name: str, suffix: str) -> str:
     lines.append(f"  %bits = {f'trunc i32 %wide to {integer}' if integer != 'i32' else 'add i32 %wide, 0'}")
     lines.append(f"  %result = bitcast {integer} %bits to {type_}")
     return "\n".join([*lines, f"  ret {type_} %result", "}"])
+
+
+def _by_halves(runtime: str, values: int, rest: list[str]) -> list[str]:
+    lines = []
+    for half in ("low", "high"):
+        for i in range(values):
+            source = f"%a{i}"
+            if half == "high":
+                lines.append(f"  %shifted{i} = lshr i64 {source}, 32")
+                source = f"%shifted{i}"
+            lines.append(f"  %{half}{i} = trunc i64 {source} to i32")
+        arguments = [f"i32 %{half}{i}" for i in range(values)] + [f"{t} %a{values + i}" for i, t in enumerate(rest)]
+        lines.append(f"  %{half} = call i32 @{runtime}({', '.join(arguments)})")
+        lines.append(f"  %{half}64 = zext i32 %{half} to i64")
+    return [*lines, "  %up = shl i64 %high64, 32", "  %result = or i64 %up, %low64", "  ret i64 %result", "}"]
