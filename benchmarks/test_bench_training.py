@@ -7,9 +7,9 @@ import os
 import pytest
 
 from .peers import available
-from .training import LAYOUTS, measure
+from .training import KINDS, measure
 
-TRAINERS = [*(f"ours {layout}" for layout in LAYOUTS), "trl orpo", "trl sft"]
+TRAINERS = KINDS
 
 
 def selected(items: list[pytest.Item]) -> tuple[str, ...]:

@@ -1,4 +1,5 @@
-"""Training step and whole run: ours in each layout, TRL's ORPOTrainer, and TRL's SFTTrainer on the chosen half.
+"""Training step and whole run: ours in each layout, TRL's ORPOTrainer, plain and with `orpo.integrations.trl.patch()`
+("trl orpo patched"), and TRL's SFTTrainer on the chosen half.
 
     python -m benchmarks.run --group training --model FOLDER --data pairs.jsonl     all of it, float32 and bfloat16
     python -m benchmarks.training --model FOLDER --data pairs.jsonl --dtype bfloat16
@@ -24,7 +25,8 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,9 @@ from .training_data import LONGEST, SHARED_TOTAL, load_all
 
 LAYOUTS = ("padded", "packed", "shared")
 STRIPS = " (strips)"
-KINDS = (*(f"ours {layout}" for layout in LAYOUTS), "trl orpo", "trl sft")
-SHARE_KINDS = tuple(kind for kind in KINDS if kind != "ours padded")
+PATCHED = "trl orpo patched"
+KINDS = (*(f"ours {layout}" for layout in LAYOUTS), "trl orpo", PATCHED, "trl sft")
+SHARE_KINDS = tuple(kind for kind in KINDS if kind not in ("ours padded", PATCHED))
 BATCH, STEPS, ROUNDS = 4, 3, 3
 # Relative difference between our first loss and TRL's beyond which one of them computes something else: the odds ratio
 # is a hundredth of it.
@@ -65,7 +68,7 @@ def make_trainer(
         data = data.rename_column("chosen", "completion").remove_columns("rejected")
         arguments = SFTConfig(**common, completion_only_loss=False)
         return SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer)
-    if kind == "trl orpo":
+    if kind in ("trl orpo", PATCHED):
         from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
         return ORPOTrainer(model, args=ORPOConfig(**common), train_dataset=data, processing_class=tokenizer)
@@ -74,6 +77,21 @@ def make_trainer(
     layout = kind.removeprefix("ours ").removesuffix(STRIPS)
     arguments = ORPOConfig(**common, layout=layout, logits_budget=0 if kind.endswith(STRIPS) else None)
     return ORPOTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer)
+
+
+@contextmanager
+def patched(kind: str) -> Iterator[None]:
+    """TRL's trainers with our loss in the block, where `kind` says so."""
+    if kind != PATCHED:
+        yield
+        return
+    from orpo.integrations import trl
+
+    trl.patch()
+    try:
+        yield
+    finally:
+        trl.unpatch()
 
 
 def train(trainer: Any) -> tuple[list[float], float, float]:
@@ -112,7 +130,7 @@ def _train_alone(
 ) -> dict[str, int]:
     torch.set_num_threads(threads)
     model, tokenizer, rows = load_all(**source)
-    with tempfile.TemporaryDirectory() as out:
+    with tempfile.TemporaryDirectory() as out, patched(kind):
         train(make_trainer(kind, model, tokenizer, rows, out, batch, longest, dtype))
     if torch.cuda.is_available():
         return {"peak_bytes": torch.cuda.max_memory_allocated()}
@@ -150,7 +168,7 @@ def measure(
     losses: dict[str, float] = {}
     for order in orders(kinds, rounds):
         for kind in order:
-            with tempfile.TemporaryDirectory() as out:
+            with tempfile.TemporaryDirectory() as out, patched(kind):
                 trainer = make_trainer(kind, copy.deepcopy(model), tokenizer, rows, out, batch, longest, dtype)
                 seconds, whole, losses[kind] = train(trainer)
             # The first step of a process allocates for the first time.
@@ -158,7 +176,7 @@ def measure(
             times[kind]["whole run"].append(whole)
     for kind in kinds:
         off = abs(losses[kind] - losses["trl orpo"])
-        if kind.startswith("ours") and off > SAME_LOSS[dtype] * abs(losses["trl orpo"]):
+        if kind.startswith(("ours", PATCHED)) and off > SAME_LOSS[dtype] * abs(losses["trl orpo"]):
             raise ValueError(f"first loss of {kind} is {losses[kind]}, of TRL's ORPOTrainer {losses['trl orpo']}")
     held = {kind: peak_alone(kind, source, batch, longest, dtype) for kind in kinds} if memory else {}
     words = f"random words, {share} % prompt" if share is not None else "random words of real lengths"

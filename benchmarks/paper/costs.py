@@ -1,12 +1,13 @@
-"""What a training step costs: forward passes, time and memory of SFT, ORPO and DPO on the same pairs.
+"""What a training step costs: forward passes, time and memory of SFT, ORPO, DPO and PPO on the same pairs.
 
     python -m benchmarks.paper.costs                            the demonstration's model
     python -m benchmarks.paper.costs --model FOLDER --data pairs.jsonl.gz --batch_size 4
 
 DPO twice: with its frozen reference beside it in every step, and with the reference's sums computed before training,
-which takes one more pass over the data and lets the second model go. The methods take turns, round by round. Weights
-are the models that a step needs, optimizer states not counted; working memory is the most that a step allocates beyond
-them, gradients included.
+which takes one more pass over the data and lets the second model go. PPO answers the pairs' prompts, asks reference and
+reward model (of random weights, which cost the same), and makes one pass for each of its epochs. The methods take
+turns, round by round. Weights are the models that a step needs, optimizer states not counted; working memory is the
+most that a step allocates beyond them, gradients included.
 """
 
 from __future__ import annotations
@@ -15,24 +16,28 @@ import argparse
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from benchmarks.measure import interleaved, peak_memory, stamp, summary
 
-from . import methods
+from . import methods, ppo
 from .start import QUICK, Plan, Start, demonstration, from_files
 from .train import RESULTS, count_calls, to_device
 
-KINDS = ("sft", "orpo", "dpo", "dpo precomputed")
+# Models that a step needs.
+KINDS = {"sft": 1, "orpo": 1, "dpo": 2, "dpo precomputed": 1, "ppo": 3}
 
 
-def steps_of(start: Start, pairs: int) -> tuple[dict[str, Callable[[], None]], dict[str, nn.Module | None], list[int]]:
-    """(one step without the optimizer for each kind, the reference that each holds, the counter of forward passes)."""
+def steps_of(start: Start, pairs: int) -> tuple[dict[str, Callable[[], None]], list[int]]:
+    """(one step without the optimizer for each kind, the counter of forward passes)."""
     calls = [0]
     model = start.model.train()
-    reference = copy.deepcopy(model).requires_grad_(False)
+    reference = copy.deepcopy(model).eval().requires_grad_(False)
     for m in (model, reference):
         count_calls(m, calls)
     examples = [start.train[i % len(start.train)] for i in range(pairs)]
@@ -48,7 +53,31 @@ def steps_of(start: Start, pairs: int) -> tuple[dict[str, Callable[[], None]], d
 
         return run
 
-    return {k: step(k) for k in KINDS}, {k: reference if k == "dpo" else None for k in KINDS}, calls
+    steps = {kind: step(kind) for kind in KINDS if kind != "ppo"}
+    return {**steps, "ppo": _ppo_step(start, reference, examples, calls)}, calls
+
+
+def _ppo_step(start: Start, reference: nn.Module, examples: list[dict], calls: list[int]) -> Callable[[], None]:
+    """All that PPO does with a batch of prompts: the epochs take it whole."""
+    model, tokenizer = start.model, start.tokenizer
+    settings = replace(ppo.PPOSettings(), batch_size=len(examples), mini_batch_size=len(examples))
+    config = copy.deepcopy(model.config)
+    config.num_labels, config.pad_token_id = 1, start.pad_token_id
+    judge = AutoModelForSequenceClassification.from_config(config).requires_grad_(False)
+    count_calls(judge, calls)
+    prompts = [list(e["chosen_input_ids"][: e["chosen_prompt_length"]]) for e in examples]
+    judged = ppo.judged_by(judge, tokenizer, tokenizer.batch_decode(prompts, skip_special_tokens=True))
+    value_head = ppo.value_head_of(model)
+    models, score = (model, reference, value_head), partial(judged, range(len(prompts)))
+
+    def run() -> None:
+        found = ppo.experience(models, tokenizer, prompts, score, settings, settings.kl_coefficient)
+        for _ in range(settings.epochs):
+            ppo.batch_loss(model, value_head, found.batch, found.old, found.target, settings).backward()
+            model.zero_grad()
+            value_head.zero_grad()
+
+    return run
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -66,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
         start = from_files(Plan(train_pairs=pairs, heldout_pairs=8), options.model, options.data)
     else:
         start = demonstration(plan, seed=0, quick=True)
-    steps, references, calls = steps_of(start, pairs)
+    steps, calls = steps_of(start, pairs)
     passes = {}
     for kind, step in steps.items():
         calls[0] = 0
@@ -78,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
         kind: {
             "forward passes": passes[kind],
             **{name: round(summary(seconds[kind])[name], 5) for name in ("median", "least")},
-            "weights MiB": round(weights * (1 if references[kind] is None else 2) / 2**20, 1),
+            "weights MiB": round(weights * KINDS[kind] / 2**20, 1),
             "working MiB": round(peak_memory(step) / 2**20, 1),
         }
         for kind, step in steps.items()

@@ -18,12 +18,13 @@ from benchmarks.tables import table
 from orpo.report.curves import COLOURS
 
 from . import diversity, winrates
+from .ppo import PPOSettings
 from .report import spread, with_blocks
 
 PAGE = Path(__file__).parent / "generations.md"
 PICTURE = winrates.RESULTS.with_name("rewards.png")
 # The slides' colours: SFT blue, DPO orange, ORPO red.
-MODEL_COLOURS = {"sft": COLOURS[1], "dpo": COLOURS[4], "orpo": COLOURS[0]}
+MODEL_COLOURS = {"sft": COLOURS[1], "dpo": COLOURS[4], "orpo": COLOURS[0], "ppo": COLOURS[2]}
 
 
 def _of(records: Sequence[dict], model: str) -> list[dict]:
@@ -40,7 +41,10 @@ def _mean_reward(record: dict) -> float:
 
 
 def blocks(
-    records: Sequence[dict], similar: Sequence[dict], slow: Sequence[dict], slow_similar: Sequence[dict] = ()
+    records: Sequence[dict],
+    similar: Sequence[dict],
+    slow: Sequence[dict],
+    slow_similar: Sequence[dict] = (),
 ) -> dict[str, str]:
     """The page's blocks by name.
 
@@ -56,19 +60,20 @@ def blocks(
         "rewards": _answers(records),
         "diversity": _diversity(similar, slow_similar),
         "same answers": _same(records),
+        "ppo settings": _ppo_settings(),
+        "ppo": _ppo(records),
     }
     return {**written, "expected reward": _expected(records, slow), "slow dpo": _slow(slow)} if slow else written
 
 
 def _win_rates(records: Sequence[dict]) -> str:
-    rows = []
-    for other, cut_loses in (("sft", False), ("dpo", False), ("dpo", True)):
-        rates = winrates.win_rates(records, "orpo", other, cut_loses).values()
+    rows, numbers = [], sorted({r["seed"] for r in records})
+    for other, cut_loses in (("sft", False), ("dpo", False), ("dpo", True), ("ppo", False), ("ppo", True)):
+        found = winrates.win_rates(records, "orpo", other, cut_loses)
         name = f"ORPO vs {other.upper()}" + ", a cut answer loses" * cut_loses
-        cells = [f"{mean:.1f} ({spread:.2f})" for mean, spread in rates]
-        rows.append([name, *cells, f"{statistics.fmean(mean for mean, _ in rates):.1f}"])
-    seeds = [f"seed {seed}" for seed in sorted({r["seed"] for r in records})]
-    return table(["win rate, % (deviation over rounds)", *seeds, "mean"], rows)
+        cells = ["{:.1f} ({:.2f})".format(*found[seed]) for seed in numbers]
+        rows.append([name, *cells, f"{statistics.fmean(mean for mean, _ in found.values()):.1f}"])
+    return table(["win rate, % (deviation over rounds)", *(f"seed {seed}" for seed in numbers), "mean"], rows)
 
 
 def _answers(records: Sequence[dict]) -> str:
@@ -92,6 +97,38 @@ def _diversity(similar: Sequence[dict], slow: Sequence[dict]) -> str:
     names = ("per_input", "across_inputs")
     cells = [[name, *(" / ".join(f"{r[key]:.4f}" for r in own) for key in names)] for name, own in rows]
     return table(["", "per input, by seed", "across inputs, by seed"], cells)
+
+
+def _ppo_settings() -> str:
+    own = PPOSettings()
+    rows = [
+        ["epochs a batch", "4", own.epochs],
+        ["first KL coefficient", "0.1", own.kl_coefficient],
+        ["horizon, sequences", "2,000", f"{own.horizon:,}"],
+        ["batch, answers", "64", own.batch_size],
+        ["mini-batch, answers", "8", own.mini_batch_size],
+        ["accumulation steps", "1", "1"],
+        ["optimizer, learning rate", "AdamW, 1e-5", f"AdamW, {own.learning_rate:.0e}".replace("e-0", "e-")],
+        ["gamma", "0.99", own.gamma],
+        ["answer, tokens", "128 to 512", f"{own.max_new_tokens} at most"],
+        ["batches", "not said", own.batches],
+        ["lambda of GAE", "not said", own.lam],
+        ["clip of ratio and of value", "not said", f"{own.clip}, {own.value_clip}"],
+        ["weight of the value loss", "not said", own.value_weight],
+        ["target KL, nats an answer", "not said", f"{own.kl_target:g}"],
+    ]
+    return table(["", "slides (Table 5)", "here"], [[name, slides, str(value)] for name, slides, value in rows])
+
+
+def _ppo(records: Sequence[dict]) -> str:
+    """Where PPO ended, by its last batch."""
+    rows = []
+    for record in _of(records, "ppo"):
+        first, last = record["history"][0], record["history"][-1]
+        peak = [f"{line[name]:.1f}" for line in (first, last) for name in ("score", "length")]
+        rows.append([str(record["seed"]), *peak, f"{last['kl']:.1f}", f"{last['kl_coefficient']:.3f}"])
+    parts = [f"{name}, {when} batch" for when in ("first", "last") for name in ("mean reward", "tokens an answer")]
+    return table(["seed", *parts, "KL from SFT then, nats an answer", "its coefficient"], rows)
 
 
 def _same(records: Sequence[dict]) -> str:
@@ -167,10 +204,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw(winrates.read(options.answers), options.picture)
         return
     slow, slow_similar = winrates.read(winrates.SLOW_RESULTS), winrates.read(diversity.SLOW_RESULTS)
-    records = winrates.read()
-    PAGE.write_text(
-        with_blocks(PAGE.read_text(), blocks(records, winrates.read(diversity.RESULTS), slow, slow_similar))
-    )
+    records, similar = winrates.read(), winrates.read(diversity.RESULTS)
+    PAGE.write_text(with_blocks(PAGE.read_text(), blocks(records, similar, slow, slow_similar)))
     draw(records, PICTURE)
 
 

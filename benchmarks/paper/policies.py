@@ -1,7 +1,8 @@
-"""The models whose answers are compared: SFT, DPO and ORPO on the demonstration's data, of one checkpoint.
+"""The models whose answers are compared: SFT, DPO, ORPO and PPO on the demonstration's data, of one checkpoint.
 
 SFT and ORPO are the demonstration's own two runs (:mod:`orpo.demo.experiment`). DPO goes on from SFT, with a frozen
-copy of it as its reference, as in the paper; its loss is that of :mod:`benchmarks.paper.methods`.
+copy of it as its reference, as in the paper; its loss is that of :mod:`benchmarks.paper.methods`. PPO goes on from SFT
+too, once there is a reward model (:mod:`benchmarks.paper.ppo`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from orpo.demo.model import build_model, tokenizer_of
 
 from . import loop, methods
 
-NAMES = ("sft", "dpo", "orpo")
+NAMES = ("sft", "dpo", "orpo", "ppo")
 # Beyond the longest text of the demonstration.
 MAX_LENGTH = 256
 
@@ -46,7 +47,7 @@ class DPOSettings:
 
 @dataclass(frozen=True)
 class Policies:
-    """Folders of the trained models, and what they were trained with."""
+    """Folders of the trained models, PPO's for when it is trained, and what they were trained with."""
 
     tokenizer: Any
     train: list[dict]
@@ -55,7 +56,7 @@ class Policies:
 
 
 def train_policies(output: Path, seed: int, settings: DemoSettings, dpo: DPOSettings) -> Policies:
-    """Trains the checkpoint ``before``, then the three of NAMES from it, each saved in `output` under its name.
+    """Trains the checkpoint ``before``, then those of NAMES but PPO from it, each saved in `output` under its name.
 
     The whole is the demonstration's with this seed, on a CPU with one thread; the pairs do not depend on the seed.
     """

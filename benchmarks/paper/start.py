@@ -42,12 +42,16 @@ QUICK = Plan(name="quick", steps=4, batch_size=4, evaluations=2, train_pairs=40,
 
 @dataclass
 class Start:
-    """What all runs of a seed share: weights, tokens, the first evaluation."""
+    """What all runs of a seed share: weights, tokens, the first evaluation. The tokenizer has a padding token."""
 
     model: nn.Module
-    pad_token_id: int
+    tokenizer: Any
     train: list[dict]
     heldout: list[dict]
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.tokenizer.pad_token_id
 
 
 def demonstration(plan: Plan, seed: int, quick: bool = False) -> Start:
@@ -93,7 +97,8 @@ def _start(model: nn.Module, tokenizer: Any, train: list[dict], heldout: list[di
         return kept[:most]
 
     train = prepared(train, "train", plan.train_pairs)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    start = Start(model.eval(), pad, train, prepared(heldout, "held-out", plan.heldout_pairs))
-    methods.check_head(model, methods.layout_of("orpo", pad)(start.heldout[:2]))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    start = Start(model.eval(), tokenizer, train, prepared(heldout, "held-out", plan.heldout_pairs))
+    methods.check_head(model, methods.layout_of("orpo", start.pad_token_id)(start.heldout[:2]))
     return start

@@ -3,9 +3,9 @@
     python -m benchmarks.paper.winrates                   the demonstration's models, seeds 0, 1 and 2
     python -m benchmarks.paper.winrates --models sft=FOLDER dpo=FOLDER orpo=FOLDER --reward FOLDER --data PAIRS
 
-The first trains everything: the three models and a reward model from one checkpoint each seed, and stores answers and
-rewards in results/winrates.jsonl, from which the page and Table 4 (benchmarks.paper.diversity) are made. The second
-compares models of one's own on the prompts of a data set.
+The first trains everything: SFT, DPO, ORPO and a reward model from one checkpoint each seed, PPO from SFT against that
+reward model; it stores answers and rewards in results/winrates.jsonl, from which the page and Table 4
+(benchmarks.paper.diversity) are made. The second compares models of one's own on the prompts of a data set.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,13 @@ import torch
 from orpo.data.files.sources import load_pairs
 from orpo.data.forms.formats import PairText, UnusableRow, pair_text
 from orpo.demo.data import FRAMES
-from orpo.demo.experiment import DemoSettings, load, one_thread
+from orpo.demo.experiment import DemoSettings, load, one_thread, save
 from orpo.generation import Answer, answer_tokens
 from orpo.generation import load as load_policy
 from orpo.model.load import load_tokenizer
 
-from . import reward
-from .policies import NAMES, DPOSettings, train_policies
+from . import ppo, reward
+from .policies import NAMES, DPOSettings, Policies, train_policies
 
 RESULTS = Path(__file__).parent / "results" / "winrates.jsonl"
 # The same with DPO at a learning rate of 1e-4.
@@ -41,6 +41,7 @@ ROUNDS = 5
 REWARD_LEARNING_RATE = 5e-4
 MAX_NEW_TOKENS = 64  # of the demonstration's models, whose training answers have 11 to 30
 QUICK = DemoSettings(warmup_steps=3, steps=3, batch_size=4, questions=24, held_out=4)
+QUICK_PPO = ppo.PPOSettings(batches=2, batch_size=4, mini_batch_size=2, epochs=1, max_new_tokens=8)
 
 
 def win_rate(ours: Sequence[float], theirs: Sequence[float]) -> float:
@@ -119,7 +120,23 @@ def cut_marks(answers: Sequence[Sequence[Answer]], limit: int) -> dict[str, Any]
     }
 
 
-def run_seed(seed: int, folder: Path, settings: DemoSettings, dpo: DPOSettings, rounds: int) -> list[dict]:
+def prompts_of(rows: Sequence[dict], tokenizer: Any) -> dict[str, list[int]]:
+    """The different prompts of the demonstration's rows, and their tokens as in training."""
+    return {row["prompt"]: prompt_ids(pair_text(row, tokenizer), tokenizer) for row in rows}
+
+
+def train_ppo(policies: Policies, judge_model: Any, settings: ppo.PPOSettings, seed: int) -> list[dict]:
+    """Saves in its folder what PPO makes of SFT on the training prompts. Returns the history (:func:`ppo.train`)."""
+    model, prompts = load(policies.folders["sft"]), prompts_of(policies.train, policies.tokenizer)
+    score = ppo.judged_by(judge_model, policies.tokenizer, [*prompts])
+    history = ppo.train(model, policies.tokenizer, [*prompts.values()], score, settings, seed)
+    save(model, policies.tokenizer, policies.folders["ppo"])
+    return [{name: round(x, 4) for name, x in line.items()} for line in history]
+
+
+def run_seed(
+    seed: int, folder: Path, settings: DemoSettings, dpo: DPOSettings, rounds: int, rlhf: ppo.PPOSettings
+) -> list[dict]:
     """Trains, samples and judges; one record a model."""
     policies = train_policies(folder / f"seed-{seed}", seed, settings, dpo)
     tokenizer = policies.tokenizer
@@ -127,8 +144,9 @@ def run_seed(seed: int, folder: Path, settings: DemoSettings, dpo: DPOSettings, 
     train, heldout = (reward.pair_texts(rows, tokenizer) for rows in (policies.train, policies.heldout))
     reward.fit(judge_model, tokenizer, train, learning_rate=REWARD_LEARNING_RATE, seed=seed)
     share = reward.accuracy(judge_model, tokenizer, heldout)
+    history = train_ppo(policies, judge_model, rlhf, seed)
     facts = {row["prompt"]: row["fact"] for row in policies.heldout}
-    prompts = {row["prompt"]: prompt_ids(pair_text(row, tokenizer), tokenizer) for row in policies.heldout}
+    prompts = prompts_of(policies.heldout, tokenizer)
     records = []
     for name in NAMES:
         model = load(policies.folders[name])
@@ -145,6 +163,7 @@ def run_seed(seed: int, folder: Path, settings: DemoSettings, dpo: DPOSettings, 
                 "without_manner": len(answers) * len(facts) - len(manners),
                 "facts_right": round(statistics.fmean(right), 4),
                 "torch": torch.__version__,
+                **({"ppo": asdict(rlhf), "history": history} if name == "ppo" else {}),
                 **cut_marks(answers, MAX_NEW_TOKENS),
                 "rewards": judge(judge_model, tokenizer, judged_texts(tokenizer, [*facts], answers)),
                 "answers": answers,
@@ -179,6 +198,25 @@ def show(records: Sequence[dict], ours: str = "orpo") -> str:
     return "\n".join(lines)
 
 
+def usable_rows(rows: Iterable[dict], tokenizer: Any, most: int) -> list[tuple[dict, str]]:
+    """The rows that can train and have a prompt of at most `most` tokens, each with that prompt's text.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = []
+    for row in rows:
+        try:
+            prompt = pair_text(row, tokenizer).chosen_prompt
+        except UnusableRow:
+            continue
+        if prompt and len(reward.token_ids(prompt, tokenizer)) <= most:
+            found.append((row, prompt))
+    if not found:
+        raise ValueError(f"the data has no prompt of 1 to {most:,} tokens")
+    return found
+
+
 def compare_own(options: argparse.Namespace) -> list[dict]:
     """Records of models of the user's own, at the prompts of a data set.
 
@@ -186,17 +224,8 @@ def compare_own(options: argparse.Namespace) -> list[dict]:
     """
     tokenizer = load_tokenizer(options.reward)
     judge_model = reward.load_reward(options.reward, tokenizer)
-    rows, judged = [], []
-    for row in load_pairs(options.data, options.split):
-        try:
-            prompt = pair_text(row, tokenizer).chosen_prompt
-        except UnusableRow:
-            continue
-        if prompt and len(reward.token_ids(prompt, tokenizer)) <= options.max_prompt_length:
-            rows.append(row)
-            judged.append(prompt)
-    if not rows:
-        raise ValueError(f"no prompt of {options.data} has at most {options.max_prompt_length} tokens")
+    asked = usable_rows(load_pairs(options.data, options.split), tokenizer, options.max_prompt_length)
+    rows, judged = zip(*asked, strict=True)
     records = []
     for entry in options.models:
         name, _, folder = entry.partition("=")
@@ -247,12 +276,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if options.quick and options.output == RESULTS:
         parser.error("--quick needs an --output of its own: what it measures is no result")
-    settings, dpo = DemoSettings(), DPOSettings(learning_rate=options.dpo_learning_rate)
+    settings, dpo, rlhf = DemoSettings(), DPOSettings(learning_rate=options.dpo_learning_rate), ppo.PPOSettings()
     if options.quick:
-        settings, dpo = QUICK, replace(dpo, steps=QUICK.steps, batch_size=QUICK.batch_size)
+        settings, dpo, rlhf = QUICK, replace(dpo, steps=QUICK.steps, batch_size=QUICK.batch_size), QUICK_PPO
     with one_thread(torch.device("cpu")):
         for seed in options.seeds:
-            records = run_seed(seed, options.folder, settings, dpo, options.rounds)
+            records = run_seed(seed, options.folder, settings, dpo, options.rounds, rlhf)
             store(records, options.output)
             print(f"seed {seed}: reward model right on {records[0]['reward_accuracy']:.3f} of the held-out pairs")
             print(show(records), flush=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import CHATML, ROWS, make_model, make_tokenizer
-from transformers import BertConfig, BertModel
+from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
-from benchmarks.paper import diversity, generations, methods, policies, reward, winrates
+from benchmarks.paper import diversity, generations, methods, policies, reward, rlhf, winrates
 from orpo.data.forms.formats import pair_text
 from orpo.data.prepare import Limits, prepare_dataset
 
@@ -190,7 +190,12 @@ def test_quick_runs_end_to_end(tmp_path, encoder):
     assert [r["model"] for r in records] == [r["model"] for r in similar] == list(policies.NAMES)
     assert all(len(r["rewards"]) == 2 and len(r["rewards"][0]) == 4 == len(r["answers"][1]) for r in records)
     blocks = generations.blocks(records, similar, records)
-    assert "ORPO vs SFT" in blocks["win rates"] and len(blocks["diversity"].splitlines()) == 5
+    assert "ORPO vs SFT" in blocks["win rates"] and len(blocks["diversity"].splitlines()) == 6
+    (ppo_record,) = (r for r in records if r["model"] == "ppo")
+    first, last = ppo_record["history"]
+    assert ppo_record["ppo"]["batches"] == 2 and first["kl"] == 0
+    cells = f"{first['score']:.1f} | {first['length']:.1f} | {last['score']:.1f} | {last['length']:.1f}"
+    assert blocks["ppo"].splitlines()[-1].startswith(f"| 1 | {cells} |")
     generations.draw(records, tmp_path / "figure.png")
     # The same models again, as somebody's own.
     own = ["--models", *(f"{name}={tmp_path}/models/seed-1/{name}" for name in ("sft", "orpo"))]
@@ -199,6 +204,28 @@ def test_quick_runs_end_to_end(tmp_path, encoder):
     own += ["--reward", str(tmp_path / "models" / "seed-1" / "before"), "--data", str(rows), "--split", "train"]
     winrates.main([*own, "--output", str(tmp_path / "own.jsonl"), "--rounds", "2", "--max_new_tokens", "4"])
     assert [r["model"] for r in winrates.read(tmp_path / "own.jsonl")] == ["sft", "orpo"]
+
+
+def test_rlhf_of_a_model_of_ones_own(language_model, tmp_path, capsys):
+    """A pass over the prompts, batch by batch, from a folder into a folder; settings are those of the line."""
+    make_tokenizer().save_pretrained(language_model)
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    line = [language_model, "--reward", language_model, "--data", str(data), "--output", str(tmp_path / "ppo")]
+    line += ["--batch_size", "2", "--mini_batch_size", "1", "--epochs", "1", "--max_new_tokens", "3"]
+    rlhf.main([*line, "--learning_rate", "1e-2"])
+    history = [json.loads(text) for text in (tmp_path / "ppo" / "history.jsonl").read_text().splitlines()]
+    assert len(history) == len(ROWS) // 2 and history[0]["kl"] == 0 < abs(history[-1]["kl"])
+    assert history[0]["kl_coefficient"] == 0.1 and all(1 <= h["length"] <= 3 for h in history)
+    assert f"{len(ROWS)} prompts, {len(history)} batches" in capsys.readouterr().out
+    before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (language_model, tmp_path / "ppo"))
+    assert any((a != b).any() for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    scaled = make_model("cohere", logit_scale=3.0)
+    with pytest.raises(ValueError, match="nats off the model's own"):
+        rlhf.refuse_other_logits(scaled, make_tokenizer(), [1, 5, 6])
+    rlhf.main([*line, "--learning_rate", "0", "--batches", "1", "--seed", "3"])
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "ppo")
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), kept.parameters(), strict=True))
 
 
 def test_what_is_no_result_is_not_stored_as_one(capsys):

@@ -48,7 +48,7 @@ MODELS = {
 }
 CHAT = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
 MODULES = ("orpo.train", "benchmarks.paper.reward", "benchmarks.paper.winrates", "benchmarks.paper.generations")
-MODULES = (*MODULES, "benchmarks.paper.diversity")
+MODULES = (*MODULES, "benchmarks.paper.diversity", "benchmarks.paper.rlhf")
 SHIM = """
 note() { printf '%s\\0' "$PWD" "$@" >> "$RECORD"; printf '\\036\\0' >> "$RECORD"; }
 for name in accelerate orpo-train orpo-generate trl python alpaca_eval pip hf git mkdir; do
