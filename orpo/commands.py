@@ -15,12 +15,19 @@ def train() -> None:
 
 def generate() -> None:
     """The command ``orpo-generate``."""
-    _run("orpo-generate", "orpo.generate")
+    _run("orpo-generate", "orpo.generate", speaks_first=False)
 
 
-def _run(name: str, module: str, *more: str) -> None:
+def _run(name: str, module: str, *more: str, speaks_first: bool = True) -> None:
+    """Calls the ``command`` of `module`, which needs the packages `more` beside the trainer's.
+
+    Args:
+        speaks_first: whether it says itself that loading takes a while.
+    """
     try:
         require_trainer(name, *more)
     except ImportError as error:
         raise SystemExit(str(error)) from None
+    if not speaks_first:
+        import_module("orpo.cli.before_imports").announce()
     import_module(module).command()

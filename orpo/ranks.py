@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, ParallelismConfig, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 
@@ -55,9 +55,11 @@ def refuse_parallel(parallel: ParallelismConfig | None) -> None:
     """
     for name in ("tp_size", "cp_size", "sp_size"):
         if parallel is not None and getattr(parallel, name) > 1:
+            cut = "the head: orpo_loss(tp_group=)" if name == "tp_size" else "sequences: orpo_loss(cp_group=)"
+            loop = f" (a loop of your own may cut {cut})"
             raise ValueError(
                 f"parallelism_config: {name} is {getattr(parallel, name)}, and each rank has whole sequences and whole "
-                "matmuls here: leave it 1, and cut the model by FSDP (dp_shard_size, dp_replicate_size)"
+                f"matmuls here{loop}: leave it 1, and cut the model by FSDP (dp_shard_size, dp_replicate_size)"
             )
 
 
@@ -75,6 +77,24 @@ def read_by_each_rank(config: Any, ranks: int) -> None:
     config.dispatch_batches = False
 
 
+def refuse_other_streams(accelerator: Accelerator, first: Callable[[], Any]) -> None:
+    """Refuses a stream of which ranks read other rows: each takes its part of every batch of one order.
+
+    Args:
+        first: gives the first pair that this rank reads, or None where the data is no stream.
+
+    Raises:
+        ValueError: the ranks do not begin with the same pair.
+    """
+    if accelerator.num_processes == 1 or (pair := first()) is None:
+        return
+    if any(other != pair for other in gather_object([pair])):
+        raise ValueError(
+            "the ranks read the stream in different orders, and rows would be lost or trained on twice: give each rank "
+            "the whole stream (without split_dataset_by_node), and its shuffle a seed"
+        )
+
+
 def _waits_for_weights(accelerator: Accelerator) -> bool:
     """Whether ranks other than the first get their weights only when FSDP splits the model."""
     plugin = fsdp_plugin(accelerator)
@@ -85,6 +105,27 @@ def _adapted_beside_embeddings(model: nn.Module) -> bool:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layer = getattr(base.get_output_embeddings(), "base_layer", None)
     return layer is not None and layer.weight is base.get_input_embeddings().weight
+
+
+def describe_ranks(accelerator: Accelerator) -> str | None:
+    """How many ranks there are, on what, and what each holds; None for one process."""
+    ranks, device = accelerator.num_processes, accelerator.device
+    if ranks == 1:
+        return None
+    plugin, part = fsdp_plugin(accelerator), f"1/{ranks}"
+    if plugin is not None:
+        parallel = accelerator.parallelism_config
+        copies = parallel.dp_replicate_size if parallel is not None else 1
+        how = f"FSDP{plugin.fsdp_version}" if copies == 1 else f"HSDP, {copies} copies"
+        holds = f"1/{ranks // copies} of weights, gradients and optimizer states"
+    elif (deepspeed := accelerator.state.deepspeed_plugin) is not None:
+        how = f"ZeRO-{deepspeed.zero_stage}"
+        cut = ["optimizer states", "gradients", "weights"][: deepspeed.zero_stage]
+        holds = f"{part} of {' and '.join(cut)}" + (", and the rest whole" if len(cut) < 3 else "")
+    else:
+        how, holds = "DDP", "the whole model"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{ranks} ranks ({name}), {how}: each holds {holds}"
 
 
 def keep_in_one_group(accelerator: Accelerator) -> None:
@@ -166,6 +207,20 @@ def from_rank_0(accelerator: Accelerator | PartialState, function: Callable[[], 
     if error is not None:
         raise error
     return result
+
+
+def from_each_rank(function: Callable[[], Any]) -> list[tuple[Any, str | None]]:
+    """Calls `function`, which waits for no other rank, on every rank.
+
+    Returns:
+        On all ranks, for each rank: (what `function` returned, None), or (None, the error that it raised, in words).
+    """
+    try:
+        mine = (function(), None)
+    except Exception as error:
+        text = "; ".join([str(error), *getattr(error, "__notes__", ())])
+        mine = (None, f"{type(error).__name__}: {text}")
+    return gather_object([mine])
 
 
 def fsdp_plugin(accelerator: Accelerator) -> Any:

@@ -5,6 +5,7 @@
     orpo-train --config run.yaml --learning_rate 8e-6                the same from a file, one setting changed
     orpo-train --config smollm2-lora                                 a shipped recipe; --list_recipes names them all
     orpo-train --print-config fsdp2 > fsdp2.yaml                     for accelerate launch --config_file fsdp2.yaml
+    orpo-train --config run.yaml --check_ranks                       on all ranks, before the run: can they train?
 
 Every field of ORPOConfig and of transformers' TrainingArguments is an option: --help_all has them.
 """
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from orpo.runs.disk import leaves_no_empty_folder, refuse_own_sources
         from orpo.runs.lock import run_lock
 
+        checks = any(word.replace("-", "_") == "__check_ranks" for word in argv)
         merged = (Path(args.output_dir) / "merged",) if model_args.merge_adapter else ()
         refuse_own_sources((Path(args.output_dir), *merged), model, (data, data_args.eval_dataset_name))
         with (
@@ -77,8 +79,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             leaves_no_empty_folder(args.output_dir),
             run_lock(args.output_dir, PartialState()),
         ):
-            train(model_args, data_args, args, argv)
+            if checks:
+                from orpo.cli.check_ranks import check_ranks
+
+                well = check_ranks(model_args, data_args, args)
+            else:
+                train(model_args, data_args, args, argv)
+        if checks:
+            # A launcher ends the other ranks with the first: rank 0 has to say all, and remove what it wrote.
+            PartialState().wait_for_everyone()
         end_process_group()
+        if checks and not well:
+            raise SystemExit(1)
 
 
 def command() -> None:

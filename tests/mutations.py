@@ -45,6 +45,11 @@ def within(file: str, tests: str, *faults: tuple) -> list[Mutation]:
     ]
 
 
+_SHARDS = "tests/ranks/test_shards.py::test_two_ranks_equal_one"
+_SHARDS_TRITON = "tests/ranks/test_shards.py::test_two_ranks_of_triton_equal_one"
+_SLICES = "tests/ranks/test_sequence_parts.py::test_two_ranks_equal_one"
+_SLICES_TRITON = "tests/ranks/test_sequence_parts.py::test_two_ranks_of_triton_equal_one"
+_SLICES_WRONG = "tests/ranks/test_sequence_parts.py::test_wrong_calls_are_refused_on_all_ranks"
 _PARTNER = "tests/kernel/test_kernel_numerics.py::test_an_answer_without_a_partner_has_no_odds"
 _FLOOR = "tests/kernel/test_kernel_numerics.py::test_the_odds_of_a_certain_answer_stop_at_a_floor"
 _EITHER = ("(length_w > 0.0) & (length_l > 0.0)", "(length_w > 0.0) | (length_l > 0.0)")
@@ -151,6 +156,11 @@ MUTATIONS = [
         ("kept: maxima past the last tile", "tl.where(tile * TILE < end, N, 0)", "N"),
         ("kept: int32 offset of the exponentials", "first_n.to(tl.int64) * stride", "first_n * stride"),
         ("kept: int32 offset of the gradient", "rows = offs_n.to(tl.int64)[:, None]", "rows = offs_n[:, None]"),
+        (
+            "kept: a second backward makes g of g",
+            'infinite_N = tl.full([BLOCK_N], float("inf")',
+            "infinite_N = tl.full([BLOCK_N], 0.0",
+        ),
     ),
     *_in(
         "plan.py",
@@ -158,7 +168,7 @@ MUTATIONS = [
     ),
     *_in(
         "strips.py",
-        ("blocks: gradient of the first rows", "add_matmul(u_ND[first:last],", "add_matmul(u_ND[: last - first],"),
+        ("blocks: gradient of the first rows", "set_matmul)(u_ND[first:last],", "set_matmul)(u_ND[: last - first],"),
         ("blocks: targets of the first rows", "targets_N[first:last]", "targets_N[: last - first]"),
     ),
     *_in(
@@ -173,12 +183,57 @@ MUTATIONS = [
     ),
     *_in(
         "gpu/stages.py",
-        ("strip: targets of the first strip", "targets_N - first, lse_2N", "targets_N, lse_2N"),
+        ("strip: targets of the first strip", "terms.row_scale_N, head, first)", "terms.row_scale_N, head)"),
+    ),
+    *_in(
+        "gpu/row_terms.py",
+        ("kept: target's slope missing", "tl.maximum(1.0 - t_N * t_N, 0.0)", "1.0"),
         (
-            "kept: target's slope missing",
-            "target_grad_N *= slope_N.clamp(min=0)",
-            "pass",
+            "row terms: the upstream gradient missing",
+            "coef_N *= tl.load(upstream_ptr)",
+            "coef_N *= 1.0 + 0.0 * tl.load(upstream_ptr)",
         ),
+        ("row terms: float16 rows keep their power of two", "coef_N /= row_scale_N", "coef_N /= 1.0"),
+        ("row terms: scale of the logits missing", "coef_N = scale * tl.load", "coef_N = tl.load"),
+    ),
+    *_in(
+        "gpu/hidden_rows.py",
+        ("hidden rows: one row alone is put back", "n = next_row(head, next_ptr, n)", "n = n * 0 - 1"),
+        ("hidden rows: last columns dropped", "mask = offs_d < D", "mask = offs_d < D - 1"),
+        ("hidden rows: coefficients left out", "(x_NB * coef_N[:, None])", "x_NB"),
+        (
+            "hidden rows: int32 offset of hidden states",
+            "offs = offs_n.to(tl.int64)[:, None] * D",
+            "offs = offs_n[:, None] * D",
+        ),
+        ("hidden rows: int32 offset of gradients", "n.to(tl.int64) * D + offs_d", "n * D + offs_d"),
+    ),
+    *_in(
+        "gpu/label_rows.py",
+        (
+            "labels: no second row for a second token",
+            "other = nll & response & (nll_token != token)",
+            "other = nll & (offs_t < 0)",
+        ),
+        ("labels: the rejected half is scored", "chosen = read_t < tl.where(s < P, T, 0)", "chosen = read_t < T"),
+        (
+            "labels: second rows over the first ones",
+            "other_place = place + tl.load(found_ptr + s * 4)",
+            "other_place = place + 0 * s",
+        ),
+        ("labels: not shifted", "read_t = offs_t + SHIFT", "read_t = offs_t"),
+        ("labels: rows of the second block over the first's", "place += tl.sum(counts.to(tl.int32), 0)", "place += 0"),
+    ),
+    *_in(
+        "gpu/row_checks.py",
+        ("checks: an order is never wrong", "(sequence >= before) & ", ""),
+        ("checks: a hidden state that is not there", "(row >= 0) & (row < R)", "row >= 0"),
+        ("checks: a token that is not there", "(target >= 0) & (target < V)", "target >= 0"),
+    ),
+    *_in(
+        "gpu/mean_hidden.py",
+        ("mean hidden: rows without a mask are in it", "counts = response | nll", "counts = mask"),
+        ("mean hidden: chosen rows in both", "(sequence >= P)", "(sequence >= 0)"),
     ),
     *_in(
         "gpu/odds_ratio.py",
@@ -188,8 +243,8 @@ MUTATIONS = [
         ("lse without the maximum", "tl.store(lse_ptr + offs_n, max_N,", "tl.store(lse_ptr + offs_n, 0.0 * max_N,"),
         (
             "first token of an answer dropped",
-            "start = tl.load(offsets_ptr + s)",
-            "start = tl.load(offsets_ptr + s) + 1",
+            "start = first_row(sequence_ptr, N, s)",
+            "start = first_row(sequence_ptr, N, s) + 1",
         ),
         ("prompt counted as answer", "tl.where(response, logp, 0.0)", "logp"),
         ("mean length of the wrong answer", "tl.maximum(length_l, 1.0)", "tl.maximum(length_w, 1.0)"),
@@ -249,5 +304,60 @@ MUTATIONS = [
         ("tuning: timed where results have to repeat", "torch.are_deterministic_algorithms_enabled() or ", ""),
         ("tuning: another class's file is believed", 'found["class"] == key and ', ""),
         ("tuning: one class for all vocabularies", 'f"V<={1 << (v - 1).bit_length()}",', '"V",'),
+    ),
+    *(
+        Mutation(fault, KERNELS + file, old, new, test=test)
+        for fault, file, old, new, test in (
+            (
+                "shard: sums of different maxima",
+                "shard.py",
+                "(sum_KN * torch.exp(max_KN - shift_N))",
+                "sum_KN",
+                _SHARDS,
+            ),
+            (
+                "shard: the logit of a target elsewhere",
+                "shard.py",
+                "torch.where(targets_N >= 0, target_N, 0)",
+                "target_N",
+                _SHARDS_TRITON,
+            ),
+            ("shard: columns of the first rank", "shard.py", "[: group.rank()].sum()", "[:0].sum()", _SHARDS),
+            (
+                "shard: hidden states of own columns alone",
+                "strips.py",
+                "head.shard.sum_(dx_ND)",
+                "dx_ND",
+                _SHARDS,
+            ),
+            (
+                "shard: a frozen head's own maximum",
+                "cpu/stages.py",
+                " * torch.exp(stats.max_N - lse_2N[0])[:, None]",
+                "",
+                _SHARDS,
+            ),
+            ("shard: own shift of bfloat16", "cpu/logits.py", "head.shard.sum_(c_N1", "(c_N1", _SHARDS),
+            ("slices: sums of own rows", "cpu/stages.py", "slices.sum_(reference", "(reference", _SLICES),
+            ("slices: the same with Triton", "gpu/odds_ratio.py", "slices.sum_(sums_4S)", "", _SLICES_TRITON),
+            ("slices: tiles before the sums", "saved.py", "has_pairs=not sequence_group", "has_pairs=True", _SLICES),
+            ("slices: mean hidden states of own rows", "slices.py", "both = self.sum_(", "both = (", _SLICES),
+            ("slices: no row counts as one", "gpu/mean_hidden.py", "least=0 if slices.name else 1", "", _SLICES_TRITON),
+            ("slices: a rank refuses alone", "slices.py", "(refused_G == 0).all()", "refused_G[0] == 0", _SLICES_WRONG),
+            (
+                "slices: other pairs",
+                "slices.py",
+                "(pairs_G == rows.pairs).all()",
+                "pairs_G[0] == pairs_G[0]",
+                _SLICES_WRONG,
+            ),
+            (
+                "slices: both cut by the same ranks",
+                "slices.py",
+                "set(ranks) & set(others)) > 1",
+                "ranks) < 0",
+                _SLICES_WRONG,
+            ),
+        )
     ),
 ]

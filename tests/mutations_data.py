@@ -14,9 +14,21 @@ DATA = [
         ),
         (
             "shared: the rejected answer begins at 0",
-            "np.arange(n, len(rejected))",
-            "np.arange(len(rejected) - n)",
+            "(len(prompt) if b else 0)",
+            "(len(prompt) if b == 1 else 0)",
             "test_shared_has_the_prompt_once_and_both_answers_behind_it",
+        ),
+        (
+            "shared: a third answer is taken for another prompt",
+            "branches = 1 + max(",
+            "branches = 0 + max(",
+            "test_pairs_of_one_prompt_have_it_once_and_an_answer_of_several_pairs_too",
+        ),
+        (
+            "shared: every pair reads its row's first answers",
+            "group.of_pair[p] = [_place(a, group.answers) for a in answers]",
+            "group.of_pair[p] = [0, 1]",
+            "test_pairs_of_one_prompt_have_it_once_and_an_answer_of_several_pairs_too",
         ),
         (
             "packed: positions go on",
@@ -29,6 +41,38 @@ DATA = [
             "attention_mask[s, : len(ids)] = 1",
             "attention_mask[s] = 1",
             "test_padded_puts_the_chosen_half_first_and_pads_on_the_right",
+        ),
+    ),
+    *within(
+        "layouts/segments.py",
+        "model/test_flash.py",
+        (
+            "segments: the second answer sees itself alone",
+            "segments.append((len(own), [prompt, own]))",
+            "segments.append((len(own), [own]))",
+            "test_outputs_and_gradients_are_those_of_the_mask",
+        ),
+        (
+            "segments: an answer without a prompt gets that of another pair",
+            "elif prompt_group != group:",
+            "elif prompt_group < 0:",
+            "test_outputs_and_gradients_are_those_of_the_mask",
+        ),
+        (
+            "segments: the prompt's keys a second time for its first answer",
+            "elif prompt[-1] + 1 == start:",
+            "elif False:",
+            "test_a_prompt_serves_its_first_answer_as_it_stands_and_is_repeated_for_the_others",
+        ),
+    ),
+    *within(
+        "layouts/flash.py",
+        "model/test_flash.py",
+        (
+            "flash: each call wraps the attention function again",
+            "if not (isinstance(registered, partial) and registered.func is attend):",
+            "if True:",
+            "test_other_calls_reach_the_function_as_before",
         ),
     ),
     *within(

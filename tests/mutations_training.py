@@ -44,8 +44,8 @@ TRAINING = [
         ),
         (
             "metrics: a tie is a success",
-            "mean(chosen > rejected)",
-            "mean(chosen >= rejected)",
+            "mean(self.chosen_logps > self.rejected_logps)",
+            "mean(self.chosen_logps >= self.rejected_logps)",
             "test_answers_that_are_as_likely_are_no_success",
         ),
         (
@@ -291,6 +291,36 @@ TRAINING = [
             "return max(found)[1:]",
             "return found[0][1:]",
             "test_a_metric_is_explained_by_its_whole_name",
+        ),
+    ),
+    *within(
+        "data/whole_batches.py",
+        "data/test_positions.py",
+        (
+            "place in a stream: the next pass begins there too",
+            "self.stream.load_state_dict(None)",
+            "pass",
+            "test_rows_before_the_place_are_not_read_again",
+        ),
+    ),
+    *within(
+        "data/positions.py",
+        "data/test_positions.py",
+        (
+            "place in a stream: that of another reading",
+            "_ex_iterable=_copied(parts)",
+            "_ex_iterable=parts",
+            "test_a_pass_goes_on_with_the_rows_of_a_whole_one",
+        ),
+    ),
+    *within(
+        "trainer/compared_step.py",
+        "ranks/test_check_ranks.py",
+        (
+            "check_ranks: one process has the counts of one rank",
+            "for samples in parts for s in samples",
+            "for s in parts[0]",
+            "test_two_ranks_that_are_well",
         ),
     ),
 ]

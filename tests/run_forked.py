@@ -11,14 +11,24 @@ from pathlib import Path
 import torch
 
 # One server forks for all files of tests; it imports what any of them needs.
-PRELOAD = ["run_checkpoints", "run_ranks", "run_pitfalls", "peft"]
+PRELOAD = [
+    "run_checkpoints",
+    "run_ranks",
+    "run_mesh",
+    "run_pitfalls",
+    "run_shards",
+    "run_slices",
+    "run_streams",
+    "run_check_ranks",
+    "peft",
+]
 
 
 def launch(function, ranks, folder, *arguments, limit=120):
     """Runs ``function(folder, *arguments)`` in processes of their own, in one process group if they are several.
 
     Returns, for each rank: (exit code, what the function returned or None, what it printed, its traceback or "").
-    Where one rank ends with an error, the others have a second more, as under a launcher.
+    Where one rank ends with an error, the others have five seconds more for theirs, as under a launcher.
     """
     folder.mkdir(exist_ok=True)
     for old in [*folder.glob("returned-*.pt"), *folder.glob("error-*.txt")]:
@@ -38,7 +48,7 @@ def launch(function, ranks, folder, *arguments, limit=120):
     end = time.monotonic() + limit
     while any(child.is_alive() for child in processes) and time.monotonic() < end:
         if any(child.exitcode for child in processes):
-            end = min(end, time.monotonic() + 1)
+            end = min(end, time.monotonic() + 5)
         time.sleep(0.05)
     for child in processes:
         child.kill()

@@ -234,7 +234,17 @@ def parse(argv: Sequence[str], description: str | None = None) -> tuple[ModelArg
     parser.add_argument("--config", help="A YAML file of options, or the name of a recipe (--list_recipes).")
     parser.add_argument("--list_recipes", "--list-recipes", action=_ListRecipes, nargs=0, help="Name the recipes.")
     parser.add_argument(
-        "--print_config", "--print-config", action=_PrintConfig, help="Print a configuration of accelerate launch."
+        "--print_config",
+        "--print-config",
+        action=_PrintConfig,
+        help="Print a file that starts several ranks.",
+    )
+    parser.add_argument(
+        "--check_ranks",
+        "--check-ranks",
+        action="store_true",
+        help="Train nothing: check that all ranks see the same model, data and output_dir, and that a step of a few "
+        "layers on all ranks is that of one process. Ends with status 0, or 1 and the rank and what it lacks.",
     )
     config = parser.parse_known_args([a for a in argv if a not in HELP])[0].config
     options = {} if config is None else read_run_file(config, parser.settings)

@@ -19,7 +19,7 @@ from orpo.launch import launch_config, launch_names
 from orpo.recipes import describe_recipes, find_config
 
 # Options that are fields of no class.
-OWN = ("help", "help_all", "config", "list_recipes", "print_config")
+OWN = ("help", "help_all", "config", "list_recipes", "print_config", "check_ranks")
 
 
 def announce() -> None:
@@ -54,7 +54,8 @@ def look(words: Sequence[str]) -> None:
     if (config := values.get("config")) is not None:
         find_config(config)
     for name in ("dataset_name", "eval_dataset_name"):
-        if values.get(name):
+        # A check of the ranks says which of them lack it.
+        if values.get(name) and "check_ranks" not in values:
             refuse_missing(values[name])
 
 

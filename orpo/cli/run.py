@@ -61,7 +61,7 @@ def train(
         words: the command line, printed again where the run is interrupted.
     """
     args.model_init_kwargs = {**model_args.init_kwargs(), **(args.model_init_kwargs or {})}
-    evaluates = _check(model_args, data_args, args)
+    evaluates = check_settings(model_args, data_args, args)
     trainer = ORPOTrainer(
         model=model_args.model_name_or_path,
         args=args,
@@ -128,7 +128,7 @@ def train(
     return trainer
 
 
-def _check(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig) -> bool:
+def check_settings(model_args: ModelArguments, data_args: DataArguments, args: ORPOConfig) -> bool:
     """Refuses settings that do not go together, before anything is read. Returns whether something is evaluated."""
     if model_args.merge_adapter:
         goes_on = adapter_folder(model_args.model_name_or_path, **args.model_init_kwargs) is not None

@@ -17,7 +17,7 @@ from orpo.files import read_text
 from orpo.recipes import find_config
 
 # Of the command itself: in a file they would do nothing.
-LINE_ONLY = ("config", "help", "list_recipes", "print_config")
+LINE_ONLY = ("config", "help", "list_recipes", "print_config", "check_ranks")
 
 # YAML reads a bare no or off as false, and true is what --resume_from_checkpoint takes.
 WORDS = (

@@ -24,12 +24,13 @@ from orpo.data.masks import empty_masks, features, without_empty_masks
 from orpo.data.pair_tokens import PairTokenizer
 from orpo.data.prepared import check_prepared, mark
 from orpo.data.streams import ATTRIBUTE, DropCounter
+from orpo.data.together import SharedTokenizer
 from orpo.tokens.limits import Limits
 from orpo.tokens.pretokenized import COLUMNS
 from orpo.tokens.special_tokens import describe_written
 
-# Where a prepared data set keeps the report on it.
-SUMMARY = "orpo_summary"
+# Rows of a stream that are tokenized at once. A run that resumes reads up to so many again.
+ROWS_OF_A_STREAM = 256
 
 
 def prepare_dataset(
@@ -90,8 +91,10 @@ def prepare_dataset(
     check_columns(renamed(dict.fromkeys(names), columns, f"the {name} set").keys())
     check_first_rows(tokenize, data, names, name, max_bad_rows)
     if is_stream:
-        tokenize = functools.partial(without_empty_masks, tokenize)
-        tokenized = data.map(tokenize, batched=True, with_indices=True, remove_columns=names)
+        tokenize = functools.partial(without_empty_masks, SharedTokenizer(tokenize))
+        tokenized = data.map(
+            tokenize, batched=True, batch_size=ROWS_OF_A_STREAM, with_indices=True, remove_columns=names
+        )
         report(f"{name}: a stream; rows that cannot train are left out as they come, and counted after each epoch")
         report_first_rows(data, tokenizer, columns, lambda said: report(f"{name}: {said}"))
         counter = DropCounter(name, (*REASONS, *limits.reasons), escape_special_tokens, max_bad_rows)
@@ -115,8 +118,7 @@ def prepare_dataset(
     report_first_rows(data, tokenizer, columns, lambda said: report(f"{name}: {said}"))
     kept = tokenized.filter(_is_kept, num_proc=num_proc, desc=f"Filtering the {name} set") if dropped else tokenized
     prepared = kept.remove_columns([*ACCOUNT, *empty_masks(kept)])
-    setattr(prepared, SUMMARY, summary)
-    mark(prepared, tokenizer, limits, score_turns)
+    mark(prepared, tokenizer, limits, score_turns, summary.removeprefix(f"{name}: "))
     return prepared
 
 

@@ -17,10 +17,21 @@ _MARK = "prepared by fused-orpo: "
 _SIDES = ("chosen", "rejected")
 
 
-def mark(prepared: Any, tokenizer: Any, limits: Limits, score_turns: str) -> None:
-    """Notes in `prepared`, a ``datasets.Dataset``, how it was made, for :func:`check_prepared`."""
+def mark(prepared: Any, tokenizer: Any, limits: Limits, score_turns: str, summary: str) -> None:
+    """Notes in `prepared`, a ``datasets.Dataset``, how it was made, for :func:`check_prepared` and :func:`summary_of`.
+
+    Args:
+        summary: what was kept and dropped, without the name of the set.
+    """
     made = {"tokenizer": _digest(tokenizer), "max_length": limits.max_length, "score_turns": score_turns}
+    made |= {"pairs": len(prepared), "summary": summary}
     prepared.info.description = _MARK + json.dumps(made)
+
+
+def summary_of(data: Any) -> str | None:
+    """What :func:`mark` noted was kept and dropped; None for a stream, and for rows that were selected afterwards."""
+    made = _made(data) if hasattr(data, "__len__") else None
+    return made.get("summary") if made and made.get("pairs") == len(data) else None
 
 
 def check_prepared(

@@ -28,12 +28,18 @@ def check_stream(data: Any) -> None:
     Raises:
         ValueError: the message says what was dropped.
     """
+    first_of_stream(data)
+
+
+def first_of_stream(data: Any) -> dict[str, Any] | None:
+    """The first pair of a prepared stream; None for other data sets."""
     if data is None or hasattr(data, "__len__"):
-        return
-    first_pair(data)
+        return None
+    pair = first_pair(data)
     for counter in counters(data):
-        # Not counted: the stream will be read again.
+        # Not counted: it will be read again.
         counter.take()
+    return pair
 
 
 def check_token_ids(data: Any, vocabulary: int) -> None:

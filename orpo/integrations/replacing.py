@@ -20,9 +20,9 @@ class Replacements:
         self.originals: dict[tuple[type, str], Any] = {}
 
     def replace(self, trainer: type, name: str, method: Any) -> None:
-        """Gives `trainer` and its subclasses `method` under `name`."""
+        """Gives `trainer` and its subclasses `method` under `name`, which it may have inherited so far."""
         if (trainer, name) not in self.originals:
-            self.originals[trainer, name] = vars(trainer)[name]
+            self.originals[trainer, name] = vars(trainer).get(name)
             setattr(trainer, name, method)
 
     def attach_after_init(self, trainer: type) -> None:
@@ -30,7 +30,7 @@ class Replacements:
 
         Afterwards FSDP has split it, and its head cannot be tried.
         """
-        # ms-swift removes TRL's __init__; `check_attached` attaches the loss there.
+        # ms-swift removes TRL's __init__: its first step attaches the loss (`check_attached`).
         if "__init__" not in vars(trainer):
             return
         init = vars(trainer)["__init__"]
@@ -46,7 +46,10 @@ class Replacements:
     def undo(self) -> None:
         """Gives every class its own methods back."""
         for (trainer, name), original in self.originals.items():
-            setattr(trainer, name, original)
+            if original is None:
+                delattr(trainer, name)
+            else:
+                setattr(trainer, name, original)
         self.originals.clear()
 
 

@@ -73,16 +73,29 @@ def _concatenated_forward(
         scored = torch.cat([ids[:pairs].where(mask[:pairs] == 1, -100), labels[pairs:]])
     router = {"output_router_logits": True} if self.aux_loss_enabled else {}
     out = model(ids, attention_mask=mask, orpo=LogprobCall(scored, keeps_last=not scores_prompt), **router)
-    logps = out["logps"]
+    return results(self, out, scored, labels, averages=scores_prompt or self.loss_type in ("ipo", "simpo"))
+
+
+def results(trainer: Any, out: dict[str, Any], scored: Tensor, labels: Tensor, averages: bool) -> tuple[Tensor, ...]:
+    """TRL's results: log-probabilities of answers, mean logits, NLL, and the router's loss where there is one.
+
+    Args:
+        trainer: TRL's, or one derived from it.
+        out: of the model called with a :class:`LogprobCall` for `scored`.
+        scored: (2P, T), chosen half first; its first half is what the NLL scores, -100 elsewhere.
+        labels: (2P, T), the answers.
+        averages: whether log-probabilities are means over an answer, or sums.
+    """
+    logps, pairs = out["logps"], len(labels) // 2
     chosen = scored[:pairs, 1:] != -100
     nll = -logps[:pairs].sum() / chosen.sum()
     answers = labels[:, 1:] != -100
     scores, lengths = (logps * answers).sum(1), answers.sum(1)
-    if scores_prompt or self.loss_type in ("ipo", "simpo"):
+    if averages:
         # NaN for an empty answer, as in TRL, but not by a division by 0, whose gradient would be NaN too.
         scores = (scores / lengths.clamp(min=1)).where(lengths > 0, torch.nan)
-    results = *scores.split(pairs), *out["mean_logits"].unbind(), nll
-    return (*results, out["aux_loss"]) if self.aux_loss_enabled else results
+    five = *scores.split(pairs), *out["mean_logits"].unbind(), nll
+    return (*five, out["aux_loss"]) if trainer.aux_loss_enabled else five
 
 
 def _odds_ratio_loss(

@@ -15,6 +15,8 @@ from accelerate import Accelerator
 from orpo_kernels.rows import Rows
 from torch import Tensor
 
+from orpo.tokens.pretokenized import NOT_COUNTED
+
 NLL_SPANS = ("prompt_and_chosen", "chosen")
 
 
@@ -51,7 +53,8 @@ class PairBatch:
         rows: the five row arrays.
         num_nll_tokens: rows that the NLL scores.
         num_pairs: pairs whose answers both have tokens.
-        pair_ids: int64 (P,), each pair's position in the prepared data set; -1 where it has none.
+        pair_ids: int64 (P,), each pair's position in the prepared data set; -1 where it has none,
+            ``NOT_COUNTED`` where it fills the last batch of a stream.
         num_chosen_rows: rows of chosen sequences; the others are those of rejected ones.
 
     The counts are Python numbers, since reading them off a device would stall it.
@@ -127,10 +130,11 @@ class RowBuilder:
         self.response_tokens[sequence] = response.sum()
 
     def build(self, pair_ids: Iterable[int]) -> PairBatch:
-        """The rows collected so far as one batch."""
+        """The rows collected so far as one batch. Pairs whose id is ``NOT_COUNTED`` stand at its end, without rows."""
+        ids = list(pair_ids)
         rows, targets, sequence, response, scored = (np.concatenate(c) for c in zip(*self.columns, strict=True))
         both_sides = (self.response_tokens.reshape(2, self.pairs) > 0).all(axis=0)
-        return PairBatch(
+        batch = PairBatch(
             rows=Rows(
                 *(torch.from_numpy(a.astype(np.int64)) for a in (rows, targets, sequence)),
                 *(torch.from_numpy(a.astype(bool)) for a in (response, scored)),
@@ -138,9 +142,10 @@ class RowBuilder:
             ),
             num_nll_tokens=int(scored.sum()),
             num_pairs=int(both_sides.sum()),
-            pair_ids=torch.tensor(list(pair_ids), dtype=torch.int64),
+            pair_ids=torch.tensor(ids, dtype=torch.int64),
             num_chosen_rows=int((sequence < self.pairs).sum()),
         )
+        return batch.first(ids.index(NOT_COUNTED)) if NOT_COUNTED in ids else batch
 
 
 def pair_batch(inputs: Mapping[str, Any]) -> PairBatch:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
 from orpo.layouts.batch import WHOLE_CHOSEN, NLLSpan, RowBuilder
-from orpo.layouts.prefix_mask import CHOSEN, PROMPT, REJECTED, SharedPrefixMask
+from orpo.layouts.prefix_mask import SharedPrefixMask
+from orpo.layouts.segments import segments_of
 
 
 class _Sequence(NamedTuple):
@@ -132,61 +133,116 @@ class PackedLayout:
         }
 
 
+class _Branches(NamedTuple):
+    """A prompt once, and behind it the answers of one pair, or of several pairs of that prompt.
+
+    Attributes:
+        prompt: the tokens that all of its sequences begin with.
+        answers: the tokens behind it, each answer once, in the order of their places.
+        of_pair: pair -> the numbers in `answers` of its chosen and of its rejected answer.
+    """
+
+    prompt: np.ndarray
+    answers: list[np.ndarray]
+    of_pair: dict[int, list[int]]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + sum(map(len, self.answers))
+
+
 @dataclass(frozen=True)
 class SharedLayout:
     """A pair as [prompt | chosen | rejected], the prompt once; several pairs to a row where that saves padding.
 
     The sequences share the tokens that both begin with, up to the end of the shorter prompt: answers never share
     tokens, and prompts that differ (a token over the boundary, a cut) share their equal start. The last shared token
-    predicts the first token of both answers, so its hidden state is read twice.
+    predicts the first token of both answers, so its hidden state is read twice. Pairs of one prompt share it, and an
+    answer that several of them have, where that makes the batch smaller.
 
     Attributes:
         pad_token_id, nll: as in :class:`PaddedLayout`.
+        single_row: all pairs in one row, with no padding at all, and with segments for FlashAttention.
+        shares_prompts: tells a sampler that pairs of one prompt belong in one batch.
     """
 
     pad_token_id: int
     nll: NLLSpan = WHOLE_CHOSEN
+    single_row: bool = False
+    shares_prompts: ClassVar[bool] = True
 
     def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, Any]:
         """`examples` -> ``{"input_ids", "position_ids", "attention_mask": SharedPrefixMask, "orpo": PairBatch}``."""
         sequences = list(sequences_of(examples))
+        longest = max(len(sequence.ids) for sequence in sequences)
         pairs = list(zip(sequences[: len(examples)], sequences[len(examples) :], strict=True))
-        shared = [_common_prompt(*pair) for pair in pairs]
-        lengths = [len(c.ids) + len(r.ids) - n for (c, r), n in zip(pairs, shared, strict=True)]
-        width = max(lengths)
-        packed = _pack(lengths, width)
+        # No longer than a pair without a prompt: the probe tries windows up to that length. Those of FlashAttention do
+        # not leave a segment, which no group makes longer.
+        most = len(sequences) * longest if self.single_row else 2 * longest
+        layouts = [_packed(_branches(pairs, tokens), self.single_row) for tokens in (most, 0)]
+        groups, packed, width = min(layouts, key=lambda layout: len(layout[1]) * layout[2])
         input_ids = np.full((len(packed), width), self.pad_token_id, dtype=np.int64)
         position_ids = np.zeros_like(input_ids)
-        branch = np.full(input_ids.shape, 3 * len(examples), dtype=np.int32)
-        starts = np.zeros(len(examples), dtype=np.int64)
+        branches = 1 + max(len(group.answers) for group in groups)
+        branch = np.full(input_ids.shape, branches * len(groups), dtype=np.int32)
+        sources: dict[int, np.ndarray] = {}
         for r, row in enumerate(packed):
             t = 0
-            for p in row:
-                chosen, rejected = (sequence.ids for sequence in pairs[p])
-                n, middle, end = shared[p], t + len(chosen), t + lengths[p]
-                input_ids[r, t:middle], input_ids[r, middle:end] = chosen, rejected[n:]
-                position_ids[r, t:middle] = np.arange(len(chosen))
-                position_ids[r, middle:end] = np.arange(n, len(rejected))
-                branch[r, t : t + n] = 3 * p + PROMPT
-                branch[r, t + n : middle] = 3 * p + CHOSEN
-                branch[r, middle:end] = 3 * p + REJECTED
-                starts[p] = r * width + t
-                t = end
+            for g in row:
+                prompt, answers, of_pair = groups[g]
+                starts = []
+                for b, part in enumerate((prompt, *answers)):
+                    starts.append(t)
+                    here = slice(t, t := t + len(part))
+                    input_ids[r, here] = part
+                    position_ids[r, here] = np.arange(len(part)) + (len(prompt) if b else 0)
+                    branch[r, here] = branches * g + b
+                for p, sides in of_pair.items():
+                    for side, a in enumerate(sides):
+                        places = (np.arange(len(part)) + starts[b] for b, part in ((0, prompt), (1 + a, answers[a])))
+                        sources[side * len(examples) + p] = r * width + np.concatenate([*places])
             position_ids[r, t:] = np.arange(width - t)
         builder = RowBuilder(len(examples), self.nll)
         for s, (ids, *counted) in enumerate(sequences):
-            p = s % len(examples)
-            source = starts[p] + np.arange(len(ids))
-            if s >= len(examples):
-                source[shared[p] :] += len(pairs[p][0].ids) - shared[p]
-            builder.add(s, source, ids, *counted)
-        position_BT, longest = torch.from_numpy(position_ids), max(len(sequence.ids) for sequence in sequences)
+            builder.add(s, sources[s], ids, *counted)
+        position_BT, tokens = torch.from_numpy(position_ids), sum(group.length for group in groups)
+        segments = segments_of(branch, branches) if self.single_row else None
+        mask = SharedPrefixMask(torch.from_numpy(branch), position_BT, longest, tokens, branches, segments)
         return {
             "input_ids": torch.from_numpy(input_ids),
             "position_ids": position_BT,
-            "attention_mask": SharedPrefixMask(torch.from_numpy(branch), position_BT, longest, sum(lengths)),
+            "attention_mask": mask,
             "orpo": builder.build(example.get("pair_id", -1) for example in examples),
         }
+
+
+def _packed(groups: list[_Branches], single_row: bool) -> tuple[list[_Branches], list[list[int]], int]:
+    """(groups, which of them stand in each row, the width of a row)."""
+    lengths = [group.length for group in groups]
+    width = sum(lengths) if single_row else max(lengths)
+    return groups, _pack(lengths, width), width
+
+
+def _branches(pairs: list[tuple[_Sequence, _Sequence]], most: int) -> list[_Branches]:
+    """The pairs, with those of one prompt in one group as long as it has no more than `most` tokens."""
+    groups: list[_Branches] = []
+    of_prompt: dict[bytes, _Branches] = {}
+    for p, pair in enumerate(pairs):
+        n = _common_prompt(*pair)
+        prompt, answers = pair[0].ids[:n], [sequence.ids[n:] for sequence in pair]
+        group = of_prompt.get(prompt.tobytes())
+        new = answers if group is None else [a for a in answers if _place(a, group.answers) is None]
+        if group is None or group.length + sum(map(len, new)) > most:
+            group, new = _Branches(prompt, [], {}), answers
+            groups.append(group)
+            of_prompt[prompt.tobytes()] = group
+        group.answers.extend(new)
+        group.of_pair[p] = [_place(a, group.answers) for a in answers]
+    return groups
+
+
+def _place(answer: np.ndarray, answers: list[np.ndarray]) -> int | None:
+    return next((i for i, other in enumerate(answers) if np.array_equal(answer, other)), None)
 
 
 def _common_prompt(chosen: _Sequence, rejected: _Sequence) -> int:

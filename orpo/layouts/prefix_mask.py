@@ -1,13 +1,13 @@
-"""Who attends to whom when the two answers of a pair stand behind one prompt in the same row.
+"""Who attends to whom when several answers stand behind one prompt in the same row.
 
-A token sees the tokens before it that belong to its own pair and are either prompt or of its own answer. In a layer
-with a sliding window it sees no further back than the window, counted in positions: the rejected answer's restart at
-the end of the prompt. Letters: B rows, T tokens of a row.
+A token sees the tokens before it that are of its own prompt or of its own answer. In a layer with a sliding window it
+sees no further back than the window, counted in positions: those of each answer restart at the end of the prompt.
+Letters: B rows, T tokens of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,8 +16,9 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-PROMPT, CHOSEN, REJECTED = range(3)
-_BRANCHES = 3
+from orpo.layouts.flash import flash_arguments
+from orpo.layouts.segments import PROMPT, Segments
+
 # Types of devices that FlashAttention has no operators for.
 _NO_FLASH = frozenset({"cpu"})
 
@@ -27,34 +28,46 @@ class SharedPrefixMask:
     """The mask of a batch in O(B T) memory; the (B, 1, T, T) form is made where the model is, when it is called.
 
     Attributes:
-        branch_BT: int32, ``3 * pair + (PROMPT, CHOSEN or REJECTED)``. Padding has a pair number of its own: a token
-            that saw nothing would be NaN.
+        branch_BT: int32, ``branches * prompt + (PROMPT, or 1, 2, ... for its answers)``. Padding has a prompt number
+            of its own: a token that saw nothing would be NaN.
         position_BT: int64, position within the sequence.
         longest: tokens of the longest sequence, a Python number: reading it off a device would stall it.
         tokens: those that are no padding, a Python number too.
+        branches: one more than the most answers behind a prompt.
+        segments: the same for FlashAttention, where the layout was made for it.
     """
 
     branch_BT: Tensor
     position_BT: Tensor
     longest: int
     tokens: int
+    branches: int = 3
+    segments: Segments | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SharedPrefixMask:
         """The same mask on `device`."""
-        branch_BT, position_BT = (t.to(device, non_blocking=non_blocking) for t in (self.branch_BT, self.position_BT))
-        return replace(self, branch_BT=branch_BT, position_BT=position_BT)
+        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> SharedPrefixMask:
         """The same mask in page-locked memory. torch's DataLoader calls this by name."""
-        return replace(self, branch_BT=self.branch_BT.pin_memory(), position_BT=self.position_BT.pin_memory())
+        return self._each(lambda part: part.pin_memory())
+
+    def _each(self, change: Callable[[Any], Any]) -> SharedPrefixMask:
+        parts = {name: getattr(self, name) for name in ("branch_BT", "position_BT", "segments")}
+        return replace(self, **{name: change(part) for name, part in parts.items() if part is not None})
 
     def sum(self) -> int:
         """`tokens`. Trainer calls this by name for ``include_num_input_tokens_seen="non_padding"``."""
         return self.tokens
 
+    def _related(self, q_branch: Tensor, k_branch: Tensor) -> Tensor:
+        """Whether the key's token is of the query's own branch, or of the prompt before it."""
+        of_prompt = (k_branch % self.branches == PROMPT) & (q_branch // self.branches == k_branch // self.branches)
+        return (q_branch == k_branch) | of_prompt
+
     def visible(self, window: int | None = None) -> Tensor:
         """bool (B, T, T), [b, q, k]: token q sees token k."""
-        seen = _related(self.branch_BT[:, :, None], self.branch_BT[:, None, :])
+        seen = self._related(self.branch_BT[:, :, None], self.branch_BT[:, None, :])
         if window is not None:
             seen &= self.position_BT[:, :, None] - self.position_BT[:, None, :] < window
         return seen.tril_()
@@ -74,11 +87,29 @@ class SharedPrefixMask:
         branch, position = self.branch_BT, self.position_BT
 
         def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            seen = (q >= k) & _related(branch[b, q], branch[b, k])
+            seen = (q >= k) & self._related(branch[b, q], branch[b, k])
             return seen if window is None else seen & (position[b, q] - position[b, k] < window)
 
         rows, tokens = branch.shape
         return create_block_mask(sees, rows, None, tokens, tokens, device=branch.device)
+
+    def arguments_for(self, model: nn.Module) -> dict[str, Any]:
+        """What `model` takes in place of the mask, by the names of its arguments.
+
+        With FlashAttention these are the segments, within which the layers' own windows are right.
+
+        Raises:
+            ValueError: the model calls FlashAttention, and there are no `segments`.
+        """
+        config = model.config.get_text_config()
+        if not uses_flash(config):
+            return {"attention_mask": self.for_model(model)}
+        if self.segments is None:
+            raise ValueError(
+                f"the model's attention is {config._attn_implementation}, which takes no mask, and the batch was made "
+                "without segments: make it with SharedLayout(..., single_row=True)"
+            )
+        return flash_arguments(self.segments, config._attn_implementation)
 
     def for_model(self, model: nn.Module) -> Any:
         """What `model` takes as ``attention_mask``: a 4-D tensor or BlockMask, or one for each type of layer."""
@@ -98,13 +129,6 @@ class SharedPrefixMask:
         if window is None or layer_types <= {"sliding_attention"}:
             return make(window)
         return {"full_attention": make(None), "sliding_attention": make(window)}
-
-
-def _related(q_branch: Tensor, k_branch: Tensor) -> Tensor:
-    """Whether the key's token is of the query's own branch, or of its pair's prompt."""
-    return (q_branch == k_branch) | (
-        (k_branch % _BRANCHES == PROMPT) & (q_branch // _BRANCHES == k_branch // _BRANCHES)
-    )
 
 
 def layer_windows(config: Any) -> tuple[int | None, set[str]]:

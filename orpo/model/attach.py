@@ -26,7 +26,8 @@ from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.utils import ModelOutput
 
 from orpo.layouts.prefix_mask import SharedPrefixMask, eager_where_flash_cannot_run, flash_precision
-from orpo.loss.call import check_row_arrays, run_orpo
+from orpo.loss.call import Names, check_row_arrays, run_orpo
+from orpo.loss.own_part import own_part
 from orpo.model.encoder_decoder import (
     added_bias,
     check_encoder_decoder,
@@ -58,7 +59,9 @@ class LossCall:
         """What the head returns for these hidden states."""
         settings = replace(self.settings, logit_scale=transform.scale, logit_softcap=transform.softcap)
         check_row_arrays(self.rows, hidden)
-        out = run_orpo(hidden, weight, bias, self.rows, settings, "rows")
+        # A head that transformers' tp_plan has cut over ranks.
+        hidden, weight, bias, group = own_part(hidden, weight, bias, None, Names())
+        out = run_orpo(hidden, weight, bias, self.rows, settings, "rows", group=group)
         names = ("loss", "nll_loss", "odds_ratio_loss", "chosen_logps", "rejected_logps", "log_odds", "pair_mask")
         return {name: getattr(out, name) for name in names} | {"metrics": out.metrics(logits=self.logit_metrics)}
 
@@ -210,7 +213,7 @@ def _patch_model(model: nn.Module, fused: FusedHead) -> None:
     def forward(self: nn.Module, *args: Any, orpo: LossCall | Tensor | None = None, **kwargs: Any) -> Any:
         fused = self._orpo_head
         if isinstance(kwargs.get("attention_mask"), SharedPrefixMask):
-            kwargs["attention_mask"] = kwargs["attention_mask"].for_model(self)
+            kwargs |= kwargs["attention_mask"].arguments_for(self)
         if orpo is None:
             return fused.model_forward(*args, **kwargs)
         if isinstance(orpo, Tensor):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from orpo.loss.own_part import is_dtensor
+
 
 def trained_copy(head: nn.Module) -> nn.Module:
     """`head`, or the copy that PEFT's ``modules_to_save`` trains in its place."""
@@ -47,7 +49,7 @@ def head_operands(head: nn.Module, hidden: Tensor, added: Tensor | None = None) 
     would not see the adapter that its gradient trains.
 
     Raises:
-        ValueError: as :func:`head_weight`.
+        ValueError: as :func:`head_weight`, or a LoRA on a head that is cut over ranks.
     """
     weight, bias = head_weight(head)
     if added is not None:
@@ -60,6 +62,12 @@ def head_operands(head: nn.Module, hidden: Tensor, added: Tensor | None = None) 
         highs.append(head.lora_B[adapter].weight.to(weight.dtype))
     if len(highs) == 1:
         return hidden, weight, bias
+    if is_dtensor(weight):
+        raise ValueError(
+            "the output embeddings have a LoRA and are cut over ranks: each would train its own part of lora_B alone. "
+            "Leave the head out of target_modules, or cut lora_B's rows like the weight's and pass both to "
+            "orpo_loss(tp_group=)"
+        )
     # Under no_grad the weight would look frozen, and evaluation would compute otherwise than training.
     with torch.enable_grad():
         weight = torch.cat(highs, 1)

@@ -9,6 +9,7 @@ question.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from orpo.layouts.prefix_mask import (
 )
 from orpo.model.attach import LossCall, base_model, evaluating, tiny_inputs
 from orpo.model.encoder_decoder import is_encoder_decoder
+from orpo.model.few_layers import few_layers
 from orpo.model.head import head_weight, trained_copy
 
 Layout = Callable[[list[Any]], dict[str, Any]]
@@ -39,8 +41,8 @@ def choose_layout(name: str, model: nn.Module, *, max_length: int | None = None,
     """The layout to train `model` with, and one sentence that says why.
 
     Args:
-        name: a layout, or "auto": shared (packed with FlashAttention) if the model computes it right, else padded. It
-            is padded too where packed cannot be tried: FlashAttention with weights on a CPU.
+        name: a layout, or "auto": shared if the model computes it right, else packed with FlashAttention, else padded.
+            It is padded too where nothing can be tried: FlashAttention with weights on a CPU.
         model: after :func:`orpo.model.attach.attach_orpo_loss`; its weights are read, none is changed.
         max_length: most tokens of a sequence in training. Windows and chunks longer than any row do not matter.
         options: of the layout (pad_token_id, nll).
@@ -56,18 +58,23 @@ def choose_layout(name: str, model: nn.Module, *, max_length: int | None = None,
     if name == "padded":
         return padded, "layout padded, as asked for"
     flash = uses_flash(base.config)
-    wanted = name if name != "auto" else ("packed" if flash else "shared")
-    reason = _obstacle(wanted, base, flash)
-    if reason is None:
-        layout = make_layout(wanted, **options, **({"single_row": flash} if wanted == "packed" else {}))
-        reason = _mismatch(model, layout, padded, max_length)
+    wanted = [name] if name != "auto" else ["shared", "packed"] if flash else ["shared"]
+    refused: list[str] = []
+    obstacle = _obstacle(base)
+    for each in wanted:
+        layout = make_layout(each, **options, single_row=flash)
+        reason = obstacle or _mismatch(model, layout, padded, max_length)
         if reason is None:
-            return layout, f"layout {wanted}: a few pairs score as in the padded layout" + (
+            why = f"layout {each}: a few pairs score as in the padded layout" + (
                 "" if name == "auto" else ", as asked for"
             )
+            return layout, "; ".join([why, *refused])
+        refused.append(f"not {each}: {reason}")
+        if obstacle:
+            break
     if name != "auto":
         raise ValueError(f"layout is {name!r}, which {type(base).__name__} cannot be trained with: {reason}")
-    return padded, f"layout padded, not {wanted}: {reason}"
+    return padded, f"layout padded, {'; '.join(refused)}"
 
 
 def refuse_layout(name: str, model: str) -> None:
@@ -83,12 +90,10 @@ def refuse_layout(name: str, model: str) -> None:
         )
 
 
-def _obstacle(wanted: str, base: Any, flash: bool) -> str | None:
+def _obstacle(base: Any) -> str | None:
     if getattr(base.config, "output_router_logits", False):
         # The router sees each prompt once in shared batches, and no padding in packed ones.
         return "the router's loss is over all tokens, and would change with the layout"
-    if wanted == "shared" and flash:
-        return "FlashAttention takes no mask"
     if flash_cannot_run(base):
         # A trial with other attention would prove nothing: it finds the start of a sequence in another way.
         return "FlashAttention does not run on a CPU, where the weights are now, so that it cannot be tried"
@@ -104,7 +109,9 @@ def _mismatch(model: nn.Module, layout: Layout, padded: Layout, max_length: int 
     if span and most is not None and span + _PROMPT + _ANSWER + 1 > most:
         return f"a window of {span} tokens cannot be tried with a model of {most} positions"
     examples = _examples(base.get_input_embeddings().weight.shape[0], span)
-    with evaluating(base), torch.no_grad(), flash_precision(base):
+    # Few tokens go through all layers, many through one of each kind.
+    cut = few_layers(base) if span else nullcontext()
+    with evaluating(base), torch.no_grad(), flash_precision(base), cut:
         expected, tolerance = _answer_logps(model, padded, examples, own_logits=span == 0)
         try:
             found, _ = _answer_logps(model, layout, examples)
@@ -160,7 +167,7 @@ def _answer_logps(
     pairs, every = len(target) // 2, torch.ones_like(tokens, dtype=torch.bool)
     out = model(**inputs, orpo=LossCall(Rows(hidden, target, tokens, every, tokens < pairs, pairs)))
     logps = torch.cat([out.chosen_logps, out.rejected_logps])
-    eps = _matmul_eps(base, base.device.type)
+    eps = matmul_eps(base, base.device.type)
     tolerance = 2e-4 + 16 * eps
     if own_logits:
         logits = model(**inputs).logits.flatten(0, 1)[hidden].float()
@@ -174,7 +181,7 @@ def _answer_logps(
     return logps, tolerance
 
 
-def _matmul_eps(base: nn.Module, device: str) -> float:
+def matmul_eps(base: nn.Module, device: str) -> float:
     """Spacing at 1 of the numbers that the model's matmuls round to, under the autocast that is active."""
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.dtype
     # Layers of 4 bits compute in a dtype of their own, whatever that of the other weights.
@@ -211,7 +218,7 @@ def check_fused_logps(model: nn.Module, settings: LossSettings | None = None) ->
     with evaluating(base), flash_precision(base), eager_where_flash_cannot_run(base):
         logits = model(**inputs).logits[:, -2].float()
         out = model(**inputs, orpo=LossCall(rows, settings or LossSettings()))
-        mixed = _matmul_eps(base, ids.device.type)
+        mixed = matmul_eps(base, ids.device.type)
     own = logits.log_softmax(-1).gather(-1, ids[:, -1:])[:, 0]
     difference = (torch.cat([out.chosen_logps, out.rejected_logps]) - own).abs().max().item()
     weight, _ = head_weight(trained_copy(base.get_output_embeddings()))

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from orpo import __version__
-from orpo.data.prepare import SUMMARY
+from orpo.data.prepared import summary_of
 from orpo.report.markdown import code, table, text
 
 # Settings that describe a run to others. Paths, secrets and settings of one machine are left out.
@@ -165,16 +165,14 @@ def _data(trainer: Any, names: list[str], details: list[str], eval_dataset: str 
 
 def describe_rows(trainer: Any) -> list[str]:
     """A line for each set of pairs: how many rows were kept, and what was dropped and cut."""
-    held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
-    lines = []
-    for name, data in {"train": trainer.train_dataset, **held_out}.items():
-        if data is None:
-            continue
-        summary = getattr(data, SUMMARY, None)
-        if summary is None:
-            summary = f"{name}: {len(data):,} pairs" if hasattr(data, "__len__") else f"{name}: a stream"
-        lines.append(summary)
-    return lines
+    held_out = trainer.eval_dataset
+    several = {f"eval ({key})": data for key, data in held_out.items()} if isinstance(held_out, dict) else None
+    sets = {"train": trainer.train_dataset, **(several or {"eval": held_out})}
+    return [f"{name}: {_rows(data)}" for name, data in sets.items() if data is not None]
+
+
+def _rows(data: Any) -> str:
+    return summary_of(data) or (f"{len(data):,} pairs" if hasattr(data, "__len__") else "a stream")
 
 
 def _loss(args: Any, encoder_decoder: bool) -> str:

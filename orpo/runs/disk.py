@@ -76,16 +76,15 @@ def check_writable(output_dir: str | Path) -> None:
 
 @contextmanager
 def leaves_no_empty_folder(output_dir: str | Path) -> Iterator[None]:
-    """Where the block raises, removes `output_dir` and its parents again, as far as they are new and empty."""
+    """After the block, removes `output_dir` and its parents again, as far as they are new and empty."""
     path = Path(output_dir).absolute()
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         yield
-    except BaseException:
+    finally:
         with suppress(OSError):
             for folder in new:
                 folder.rmdir()
-        raise
 
 
 def checkpoint_bytes(model: nn.Module, args: Any) -> int:

@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 
 from orpo.ranks import from_rank_0
 from orpo.runs.disk import check_writable
@@ -67,8 +67,7 @@ def warn_of_own_disks(output_dir: str | Path, accelerator: Accelerator, saves_on
     """
     if accelerator.num_processes == 1 or saves_on_each:
         return
-    sees = torch.tensor(float(Path(output_dir, LOCK).exists()), device=accelerator.device)
-    blind = accelerator.num_processes - int(accelerator.reduce(sees))
+    blind = len(blind_ranks(output_dir))
     if blind and accelerator.is_main_process:
         warnings.warn(
             f"{blind} of {accelerator.num_processes} ranks have another output_dir {output_dir} than rank 0, on a disk "
@@ -76,6 +75,12 @@ def warn_of_own_disks(output_dir: str | Path, accelerator: Accelerator, saves_on
             "save_on_each_node true",
             stacklevel=2,
         )
+
+
+def blind_ranks(output_dir: str | Path) -> list[int]:
+    """The ranks that do not see the lock which rank 0 holds in `output_dir`. All ranks call it."""
+    sees = gather_object([Path(output_dir, LOCK).exists()])
+    return [rank for rank, there in enumerate(sees) if not there]
 
 
 def check_lock(output_dir: str | Path) -> None:

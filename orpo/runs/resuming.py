@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Sampler
-from transformers import EarlyStoppingCallback, Trainer, TrainerState
+from torch.utils.data import DataLoader, RandomSampler, Sampler
+from transformers import EarlyStoppingCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
@@ -16,43 +14,22 @@ from transformers.trainer_utils import has_length
 from orpo.ranks import from_rank_0
 from orpo.runs.find_checkpoint import find_fault
 from orpo.runs.record import describe_run
+from orpo.runs.samplers import LengthGroups, pairs_of_rows
+from orpo.runs.stream_places import StreamPlaces
 
 
-class LengthGroups(LengthGroupedSampler):
-    """transformers' sampler of ``group_by_length``, in an order that depends only on seed and epoch.
-
-    transformers draws from the global random state, which differs between ranks, and which a resumed run lacks at the
-    start of its epoch.
-
-    Args:
-        lengths: tokens of each row.
-        batch_size: rows of an optimizer step, sorted with the longest first.
-        seed: decides the order, together with the epoch.
-    """
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the dataloader."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Any:
-        self.generator.manual_seed(self.seed + self.epoch)
-        return super().__iter__()
-
-
-class ResumingTrainer(Trainer):
+class ResumingTrainer(StreamPlaces):
     """``Trainer`` that goes on after a checkpoint with the rows that a run without interruption would have."""
 
     _train_sampler: Sampler | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if isinstance(sampler, LengthGroupedSampler):
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             sampler = LengthGroups(sampler.lengths, sampler.batch_size, seed)
+        elif isinstance(sampler, RandomSampler) and getattr(self.data_collator, "shares_prompts", False):
+            sampler = pairs_of_rows(sampler.data_source, seed) or sampler
         self._train_sampler = sampler
         return sampler
 
@@ -90,7 +67,9 @@ class ResumingTrainer(Trainer):
                 print(f"the run is finished, {finished}: nothing is trained")
             return num_train_epochs, 0
         self._refuse_unknown_order()
-        return position if has_length(self.train_dataset) else self._position_in_stream(state)
+        if has_length(self.train_dataset):
+            return position
+        return self._go_on_in_stream(state, Path(resume_from_checkpoint))
 
     def _find_best(self, state: TrainerState, resumed: Path) -> None:
         """Finds the best checkpoint beside the one resumed from, since their folder may have been moved or renamed."""
@@ -154,11 +133,3 @@ class ResumingTrainer(Trainer):
         for name in self.model.active_adapters:
             part = Path(self.state.best_model_checkpoint, "" if name == "default" else name)
             self.model.load_adapter(str(part), name)
-
-    def _position_in_stream(self, state: TrainerState) -> tuple[int, int]:
-        # Trainer does not know a stream's length, and takes all steps of the run for one epoch: in the second pass over
-        # a stream, it would skip all batches of both passes in the first one, and begin the second from its first row.
-        # The epoch that it noted is the number of finished passes, plus the last one's batches as a share of the run's.
-        passes = math.ceil(state.epoch) - 1
-        batches = round((state.epoch - passes) * state.max_steps * self.args.gradient_accumulation_steps)
-        return passes, 0 if self.args.ignore_data_skip else batches

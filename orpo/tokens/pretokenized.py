@@ -11,6 +11,8 @@ COLUMNS = ("chosen_input_ids", "rejected_input_ids", "chosen_prompt_length", "re
 # Optional: 1 for a token of the answer, which both terms score; 0 for another, such as a tool's result, which only an
 # NLL over the prompt scores; -1 for one that neither scores. An empty mask, or null, means 0 in the prompt, then 1.
 MASKS = ("chosen_mask", "rejected_mask")
+# The pair_id of a pair that only fills the last batch of a stream: no row of it reaches the loss.
+NOT_COUNTED = -2
 _REMEDY = "leave out such rows, data.filter(...)"
 
 

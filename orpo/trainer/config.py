@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from orpo_kernels.plan import BACKENDS
 from orpo_kernels.settings import LossSettings
+from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
-from orpo.compat import Arguments
 from orpo.data.forms.columns import read_columns
 from orpo.data.forms.turns import SCORE_TURNS
 from orpo.layouts.batch import NLL_SPANS, NLLSpan
@@ -52,7 +52,7 @@ def older_name(new: str) -> Any:
 
 
 @dataclass
-class ORPOConfig(RedactedArguments, Arguments):
+class ORPOConfig(RedactedArguments, TrainingArguments):
     """Arguments of :class:`orpo.ORPOTrainer`, on top of ``transformers.TrainingArguments``.
 
     Four defaults are TRL's rather than transformers': ``learning_rate`` 1e-6, ``logging_steps`` 10,
@@ -72,7 +72,7 @@ class ORPOConfig(RedactedArguments, Arguments):
         ValueError: a setting is out of its range, or two contradict each other.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*Arguments._VALID_DICT_FIELDS, "model_init_kwargs", "columns"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "columns"]
 
     learning_rate: float = _setting(1e-6, "The initial learning rate for AdamW.")
     logging_steps: float = _setting(10, "Log every so many optimizer steps; below 1, a fraction of the run.")
@@ -122,8 +122,8 @@ class ORPOConfig(RedactedArguments, Arguments):
     layout: str = _setting(
         "auto",
         "How a batch is laid out. shared: [prompt | chosen | rejected] in one row; packed: sequences without padding; "
-        "padded: one row each; auto: shared (packed with FlashAttention) if a few pairs score the same as padded with "
-        "the model at hand, else padded.",
+        "padded: one row each; auto: shared (with FlashAttention else packed) if a few pairs score the same as padded "
+        "with the model at hand, else padded.",
     )
     logits_budget: int | None = _setting(
         None,

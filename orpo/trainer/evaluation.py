@@ -16,7 +16,7 @@ from orpo.data.preview import check_stream, check_token_ids
 from orpo.layouts.batch import pair_batch, without_repeats
 from orpo.layouts.sequences import SEQUENCES, with_sequences
 from orpo.model.attach import embeddings
-from orpo.tokens.pretokenized import COLUMNS
+from orpo.tokens.pretokenized import COLUMNS, NOT_COUNTED
 from orpo.trainer.adapt import router_coefficient
 from orpo.trainer.means import EVALUATED, WeightedMeans
 from orpo.trainer.positions import check_positions
@@ -158,9 +158,27 @@ class EvaluatingTrainer(Trainer):
         self._eval_means.add_batch(outputs.metrics, counts)
         if prediction_loss_only:
             return None, None, None
+        self._tell_remainder(batch.pair_ids)
         logps = torch.stack([outputs.chosen_logps, outputs.rejected_logps], dim=1)
         loss = loss.detach() if "loss" in self.args.include_for_metrics else None
         return loss, logps, torch.zeros(len(logps), device=logps.device)
+
+    def _tell_remainder(self, pair_ids: Tensor) -> None:
+        """Tells accelerate how many pairs of a stream's last batch count: the others are cut off the predictions."""
+        loader = self.accelerator.gradient_state.active_dataloader
+        if self.accelerator.num_processes == 1 or loader.remainder != -1:
+            return
+        counted = int(self._sum_over_ranks((pair_ids != NOT_COUNTED).sum().to(self.args.device)))
+        whole = counted == len(pair_ids) * self.accelerator.num_processes
+        if whole:
+            return
+        if not loader.end_of_dataloader:
+            raise ValueError(
+                f"{self.args.dataloader_num_workers} dataloader workers each end with a batch that is not full, of "
+                "which predictions cannot be cut: set dataloader_num_workers to 0 or 1, or evaluate without "
+                "compute_metrics"
+            )
+        loader.remainder = counted
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         try:

@@ -46,7 +46,10 @@ _NONE = (False, None, "off", "none", "None", "No")
 
 
 def name_nothing(args: Any) -> None:
-    """Gives strategies and trackers that are switched off the word that transformers has for it."""
+    """Gives what is switched off, strategies and trackers, or on, FSDP, the word that transformers has for it."""
+    if args.fsdp in ("true", "True"):
+        # On a command line it comes as text, and transformers looks for a strategy of that name.
+        args.fsdp = True
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
         if getattr(args, name) in _NONE:
             setattr(args, name, "no")

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
+from orpo.ranks import describe_ranks
 from orpo.report.card import model_card
 from orpo.trainer.samples import EvalSamples
 from orpo.trainer.start import describe_training, odd_rate
@@ -18,15 +19,18 @@ class StartLine(TrainerCallback):
 
     Args:
         own_optimizer: whether the user gave an optimizer, whose rate is not that of the settings.
+        ranks: what is said of the ranks, or None.
     """
 
-    def __init__(self, own_optimizer: bool) -> None:
-        self.own_optimizer = own_optimizer
+    def __init__(self, own_optimizer: bool, ranks: str | None) -> None:
+        self.own_optimizer, self.ranks = own_optimizer, ranks
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Prints the line, except where a finished run is started again."""
         if not args.should_log or state.global_step >= state.max_steps:
             return
+        if self.ranks:
+            print(self.ranks)
         print(describe_training(model, args, state.max_steps))
         if not self.own_optimizer and (said := odd_rate(args, hasattr(model, "peft_config"))):
             warnings.warn(said, stacklevel=2)
@@ -42,7 +46,8 @@ class ReportingTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._card_details: dict[str, Any] = {}
         # First of all callbacks: after the progress bar's, the line would be printed beside the bar.
-        self.callback_handler.callbacks.insert(0, StartLine(own_optimizer=self.optimizer is not None))
+        start_line = StartLine(self.optimizer is not None, describe_ranks(self.accelerator))
+        self.callback_handler.callbacks.insert(0, start_line)
         if self.args.early_stopping_patience is not None:
             self.add_callback(
                 EarlyStoppingCallback(self.args.early_stopping_patience, self.args.early_stopping_threshold)

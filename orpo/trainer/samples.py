@@ -45,9 +45,11 @@ class EvalSamples(TrainerCallback):
             raise ValueError("generate_during_eval is given without eval_dataset, whose prompts it answers")
         self.trainer = trainer
         self._examples: dict[str | None, list[dict[str, Any]]] = {}
+        self._answered: set[tuple[str | None, int]] = set()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Removes samples of another run, and this run's from after the step that it resumes from."""
+        self._answered.clear()
         path = Path(args.output_dir, FILE)
         if not state.is_world_process_zero or not path.exists():
             return
@@ -61,6 +63,10 @@ class EvalSamples(TrainerCallback):
         if not state.is_world_process_zero:
             return
         for name, data in self._evaluated(metrics or {}).items():
+            # orpo-train evaluates once more at the end; where the best weights were loaded, it is another model.
+            if (name, state.global_step) in self._answered and not args.load_best_model_at_end:
+                continue
+            self._answered.add((name, state.global_step))
             records = self._answer(name, data)
             for record in records:
                 record["step"] = state.global_step

@@ -11,20 +11,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import datasets
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from orpo.data.preview import check_token_ids, describe_example, first_pair
+from orpo.data.preview import check_token_ids, describe_example, first_of_stream, first_pair
 from orpo.data.streams import StreamReport, counters
+from orpo.data.whole_batches import WholeBatches
 from orpo.layouts.batch import Counts, pair_batch
 from orpo.layouts.encoder_decoder import EncoderDecoderLayout
 from orpo.layouts.layout import PaddedLayout
 from orpo.model.attach import LossCall, base_model, embeddings
 from orpo.model.encoder_decoder import is_encoder_decoder
 from orpo.model.probe import check_fused_logps, choose_layout
-from orpo.ranks import agreed, prepare_ranks
+from orpo.ranks import agreed, prepare_ranks, refuse_other_streams
 from orpo.runs.checkpoints import CheckpointingTrainer
 from orpo.runs.non_finite import NonFiniteGuard
 from orpo.runs.resuming import ResumingTrainer
@@ -141,6 +143,7 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
         for data in (self.train_dataset, *held_out):
             check_token_ids(data, embeddings(self.model))
             check_positions(data, self.model, self.args)
+            refuse_other_streams(self.accelerator, lambda data=data: first_of_stream(data))
         prepare_ranks(self.accelerator, self.model)
 
     def _probe(self, layout_options: dict[str, Any] | None) -> Any:
@@ -183,6 +186,14 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, Checkpoi
         given = None if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
         refuse_frozen(self.model if model is None else model, given)
         return super().create_optimizer(model)
+
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
+        """``Trainer``'s, but several ranks share a stream by example, not by file."""
+        ranks, trains = self.accelerator.num_processes, kwargs.get("is_training", False)
+        if isinstance(dataset, datasets.IterableDataset) and (trains or ranks > 1):
+            dataset = WholeBatches(dataset, batch_size, ranks)
+            self._train_stream = dataset if trains else self._train_stream
+        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """``Trainer``'s, but the rest of a stream that does not fill an optimizer step is dropped."""

@@ -60,6 +60,6 @@ def test_runs_are_compared_figure_by_figure():
 
 
 def test_each_host_has_its_script():
-    assert all((ROOT / f"tests/hosts/run_{name}.py").exists() for name in HOSTS)
+    assert all((ROOT / f"tests/hosts/run_{name.replace('-', '_')}.py").exists() for name in HOSTS)
     done = subprocess.run([sys.executable, "-m", "tests.hosts", "nothing"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "invalid choice: 'nothing'" in done.stderr

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shlex
 from typing import get_type_hints
 
 import pytest
@@ -10,6 +12,7 @@ from orpo import train
 from orpo.cli.arguments import DataArguments, ModelArguments, parse
 from orpo.cli.other_names import ELSEWHERE, advice
 from orpo.cli.short_help import GROUPS
+from orpo.launch import launch_config
 from orpo.trainer.config import ORPOConfig
 
 LINE = ["--model_name_or_path", "gpt2", "--dataset_name", "d", "--use_cpu"]
@@ -151,6 +154,15 @@ def test_what_is_switched_off_by_any_of_its_words(off, tmp_path):
     names = ("eval_strategy", "save_strategy", "logging_strategy")
     args = ORPOConfig(str(tmp_path), use_cpu=True, report_to=off, **dict.fromkeys(names, off))
     assert [getattr(args, name).value for name in names] == ["no"] * 3 and args.report_to == []
+
+
+def test_fsdp_is_switched_on_by_the_line_of_the_torchrun_script(tmp_path, monkeypatch):
+    # It sets variables that later trainers of this process would read.
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        monkeypatch.setenv(name, "false")
+    options = shlex.split(re.search(r"with (--fsdp .*) FSDP2", launch_config("torchrun"))[1])
+    args = parse([*LINE, "--output_dir", str(tmp_path), *options])[2]
+    assert args.fsdp is True and args.fsdp_plugin_args["fsdp_version"] == 2
 
 
 def test_other_trainers_names_are_no_options_of_ours():

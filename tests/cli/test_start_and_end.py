@@ -114,6 +114,13 @@ def test_nothing_is_loaded_before_the_first_line():
     assert "loading" not in said("--max_steps 3", RANK="1")[1]
 
 
+def test_orpo_generate_speaks_before_it_loads():
+    """torch fails to import here, and whatever is said was said before."""
+    code = "import sys; sys.modules['torch'] = None; from orpo.commands import generate; generate()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.startswith("loading torch and transformers ...\n") and "import of torch halted" in done.stderr
+
+
 def test_nothing_is_announced_that_has_passed(capsys):
     announce()
     assert capsys.readouterr() == ("", "")

@@ -7,6 +7,7 @@ from trainers import make_args, make_trainer
 
 from orpo.data.forms.unusable import BAD, REASONS, FileFault
 from orpo.data.prepare import Limits, prepare_dataset
+from orpo.data.prepared import summary_of
 from orpo.data.streams import DropCounter
 
 GOOD = {"prompt": "hello", "chosen": " hi", "rejected": " no"}
@@ -66,10 +67,11 @@ def test_the_line_says_what_the_row_holds_and_the_card_has_it(tmp_path):
     rows = [GOOD] * 99 + [{**GOOD, "rejected": None}]
     trainer = make_trainer(tmp_path, train_dataset=rows, layout="padded")
     line = (
-        "train: kept 99 of 100: 1 row with null where a text belongs (row 99, 'rejected' is null; it holds prompt: "
+        "kept 99 of 100: 1 row with null where a text belongs (row 99, 'rejected' is null; it holds prompt: "
         "text, chosen: text, rejected: null)"
     )
-    assert trainer.train_dataset.orpo_summary == line
+    assert summary_of(trainer.train_dataset) == line
+    assert summary_of(trainer.train_dataset.select(range(9))) is None
     trainer.create_model_card()
     assert "kept 99 of 100" in (tmp_path / "README.md").read_text()
 

@@ -4,8 +4,8 @@ import json
 
 import datasets
 import pytest
-from tiny import CHATML, ROWS, SEVEN, make_tokenizer
-from trainers import make_args, make_trainer
+from tiny import CHATML, ROWS, SEVEN, make_model, make_tokenizer
+from trainers import logged, make_args, make_trainer
 
 from orpo.cli.arguments import parse
 from orpo.data.files.sources import NoSuchSplit, load_pairs
@@ -44,6 +44,27 @@ def test_several_rejected_answers_make_a_pair_each(container):
     assert [pair["pair_id"] for pair in pairs] == [0, 0, 1]
     if container == "list":
         assert lines == ["train: kept 3 of 4 pairs, made of 2 rows: 1 empty answer (row 0)"]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_pairs_that_share_a_prompt_train_as_in_the_padded_layout(architecture, tmp_path):
+    """Whole batches of one row's pairs, and batches of two rows'; a window that is shorter than the prompt."""
+    window = {"sliding_window": 4} if architecture == "mistral" else {}
+    data = {
+        "prompt": ["how are you today hello how are you", "hello"],
+        "chosen": [[" fine", " I am fine"], [" hi"]],
+        "rejected": [[" no", " go away"], [" no", " go", " leave me alone"]],
+    }
+    losses = []
+    for layout in ("padded", "shared"):
+        settings = {"layout": layout, "per_device_train_batch_size": 4, "train_sampling_strategy": "sequential"}
+        model = make_model(architecture, **window)
+        trainer = make_trainer(tmp_path, model, data, max_steps=4, learning_rate=1e-2, **settings)
+        tokens = [trainer.data_collator(trainer.train_dataset.to_list()[i : i + 4])["input_ids"] for i in (0, 4)]
+        trainer.train()
+        losses.append((logged(trainer, "loss"), sum(batch.numel() for batch in tokens)))
+    (padded, most), (shared, fewer) = losses
+    assert shared == pytest.approx(padded, rel=2e-5) and fewer < most / 2
 
 
 @pytest.mark.parametrize("empty", [{"rejected": []}, {"chosen": [], "rejected": [" no"]}])

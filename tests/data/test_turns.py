@@ -1,5 +1,6 @@
 """Answers of several turns: which tokens each term scores, from the rows of a data set to loss and gradient."""
 
+from functools import partial
 from itertools import groupby
 
 import datasets
@@ -384,7 +385,7 @@ def test_the_first_pair_is_shown_as_it_is_scored(tokenizer):
     assert lines[5].endswith(repr(TURN))
 
 
-LAYOUTS = [PaddedLayout, PackedLayout, SharedLayout, lambda *a: PackedLayout(*a, single_row=True)]
+LAYOUTS = [PaddedLayout, *(partial(of, single_row=one) for of in (PackedLayout, SharedLayout) for one in (False, True))]
 
 
 def by_hand(model, examples, whole_nll, beta=0.1):
@@ -407,7 +408,7 @@ def by_hand(model, examples, whole_nll, beta=0.1):
 
 
 @pytest.mark.parametrize("whole_nll", [True, False])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["padded", "packed", "shared", "single row"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["padded", "packed", "packed row", "shared", "shared row"])
 def test_loss_and_gradient_are_those_of_the_scored_tokens(layout, whole_nll, tokenizer):
     rows = [
         {**ROW, "chosen": [{**GOOD, "weight": 0}, MORE, GOOD, MORE, BETTER]},

@@ -1,5 +1,7 @@
 """Which hidden states and targets a batch of pairs scores."""
 
+from functools import partial
+
 import pytest
 import torch
 from orpo_kernels.rows import rows_from_labels
@@ -136,9 +138,13 @@ def read(batch):
 
 
 @pytest.mark.parametrize("nll", [NLLSpan(), NLLSpan(prompt=False), NLLSpan(skip_token_id=2)])
-@pytest.mark.parametrize("layout", [PackedLayout, SharedLayout, lambda *a: PackedLayout(*a, single_row=True)])
-def test_every_layout_scores_the_same_tokens_at_the_same_positions(layout, nll):
-    padded, other = PaddedLayout(0, nll)(PAIRS), layout(0, nll)(PAIRS)
+@pytest.mark.parametrize(
+    "layout", [PackedLayout, SharedLayout, *(partial(of, single_row=True) for of in (PackedLayout, SharedLayout))]
+)
+@pytest.mark.parametrize("pairs", ["two prompts", "one prompt"])
+def test_every_layout_scores_the_same_tokens_at_the_same_positions(layout, nll, pairs):
+    pairs = PAIRS if pairs == "two prompts" else SEVERAL
+    padded, other = PaddedLayout(0, nll)(pairs), layout(0, nll)(pairs)
     width = padded["input_ids"].shape[1]
     padded["position_ids"] = torch.arange(width).expand(4, -1)
     assert read(other) == read(padded)
@@ -164,9 +170,43 @@ def test_shared_has_the_prompt_once_and_both_answers_behind_it():
 def test_short_pairs_fill_a_row_together():
     short = {**PAIRS[0], "chosen_input_ids": [1, 10, 5], "rejected_input_ids": [1, 10, 6], "rejected_prompt_length": 2}
     short["chosen_prompt_length"] = 2
-    batch = SharedLayout(pad_token_id=0)([short, PAIRS[0], short])
-    assert batch["input_ids"].tolist() == [[1, 10, 11, 20, 21, 2, 30, 2], [1, 10, 5, 6, 1, 10, 5, 6]]
+    other = {**short, "chosen_input_ids": [1, 12, 5], "rejected_input_ids": [1, 12, 6]}
+    batch = SharedLayout(pad_token_id=0)([short, PAIRS[0], other])
+    assert batch["input_ids"].tolist() == [[1, 10, 11, 20, 21, 2, 30, 2], [1, 10, 5, 6, 1, 12, 5, 6]]
     assert batch["position_ids"][1].tolist() == [0, 1, 2, 2, 0, 1, 2, 2]
+
+
+def pairs_of_one_prompt(prompt, chosen, *rejected):
+    """A pair of `chosen` with each of `rejected`."""
+    lengths = dict.fromkeys(("chosen_prompt_length", "rejected_prompt_length"), len(prompt))
+    return [{"chosen_input_ids": prompt + chosen, "rejected_input_ids": prompt + r, **lengths} for r in rejected]
+
+
+SEVERAL = pairs_of_one_prompt([1, 10, 11, 12, 13, 14], [20, 2], [30, 2], [31, 2])
+
+
+def test_pairs_of_one_prompt_have_it_once_and_an_answer_of_several_pairs_too():
+    batch = SharedLayout(pad_token_id=0)(SEVERAL)
+    assert batch["input_ids"].tolist() == [[1, 10, 11, 12, 13, 14, 20, 2, 30, 2, 31, 2]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 6, 7, 6, 7]]
+    assert batch["attention_mask"].branch_BT.tolist() == [[0, 0, 0, 0, 0, 0, 1, 1, 2, 2, 3, 3]]
+    rows = batch["orpo"].rows
+    answers = {s: rows.rows_N[rows.in_response_N & (rows.sequence_N == s)].tolist() for s in range(4)}
+    assert answers == {0: [5, 6], 1: [5, 6], 2: [5, 8], 3: [5, 10]}
+
+
+def test_a_group_stays_within_two_sequences():
+    """What the probe tries. The third pair would make 12 tokens of 10, and begins a group of its own."""
+    batch = SharedLayout(pad_token_id=0)(pairs_of_one_prompt([1, 10, 11], [20, 2], [30, 2], [31, 2], [32, 2]))
+    assert batch["input_ids"].tolist() == [[1, 10, 11, 20, 2, 30, 2, 31, 2], [1, 10, 11, 20, 2, 32, 2, 0, 0]]
+
+
+def test_pairs_of_one_prompt_stay_apart_where_a_wide_row_would_cost_more():
+    """Together they would be 8 tokens wide, beside four pairs of which each is 6 wide and none shares a row."""
+    others = [pair for n in (40, 50, 60, 70) for pair in pairs_of_one_prompt([1, n], [20, 2], [30, 2])]
+    together = pairs_of_one_prompt([1, 10], [20, 2], [30, 2], [31, 2])
+    batch = SharedLayout(pad_token_id=0)([*together, *others])
+    assert batch["input_ids"].shape == (6, 6) and batch["attention_mask"].sum() == 36
 
 
 def test_prompts_that_differ_share_what_comes_before():

@@ -5,7 +5,7 @@ import torch
 from tiny import make_model
 from torch.nn.attention.flex_attention import create_mask
 
-from orpo.layouts.prefix_mask import CHOSEN, PROMPT, REJECTED, SharedPrefixMask, layer_windows
+from orpo.layouts.prefix_mask import PROMPT, SharedPrefixMask, layer_windows
 
 # Row 0: a pair of 3 + 2 + 3 tokens. Row 1: two pairs of 1 + 1 + 1, and two tokens of padding.
 BRANCHES = [[0, 0, 0, 1, 1, 2, 2, 2], [3, 4, 5, 6, 7, 8, 9, 9]]
@@ -36,7 +36,23 @@ def test_visible(window):
     assert not expected[0, 5:, 3:5].any(), "rejected sees chosen"
     if window is None:
         assert expected[0, 4, :5].all() and expected[0, 7, [0, 1, 2, 5, 6, 7]].all()
-    assert (CHOSEN, REJECTED) == (1, 2)
+
+
+def test_more_answers_than_two_behind_a_prompt():
+    """Prompt 0 has three answers, of which the last has two tokens; prompt 1 has one."""
+    branch, position = torch.tensor([[0, 1, 2, 3, 3, 4, 5]]), torch.tensor([[0, 1, 1, 1, 2, 0, 1]])
+    mask = SharedPrefixMask(branch.int(), position, longest=3, tokens=7, branches=4)
+    assert mask.visible()[0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 0, 1, 0, 0, 0, 0],
+        [1, 0, 0, 1, 0, 0, 0],
+        [1, 0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1, 1],
+    ]
+    blocks = mask.block_mask()
+    assert torch.equal(create_mask(blocks.mask_mod, 1, None, 7, 7, device="cpu")[0], mask.visible())
 
 
 @pytest.mark.parametrize("window", [None, 2])

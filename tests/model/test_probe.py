@@ -17,7 +17,8 @@ from orpo import ORPOConfig, ORPOTrainer
 from orpo.data.prepare import Limits, prepare_dataset
 from orpo.layouts.prefix_mask import eager_where_flash_cannot_run
 from orpo.model.attach import LogitTransform, LossCall, attach_orpo_loss
-from orpo.model.probe import _matmul_eps, check_fused_logps, choose_layout
+from orpo.model.few_layers import few_layers
+from orpo.model.probe import check_fused_logps, choose_layout, matmul_eps
 from orpo.trainer.adapt import disable_dropout
 
 # Positions by the order in memory (ALiBi, learned and counted, local windows), states, a router's loss.
@@ -38,8 +39,8 @@ def trained(model, layout):
     return out.loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def prepared(model_type, attention="eager"):
-    model = make_model(model_type, **ARCHITECTURES[model_type])
+def prepared(model_type, attention="eager", **changes):
+    model = make_model(model_type, **{**ARCHITECTURES[model_type], **changes})
     if attention != "eager":
         model.set_attn_implementation(attention)
     disable_dropout(model)
@@ -117,6 +118,26 @@ def test_a_window_longer_than_a_sequence_but_not_than_a_row_is_probed():
     attach_orpo_loss(model)
     for max_length, expected in ((30, "log-probabilities differ"), (20, "layout shared")):
         assert expected in choose_layout("auto", model, max_length=max_length, pad_token_id=0)[1]
+
+
+def test_a_window_is_tried_in_one_layer_of_each_kind(monkeypatch):
+    """The last of six layers is the first to have a window; of six that are alike one is tried."""
+    types = ["full_attention"] * 4 + ["sliding_attention"] * 2
+    settings = {"num_hidden_layers": 6, "layer_types": types, "sliding_window": 4, "query_pre_attn_scalar": 8}
+    model = make_model("gemma2", **settings)
+    layers = model.model.layers
+    with few_layers(model) as count:
+        assert count == 5 and list(model.model.layers) == list(layers[:5])
+    assert model.model.layers is layers
+    attach_orpo_loss(model)
+    ran = []
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, *_: ran.append(layer.self_attn.layer_idx))
+    assert "layout shared" in choose("auto", model)[1] and ran == [0, 1, 2, 3, 4] * 2
+    monkeypatch.setattr("orpo.layouts.prefix_mask.layer_windows", lambda config: (None, set()))
+    assert "log-probabilities differ" in choose("auto", model)[1]
+    with few_layers(make_model("mistral", num_hidden_layers=6, sliding_window=4)) as count:
+        assert count == 1
 
 
 def test_a_window_that_no_position_reaches_beyond_cannot_be_probed():
@@ -199,7 +220,7 @@ def flash_model(monkeypatch):
 def test_flash_attention_trains_float32_weights_in_mixed_precision(flash_model, tmp_path, capsys):
     args = ORPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=True, max_steps=1, save_strategy="no")
     ORPOTrainer(flash_model, args, train_dataset=SEVEN, processing_class=make_tokenizer()).train()
-    assert "layout packed: a few pairs score as in the padded layout" in capsys.readouterr().out
+    assert "layout packed: a few pairs score as in the padded layout; not shared: " in capsys.readouterr().out
 
 
 def test_flash_attention_on_float32_alone_is_refused_in_words(flash_model, tmp_path):
@@ -231,17 +252,17 @@ def test_flash_attention_is_not_called_where_it_cannot_run(gpu_only_model):
     layout, why = choose("auto", gpu_only_model)
     assert type(layout).__name__ == "PaddedLayout"
     reason = "FlashAttention does not run on a CPU, where the weights are now, so that it cannot be tried"
-    assert why == f"layout padded, not packed: {reason}"
+    assert why == f"layout padded, not shared: {reason}"
     assert choose("padded", gpu_only_model)[1] == "layout padded, as asked for"
-    for name, obstacle in {"packed": reason, "shared": "FlashAttention takes no mask"}.items():
-        with pytest.raises(ValueError, match=f"layout is '{name}', which .* cannot be trained with: {obstacle}"):
+    for name in ("packed", "shared"):
+        with pytest.raises(ValueError, match=f"layout is '{name}', which .* cannot be trained with: {reason}"):
             choose(name, gpu_only_model)
 
 
 def test_it_is_called_again_in_training(gpu_only_model, tmp_path, capsys):
     args = ORPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=True, max_steps=1, save_strategy="no")
     trainer = ORPOTrainer(gpu_only_model, args, train_dataset=SEVEN, processing_class=make_tokenizer())
-    assert "layout padded, not packed: FlashAttention does not run on a CPU" in capsys.readouterr().out
+    assert "layout padded, not shared: FlashAttention does not run on a CPU" in capsys.readouterr().out
     with pytest.raises(NotImplementedError, match="flash_attn"):
         trainer.train()
 
@@ -271,15 +292,15 @@ def test_every_sub_configuration_gets_its_own_attention_back():
 
 def test_tolerance_follows_what_matmuls_round_to():
     model = make_model("llama")
-    assert _matmul_eps(model, "cuda") == _matmul_eps(model, "cpu") == 2.0**-23
+    assert matmul_eps(model, "cuda") == matmul_eps(model, "cpu") == 2.0**-23
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert _matmul_eps(model, "cpu") == 2.0**-7
+        assert matmul_eps(model, "cpu") == 2.0**-7
     previous = torch.backends.cuda.matmul.fp32_precision
     # What transformers' `tf32=True` sets.
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        assert (_matmul_eps(model, "cuda"), _matmul_eps(model, "cpu")) == (2.0**-10, 2.0**-23)
+        assert (matmul_eps(model, "cuda"), matmul_eps(model, "cpu")) == (2.0**-10, 2.0**-23)
     finally:
         torch.backends.cuda.matmul.fp32_precision = previous
     model.config.quantization_config = SimpleNamespace(bnb_4bit_compute_dtype=torch.bfloat16)
-    assert _matmul_eps(model, "cpu") == 2.0**-7
+    assert matmul_eps(model, "cpu") == 2.0**-7

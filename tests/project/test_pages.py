@@ -2,10 +2,12 @@
 
 import re
 import shlex
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny import ROWS, make_model, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +24,16 @@ def blocks(page: Path) -> list[str]:
     return [re.sub(r"\A.*(?=# after)", "", block, flags=re.S) for block in found]
 
 
+@contextmanager
+def one_rank(folder):
+    """A process group of this process alone, for what a page does on several."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
 def test_the_python_of_the_pages_runs(tmp_path, monkeypatch, own_cache):
     monkeypatch.chdir(tmp_path)
     model, tokenizer = make_model("llama"), make_tokenizer()
@@ -35,9 +47,17 @@ def test_the_python_of_the_pages_runs(tmp_path, monkeypatch, own_cache):
         labels[i, : len(tokenizer(row["prompt"])["input_ids"])] = -100
     names = {"model": model, "input_ids": ids, "attention_mask": mask, "labels": labels, "pairs": ROWS}
     code = [block for page in PAGES for block in blocks(page)]
-    assert len(blocks(README)) == 4 and len(code) == 7 and sum(MODEL in block for block in code) == 1
+    assert len(blocks(README)) == 4 and len(code) == 10 and sum(MODEL in block for block in code) == 1
     for block in code:
-        exec(block.replace(MODEL, "base"), names)
+        if "torch.cuda" in block and not torch.cuda.is_available():
+            # At least it is Python.
+            compile(block, "a page", "exec")
+            continue
+        with one_rank(tmp_path) if "_group" in block else nullcontext() as group:
+            names |= {"tp_group": group, "cp_group": group}
+            exec(block.replace(MODEL, "base"), names)
+    assert names["cut_loss"].isfinite()
+    torch.testing.assert_close(names["slice_loss"], names["cut_loss"])
     assert model.lm_head.weight.grad.abs().sum() > 0
     torch.testing.assert_close(names["loss"], names["out"].loss)
     assert names["trainer"].state.global_step == 3

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # From the bottom: what stands in one line does not know of one another.
 FLOORS = (
-    ("orpo_kernels", "compat", "files", "packages", "hub", "ranks", "tokens", "launch"),
+    ("orpo_kernels", "files", "packages", "hub", "ranks", "tokens", "launch"),
     ("loss", "layouts", "data", "runs", "recipes"),
     ("model", "rendering", "report"),
     ("generation", "integrations"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from accelerate.utils import merge_fsdp_weights
 from run_forked import launch, returned
 from run_ranks import EIGHT, train, train_to_the_best, train_with_another_head, warnings_on_own_disks
@@ -73,6 +74,7 @@ def test_a_launcher_starts_two_ranks(tmp_path, one_process):
     assert (one["wrapper"], seen["wrapper"]) == ("LlamaForCausalLM", "DistributedDataParallel")
     assert_same_run(one, {**seen, "weights": torch.load(tmp_path / "out" / "weights.pt")})
     assert done.stdout.count("train: kept 8 of 8") == 1
+    assert done.stdout.count("2 ranks (cpu), DDP: each holds the whole model\n") == 1
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -84,6 +86,17 @@ def test_several_ranks_equal_one(head, wrapper, ranks, tmp_path, one_process):
         # accelerate falls back to DDP in silence: both layers and the root have to be sharded.
         assert seen["sharded"] >= 3 if wrapper else seen["wrapper"] == "DistributedDataParallel"
         assert_same_run(one_process("tied" if head else "untied", head), seen)
+
+
+def test_two_copies_of_a_model_cut_in_two_equal_one_process(tmp_path, one_process):
+    options = {"fsdp": True, "parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)}
+    ends = launch(train, 4, tmp_path / "four", options)
+    assert not any(error for *_, error in ends), ends[0][-1]
+    for _, seen, *_ in ends:
+        assert seen["sharded"] >= 3
+        assert_same_run(one_process("untied", {}), seen)
+    said = "4 ranks (cpu), HSDP, 2 copies: each holds 1/2 of weights, gradients and optimizer states\n"
+    assert said in ends[0][2] and not any("4 ranks" in printed for _, _, printed, _ in ends[1:])
 
 
 @pytest.mark.parametrize("model_type", ["t5", "bart"])

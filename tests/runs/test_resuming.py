@@ -12,6 +12,8 @@ from tiny import SEVEN, make_model
 from trainers import logged, make_trainer
 from transformers import TrainerCallback
 
+from orpo.data import prepare
+
 # Eleven pairs of eleven lengths: six batches of two an epoch, the last of one, so that one step of each accumulation
 # is cut short.
 ELEVEN = {
@@ -19,7 +21,13 @@ ELEVEN = {
     "chosen": [f"I am fine {'and well ' * (i % 3)}{i}" for i in range(11)],
     "rejected": [f"leave me alone {i}" for i in range(11)],
 }
-STRATEGIES = ("random", "sequential", "group_by_length", "batch_rebalance", "stream")
+# Eleven pairs again, made of four rows.
+FOUR_ROWS = {
+    "prompt": ELEVEN["prompt"][:4],
+    "chosen": ELEVEN["chosen"][:4],
+    "rejected": [[f"leave me alone {3 * i + j}" for j in range(3 if i else 2)] for i in range(4)],
+}
+STRATEGIES = ("random", "sequential", "group_by_length", "batch_rebalance", "stream", "rows")
 STEPS_AN_EPOCH = {1: 6, 2: 3, 4: 2}
 
 
@@ -47,6 +55,8 @@ def watched(folder, strategy, accumulation, **settings):
     if strategy == "stream":
         # Shuffled anew for each pass.
         data = datasets.Dataset.from_dict(ELEVEN).to_iterable_dataset(num_shards=2).shuffle(seed=5, buffer_size=4)
+    elif strategy == "rows":
+        data = FOUR_ROWS
     trainer = make_trainer(
         folder,
         # Attention dropout draws from the random state that an order must not depend on.
@@ -54,10 +64,10 @@ def watched(folder, strategy, accumulation, **settings):
         data,
         gradient_checkpointing=False,
         disable_dropout=False,
-        layout="padded",
+        layout="shared" if strategy == "rows" else "padded",
         per_device_train_batch_size=2,
         gradient_accumulation_steps=accumulation,
-        train_sampling_strategy="random" if strategy == "stream" else strategy,
+        train_sampling_strategy="random" if strategy in ("stream", "rows") else strategy,
         **{"max_steps": 3 * STEPS_AN_EPOCH[accumulation], **settings},
     )
     steps, run = {}, trainer._run
@@ -92,9 +102,10 @@ def test_a_resumed_run_has_the_rows_and_losses_of_a_whole_one(strategy, accumula
         assert logged(resumed, "loss") == losses[:end]
 
 
-@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance", "rows"])
 def test_two_ranks_share_the_rows_of_an_epoch_after_a_checkpoint_too(strategy, tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path, train_dataset=ELEVEN, train_sampling_strategy=strategy)
+    settings = {"layout": "shared"} if strategy == "rows" else {"train_sampling_strategy": strategy}
+    trainer = make_trainer(tmp_path, train_dataset=FOUR_ROWS if strategy == "rows" else ELEVEN, **settings)
     parts = []
     for rank in range(2):
         options = {"num_processes": 2, "process_index": rank, "put_on_device": False}
@@ -113,7 +124,29 @@ def test_two_ranks_share_the_rows_of_an_epoch_after_a_checkpoint_too(strategy, t
         assert [batch["orpo"].pair_ids.tolist() for batch in resumed] == epochs[1][1:]
         assert epochs[0] != epochs[1]
         parts.append(epochs[1])
-    assert {i for part in parts for batch in part for i in batch} == set(range(11))
+    assert {i for part in parts for batch in part for i in batch} == set(trainer.train_dataset["pair_id"])
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_pairs_of_a_row_come_one_after_the_other_where_they_share_their_prompt(seed, tmp_path):
+    trainer = make_trainer(tmp_path, train_dataset=FOUR_ROWS, layout="shared", data_seed=seed)
+    sampler = trainer._get_train_sampler()
+    orders = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] != orders[1] and len(sampler) == 11
+    rows = [[0, 1], [2, 3, 4], [5, 6, 7], [8, 9, 10]]
+    for order in orders:
+        in_order = sorted(rows, key=lambda row, order=order: order.index(row[0]))
+        assert order == [pair for row in in_order for pair in row]
+    assert trainer.data_collator([trainer.train_dataset[i] for i in rows[1]])["input_ids"].shape[0] == 1
+
+
+def test_other_data_and_layouts_keep_the_order_that_they_had(tmp_path):
+    for data, layout in ((ELEVEN, "shared"), (FOUR_ROWS, "padded")):
+        trainer = make_trainer(tmp_path, train_dataset=data, layout=layout)
+        assert type(trainer._get_train_sampler()) is torch.utils.data.RandomSampler
 
 
 def test_an_order_that_nothing_remembers_is_refused_where_a_run_resumes(tmp_path):
@@ -254,3 +287,58 @@ def test_logs_evaluations_and_saves_are_as_often_as_the_resumed_run_is_told(tmp_
     for name in ("loss", "eval_loss"):
         assert [e["step"] for e in trainer.state.log_history if name in e] == [2, 3, 4]
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (2, 3, 4)]
+
+
+def test_a_stream_is_not_read_again_before_the_place_of_the_checkpoint(tmp_path, monkeypatch):
+    """Four shards of eleven rows; resumed in the third, of the second pass."""
+    monkeypatch.setattr(prepare, "ROWS_OF_A_STREAM", 4)
+    reads = []
+
+    def rows(shards):
+        for shard in shards:
+            for i in range(11):
+                reads.append((shard, i))
+                yield {name: f"{column[i]} {shard}" for name, column in ELEVEN.items()}
+
+    def run(folder, **settings):
+        stream = datasets.IterableDataset.from_generator(rows, gen_kwargs={"shards": [*range(4)]})
+        trainer = make_trainer(
+            folder,
+            make_model("llama", num_hidden_layers=1, attention_dropout=0.2),
+            stream,
+            # Made of the same rows, and read in between.
+            eval_dataset=stream.take(3),
+            eval_strategy="steps",
+            eval_steps=3,
+            disable_dropout=False,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=22,
+            **settings,
+        )
+        trainer.add_callback(SaveAt([18]))
+        return trainer
+
+    whole = run(tmp_path / "whole")
+    whole.train()
+    place = json.loads((tmp_path / "whole/checkpoint-18/stream_place.json").read_text())
+    assert place["epoch"] == 1
+    resumed = run(tmp_path / "resumed")
+    reads.clear()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-18"))
+    assert logged(resumed, "loss") == logged(whole, "loss") and logged(resumed, "eval_loss") == logged(
+        whole, "eval_loss"
+    )
+    # Step 18 ends 28 pairs into the pass; evaluations read the first rows of the first shard.
+    assert {shard for shard, _ in reads} == {0, 2, 3} and (0, 4) not in reads
+
+
+def test_a_checkpoint_without_the_place_goes_on_with_the_same_rows(tmp_path):
+    """As an earlier version saved it, or of a stream whose shuffle buffer would be lost: the stream is read again."""
+    whole, rows = watched(tmp_path / "whole", "stream", 1)
+    whole.add_callback(SaveAt([8]))
+    whole.train()
+    assert not (tmp_path / "whole/checkpoint-8/stream_place.json").exists()
+    resumed, seen = watched(tmp_path / "resumed", "stream", 1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-8"))
+    assert seen == {i: rows[i] for i in range(9, 19)}

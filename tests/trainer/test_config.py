@@ -161,6 +161,7 @@ def test_each_setting_of_the_loss_reaches_it(tmp_path):
 
 @pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])
 def test_ranks_that_share_a_sequence_or_a_matmul_are_refused(name):
-    with pytest.raises(ValueError, match=f"parallelism_config: {name} is 2.*leave it 1"):
+    with pytest.raises(ValueError, match=f"parallelism_config: {name} is 2.*leave it 1") as refused:
         ORPOConfig(parallelism_config=ParallelismConfig(**{name: 2}))
+    assert f"orpo_loss({'tp' if name == 'tp_size' else 'cp'}_group=)" in str(refused.value)
     assert ORPOConfig(parallelism_config=ParallelismConfig(dp_shard_size=2)).parallelism_config.dp_shard_size == 2

@@ -140,14 +140,18 @@ def test_evaluation_weighs_the_nll_as_training_does(tmp_path):
 
 @pytest.mark.parametrize("layout", ["padded", "shared"])
 def test_tokens_seen_are_those_that_are_no_padding(layout, tmp_path):
-    """A shared prompt is seen once."""
+    """In the shared layout a prompt is seen once, and so is an answer that several of its pairs have."""
     counted = {"include_num_input_tokens_seen": "non_padding", "per_device_train_batch_size": 7, "max_steps": 1}
     trainer = make_trainer(tmp_path, layout=layout, **counted)
     trainer.train()
     pairs = list(trainer.train_dataset)
-    expected = sum(len(p["chosen_input_ids"]) + len(p["rejected_input_ids"]) for p in pairs)
+    sequences = [
+        (ids, p["chosen_prompt_length"]) for p in pairs for ids in (p["chosen_input_ids"], p["rejected_input_ids"])
+    ]
+    expected = sum(len(ids) for ids, _ in sequences)
     if layout == "shared":
-        expected -= sum(p["chosen_prompt_length"] for p in pairs)
+        answers = {(tuple(ids[:at]), tuple(ids[at:])) for ids, at in sequences}
+        expected = sum(map(len, {prompt for prompt, _ in answers})) + sum(len(answer) for _, answer in answers)
     assert trainer.state.num_input_tokens_seen == expected
 
 
@@ -345,7 +349,8 @@ def poison(trainer, token):
 
 
 def test_a_nan_stops_the_run_before_the_weights_change(tmp_path):
-    trainer = make_trainer(tmp_path, per_device_train_batch_size=7)
+    # In the shared layout pairs of one prompt lie in one row, whose attention takes a NaN to all of them.
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=7, layout="padded")
     used = [set(e["chosen_input_ids"] + e["rejected_input_ids"]) for e in trainer.train_dataset]
     # A token of the sixth pair that the first five do not have; the seventh may.
     token = min(used[5] - set().union(*used[:5]))
@@ -410,7 +415,7 @@ def test_what_the_trainer_changes_of_transformers_has_one_home():
     """Each method of Trainer is overridden once: who reads it need not follow it through the bases."""
     own = ORPOTrainer.__mro__[: ORPOTrainer.__mro__.index(Trainer)]
     homes = {name: [c.__name__ for c in own if name in vars(c)] for c in own for name in vars(c)}
-    assert len(own) == 5 and homes["train"] == ["ORPOTrainer"]
+    assert len(own) == 6 and homes["train"] == ["ORPOTrainer"]
     # What every class has, and __init__, which each of them adds to.
     ours = {name: found for name, found in homes.items() if not name.startswith("__")}
     assert not {name: found for name, found in ours.items() if len(found) > 1}
