@@ -68,13 +68,13 @@ def before_record(step, act):
 
 
 def plant(place):
-    """What `place` says happens in the save of step 4: kill or fail, in a rank's shards or in rank 0's record."""
-    kind, where = place.split()
+    """What `place` says happens in the save of a step: kill or fail, in the last rank's shards or rank 0's record."""
+    kind, where, step = place.split()
     act = kill_this_process if kind == "kill" else no_space
     if where == "record":
-        before_record(4, act)
+        before_record(int(step), act)
     else:
-        before_shards(4, lambda optimizer: act() if optimizer and is_last_rank() else None)
+        before_shards(int(step), lambda optimizer: act() if optimizer and is_last_rank() else None)
 
 
 def run(folder, options, place=None, resume=None):
@@ -115,7 +115,9 @@ def write_while_training_goes_on(folder, seconds):
         while trainer.state.global_step < 4 and time.monotonic() < end:
             time.sleep(0.01)
         seen["reached"] = trainer.state.global_step
-        time.sleep(seconds)
+        end = time.monotonic() + seconds
+        while trainer.state.global_step < 5 and time.monotonic() < end:
+            time.sleep(0.01)
         # The next save waits for this one.
         seen["still at"] = trainer.state.global_step
         seen["complete"] = [path.name for path in complete_checkpoints(folder / "out")]

@@ -10,7 +10,7 @@ from run_async_saves import end_while_writing, run, time_saves, write_while_trai
 from run_forked import launch, returned
 from safetensors.torch import load_file
 from torch.distributed.fsdp import StateDictType
-from trainers import make_args, make_trainer
+from trainers import make_trainer
 
 from orpo.runs.async_saves import refuse_async_save
 from orpo.runs.find_checkpoint import complete_checkpoints, find_fault
@@ -74,10 +74,12 @@ def test_so_it_is_of_an_adapter(tmp_path):
     assert_same_checkpoint(*(tmp_path / name / "out/checkpoint-2" for name in ("waited", "went-on")))
 
 
-def test_training_goes_on_up_to_the_next_save_while_one_is_written(tmp_path):
-    for seen in returned(write_while_training_goes_on, 2, tmp_path, 1.0):
+def test_training_goes_on_up_to_the_next_save_while_one_is_written(tmp_path, waited):
+    for seen in returned(write_while_training_goes_on, 2, tmp_path, 3.0):
         assert seen["reached"] == seen["still at"] == 4
         assert seen["complete"] == [] and seen["at end"] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    # Written after two more steps, it is what there was at its own.
+    assert_same_checkpoint(*(folder / "out/checkpoint-2" for folder in (waited[0], tmp_path)))
 
 
 def test_a_slow_disk_does_not_keep_the_step(tmp_path):
@@ -88,10 +90,10 @@ def test_a_slow_disk_does_not_keep_the_step(tmp_path):
     assert waits["waited"] > 3 and waits["went-on"] < 2, waits
 
 
-@pytest.mark.parametrize("place", ["kill shards", "kill record"])
+@pytest.mark.parametrize("place", ["kill shards 4", "kill record 4"])
 def test_a_run_that_is_killed_while_it_writes_goes_on_from_the_checkpoint_before(place, tmp_path, waited):
     ends = launch(run, 2, tmp_path, ASYNC, place)
-    assert ends[-1 if place == "kill shards" else 0][0] == -9, ends
+    assert ends[-1 if "shards" in place else 0][0] == -9, ends
     assert [path.name for path in complete_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
     assert not (tmp_path / "out/checkpoint-4").exists()
     seen = launch(run, 2, tmp_path, ASYNC, None, "auto")
@@ -102,9 +104,9 @@ def test_a_run_that_is_killed_while_it_writes_goes_on_from_the_checkpoint_before
         assert_same_end(waited[1], mine)
 
 
-@pytest.mark.parametrize("place", ["fail shards", "fail record"])
+@pytest.mark.parametrize("place", ["fail shards 4", "fail record 4"])
 def test_an_error_of_the_writing_ends_the_run_on_all_ranks(place, tmp_path):
-    rank = 1 if place == "fail shards" else 0
+    rank = 1 if "shards" in place else 0
     for seen in returned(run, 2, tmp_path, ASYNC, place):
         assert seen["error"].startswith(
             "AsyncSaveError\ncheckpoint-4 could not be written while training went on: "
@@ -115,9 +117,15 @@ def test_an_error_of_the_writing_ends_the_run_on_all_ranks(place, tmp_path):
         assert not (tmp_path / "out/_incomplete/checkpoint-4").exists()
 
 
+def test_an_error_of_the_last_save_is_not_lost(tmp_path):
+    for seen in returned(run, 2, tmp_path, ASYNC, "fail shards 6"):
+        assert "checkpoint-6 could not be written" in seen["error"] and "Errno 28" in seen["error"]
+        assert seen["complete"] == ["checkpoint-2", "checkpoint-4"]
+
+
 def test_older_checkpoints_are_removed_only_when_the_new_one_is_whole(tmp_path):
     limited = {**ASYNC, "save_total_limit": 1}
-    launch(run, 2, tmp_path, limited, "kill record")
+    launch(run, 2, tmp_path, limited, "kill record 4")
     assert [path.name for path in complete_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
     for seen in returned(run, 2, tmp_path, limited, None, "auto"):
         assert seen["left"] == ["checkpoint-6"]
@@ -154,7 +162,7 @@ def test_a_signal_saves_and_waits_for_both_saves(tmp_path):
 
 def test_it_is_refused_in_one_process(tmp_path):
     with pytest.raises(ValueError, match="async_save is True in a run of 1 process: it needs FSDP2"):
-        make_trainer("llama", make_args(tmp_path, async_save=True))
+        make_trainer(tmp_path, async_save=True)
 
 
 def test_it_is_refused_under_ddp(tmp_path):
