@@ -144,23 +144,26 @@ def time_saves(folder, options, seconds):
 
 
 class Ending(TrainerCallback):
-    """After step 3: an error on all ranks, or the signal of a scheduler to rank 0."""
+    """In step 3: an error on all ranks after it, or what the handler of SIGTERM does in the end, on rank 0."""
 
-    def __init__(self, way):
+    def __init__(self, way, trainer):
         self.way = way
+        self.managers = [c.jit_manager for c in trainer.callback_handler.callbacks if hasattr(c, "jit_manager")]
+
+    def on_optimizer_step(self, args, state, control, **_):
+        if state.global_step == 2 and self.way == "signal" and args.process_index == 0:
+            self.managers[0].is_checkpoint_requested = True
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step == 3 and self.way == "error":
             raise RuntimeError("enough")
-        if state.global_step == 3 and args.process_index == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def end_while_writing(folder, way, place=None):
     """The save of step 2 is written a second after training has ended in the `way` of :class:`Ending`."""
     jit = {"enable_jit_checkpoint": True} if way == "signal" else {}
     trainer, _ = make_trainer(folder, train=EIGHT, **SAVING, **jit, async_save=True)
-    trainer.add_callback(Ending(way))
+    trainer.add_callback(Ending(way, trainer))
 
     def write_late(optimizer):
         end = time.monotonic() + 60
