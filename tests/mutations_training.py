@@ -164,6 +164,34 @@ TRAINING = [
         ),
     ),
     *within(
+        "runs/async_saves.py",
+        "ranks/test_async_saves.py",
+        (
+            "async saves: the tensors of training themselves",
+            "    return BlockingAsyncStager().stage(state)",
+            "    return state",
+            "test_training_goes_on_up_to_the_next_save_while_one_is_written",
+        ),
+        (
+            "async saves: two at once",
+            "        self.finish_save()\n        super()._save_checkpoint(model, trial)",
+            "        super()._save_checkpoint(model, trial)",
+            "test_training_goes_on_up_to_the_next_save_while_one_is_written",
+        ),
+        (
+            "async saves: an error is kept by its rank",
+            "self._exchange(_words(error, dist.get_rank()))",
+            "self._exchange()",
+            "test_an_error_of_the_writing_ends_the_run_on_all_ranks",
+        ),
+        (
+            "async saves: the end does not wait",
+            "        self.finish_save()\n        return super()._finalize_training(",
+            "        return super()._finalize_training(",
+            "test_an_error_of_the_last_save_is_not_lost",
+        ),
+    ),
+    *within(
         "runs/find_checkpoint.py",
         "runs/test_checkpoints.py",
         (

@@ -20,6 +20,7 @@ PRELOAD = [
     "run_slices",
     "run_streams",
     "run_check_ranks",
+    "run_async_saves",
     "peft",
 ]
 

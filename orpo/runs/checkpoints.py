@@ -149,25 +149,30 @@ class CheckpointingTrainer(Trainer):
                 self.state.best_model_checkpoint = str(final)
                 if self.args.should_save:
                     self.state.save_to_json(str(part / TRAINER_STATE_NAME))
-            # Wait, since the record has checksums of what all processes write.
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                write_record(part, self._run_settings, number=1 + last_number(folder))
-                _move(part, final)
+            self._complete(folder, name, self.accelerator.wait_for_everyone)
         except BaseException as error:
             shutil.rmtree(part, ignore_errors=True)
-            error.add_note(_failure(name, folder))
+            error.add_note(failure_note(name, folder))
             raise
         finally:
             self._saving = False
-        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(final))
+
+    def _complete(self, folder: Path, name: str, wait: Callable[[], None]) -> None:
+        """Makes ``folder/_incomplete/name``, where this rank has written its part, a checkpoint; `wait` for others."""
+        part, final = folder / INCOMPLETE / name, folder / name
+        # Wait, since the record has checksums of what all processes write.
+        wait()
+        if self.args.should_save:
+            write_record(part, self._run_settings, number=1 + last_number(folder))
+            _move(part, final)
+        wait()
         if self.args.local_process_index == 0 and part.is_dir():
             # On a node with its own disk, where rank 0 moves nothing.
             _move(part, final)
         if self.args.should_save:
             self._remove_old(folder)
-        if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(final))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._saving:
@@ -265,7 +270,7 @@ def _move(part: Path, final: Path) -> None:
     _remove_if_empty(part.parent)
 
 
-def _failure(name: str, folder: Path) -> str:
+def failure_note(name: str, folder: Path) -> str:
     complete = complete_checkpoints(folder)
     left = f"{complete[-1]} is whole, and the run resumes from it" if complete else "there is none before it"
     free = f"{readable(shutil.disk_usage(folder).free)} free" if folder.is_dir() else "the folder is gone"

@@ -133,6 +133,7 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
     strip_bytes: int | None = _setting(
         None, "Size of one vocabulary strip of recomputed logits, in bytes. Default: 128 MiB, on a CPU 32 MiB."
     )
+    async_save: bool = _setting(False, "Training goes on while a checkpoint is written (FSDP2, SHARDED_STATE_DICT).")
     diagnose: bool = _setting(
         False, "Log, for a run that is stable but flat, the gradient norm of each term, delta(d) and separated pairs."
     )

@@ -27,7 +27,7 @@ from orpo.model.attach import LossCall, base_model, embeddings
 from orpo.model.encoder_decoder import is_encoder_decoder
 from orpo.model.probe import check_fused_logps, choose_layout
 from orpo.ranks import agreed, prepare_ranks, refuse_other_streams
-from orpo.runs.checkpoints import CheckpointingTrainer
+from orpo.runs.async_saves import AsyncSavingTrainer
 from orpo.runs.non_finite import NonFiniteGuard
 from orpo.runs.resuming import ResumingTrainer
 from orpo.trainer.adapt import adapt, pad_token_id, router_coefficient
@@ -43,7 +43,7 @@ from orpo.trainer.sanity import RunawayLoss, refuse_frozen, refuse_no_gradient, 
 from orpo.trainer.start import check_model_argument, find_tokenizer, start_model
 
 
-class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, CheckpointingTrainer):
+class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, AsyncSavingTrainer):
     """Trains a language model on preference pairs with ORPO, in the call shape of TRL's trainer.
 
     Args:

@@ -1,0 +1,246 @@
+"""Checkpoints of FSDP2 in shards that are written while training goes on (``async_save``)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dist_cp
+from accelerate.utils import DistributedType, is_peft_model
+from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.fsdp import StateDictType
+from transformers import TrainerCallback
+from transformers.trainer import SCHEDULER_NAME
+
+from orpo.ranks import fsdp_plugin
+from orpo.runs.checkpoints import INCOMPLETE, CheckpointingTrainer, failure_note
+
+
+class AsyncSaveError(RuntimeError):
+    """A save in the background failed; the text says on which ranks and why."""
+
+
+def refuse_async_save(trainer: Any) -> None:
+    """Refuses ``async_save`` where a checkpoint is not written in shards by torch's distributed checkpointing.
+
+    Raises:
+        ValueError: `trainer` has one process, is under DDP, DeepSpeed, FSDP1 or FULL_STATE_DICT, or pushes to the hub.
+    """
+    accelerator, plugin = trainer.accelerator, fsdp_plugin(trainer.accelerator)
+    needs = "it needs FSDP2 with fsdp_state_dict_type SHARDED_STATE_DICT; else leave it out, and training waits"
+    if accelerator.num_processes == 1:
+        raise ValueError(f"async_save is True in a run of 1 process: {needs} for each save")
+    if accelerator.distributed_type != DistributedType.FSDP or plugin is None:
+        name = "DeepSpeed" if accelerator.distributed_type == DistributedType.DEEPSPEED else "DDP"
+        raise ValueError(f"async_save is True under {name}: {needs} for each save")
+    if plugin.fsdp_version < 2:
+        raise ValueError(f"async_save is True under FSDP{plugin.fsdp_version}: {needs} for each save")
+    if plugin.state_dict_type != StateDictType.SHARDED_STATE_DICT:
+        kind = plugin.state_dict_type
+        raise ValueError(f"async_save is True with {getattr(kind, 'name', kind)}: {needs} for each save")
+    if trainer.args.push_to_hub:
+        raise ValueError(
+            "async_save and push_to_hub are True, and a checkpoint would be pushed before it is written: leave one out"
+        )
+
+
+class BackgroundSave:
+    """One save: a thread on each rank, which has to be made on all of them.
+
+    Args:
+        name: of the checkpoint.
+        folder: where it will be.
+        group: of all ranks, on CPUs, and of these threads alone. What they exchange would meet what training does
+            otherwise, in another order on each rank.
+        write: called in the thread with a function that waits for all ranks.
+    """
+
+    def __init__(self, name: str, folder: Path, group: Any, write: Callable[[Callable[[], None]], None]) -> None:
+        self.name, self.folder = name, folder
+        self.error: BaseException | None = None
+        self._group, self._write = group, write
+        # A daemon, so that a second Ctrl-C need not wait for the disk.
+        self._thread = threading.Thread(target=self._run, name=f"save of {name}", daemon=True)
+        self._thread.start()
+
+    def is_done(self) -> bool:
+        """Whether this rank's thread has ended."""
+        return not self._thread.is_alive()
+
+    def finish(self) -> None:
+        """Waits for the end.
+
+        Raises:
+            AsyncSaveError: a rank's part failed, on all ranks.
+        """
+        self._thread.join()
+        if self.error is not None:
+            shutil.rmtree(self.folder / INCOMPLETE / self.name, ignore_errors=True)
+            self.error.add_note(failure_note(self.name, self.folder))
+            raise self.error
+
+    def _run(self) -> None:
+        try:
+            try:
+                self._write(self._exchange)
+            except AsyncSaveError:
+                # All ranks have it.
+                raise
+            except BaseException as error:
+                # The others wait in an exchange of theirs, or have failed as well, in torch's.
+                self._exchange(_words(error, dist.get_rank()))
+                raise
+            self._exchange()
+        except BaseException as error:
+            # Kept for `finish`: nobody sees what a thread raises.
+            self.error = error if isinstance(error, AsyncSaveError) else _as_async_error(error)
+
+    def _exchange(self, failure: str | None = None) -> None:
+        """Waits for all ranks, and raises on all of them what one of them says."""
+        said: list[str | None] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(said, failure, group=self._group)
+        if any(said):
+            words = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(said) if text)
+            raise AsyncSaveError(f"{self.name} could not be written while training went on: {words}")
+
+
+def _as_async_error(error: BaseException) -> AsyncSaveError:
+    """For a rank that has lost the others."""
+    found = AsyncSaveError(f"the save in the background was cut off: {type(error).__name__}: {error}")
+    found.__cause__ = error
+    return found
+
+
+def _words(error: BaseException, rank: int) -> str | None:
+    """What `rank` says of `error`; None where torch has raised on all ranks what happened on others."""
+    if isinstance(error, CheckpointException):
+        if rank not in error.failures:
+            return None
+        error = error.failures[rank][0]
+    return f"{type(error).__name__}: {error}"
+
+
+class FinishSave(TrainerCallback):
+    """After each step, ends the save in flight where all ranks have written.
+
+    Args:
+        trainer: an :class:`AsyncSavingTrainer`.
+    """
+
+    def __init__(self, trainer: AsyncSavingTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Raises AsyncSaveError on all ranks after the same step: one that went on would wait for the others."""
+        save, accelerator = self.trainer.save_in_flight, self.trainer.accelerator
+        if save is None:
+            return
+        writing = accelerator.reduce(torch.tensor(float(not save.is_done()), device=accelerator.device))
+        if not writing:
+            self.trainer.finish_save()
+
+
+class AsyncSavingTrainer(CheckpointingTrainer):
+    """Under ``async_save`` a save copies this rank's shards to the CPU, and a thread writes them.
+
+    Once all ranks have, a thread of rank 0 writes the record, moves the folder and removes older checkpoints. One save
+    is in flight at most. The next one, the end of training and an error of training wait for it.
+    """
+
+    save_in_flight: BackgroundSave | None = None
+    _staged: dict[str, Any] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.async_save:
+            refuse_async_save(self)
+            # A rank may wait long for another's disk; one that died is known by its closed connection.
+            self._save_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+            self.add_callback(FinishSave(self))
+
+    def finish_save(self) -> None:
+        """Waits for the save in flight, if there is one. All ranks call it at the same place.
+
+        Raises:
+            AsyncSaveError: it failed.
+        """
+        save, self.save_in_flight = self.save_in_flight, None
+        if save is not None:
+            save.finish()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Two at once would need the memory of two, and the older could remove what the newer has just written.
+        self.finish_save()
+        super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """``Trainer``'s, but weights and optimizer are only copied to the CPU."""
+        if not self.args.async_save:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        self._staged = {
+            f"{FSDP_MODEL_NAME}_0": _staged({"model": _model_state(self.model)}),
+            f"{OPTIMIZER_NAME}_0": _staged({"optimizer": get_optimizer_state_dict(self.model, self.optimizer)}),
+        }
+        # Rank 0 may still be emptying the folder, into which each rank writes its random states next.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _complete(self, folder: Path, name: str, wait: Callable[[], None]) -> None:
+        if not self.args.async_save:
+            super()._complete(folder, name, wait)
+            return
+        states, self._staged = self._staged, None
+        complete, part, group = partial(super()._complete, folder, name), folder / INCOMPLETE / name, self._save_group
+
+        def write(wait_in_thread: Callable[[], None]) -> None:
+            for place, state in states.items():
+                # It makes the folder itself: an error outside of it would find the other ranks in its exchanges.
+                writer = dist_cp.FileSystemWriter(part / place)
+                dist_cp.save(state, storage_writer=writer, planner=dist_cp.DefaultSavePlanner(), process_group=group)
+            complete(wait_in_thread)
+
+        self.save_in_flight = BackgroundSave(name, folder, group, write)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """``Trainer``'s; an error that ends it waits for the save in flight, which may be whole yet."""
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        except BaseException as error:
+            try:
+                self.finish_save()
+            except AsyncSaveError as failed:
+                error.add_note("\n".join([f"besides, {failed}", *getattr(failed, "__notes__", ())]))
+            raise
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """``Trainer``'s, which may load the best checkpoint: the last one may be that."""
+        self.finish_save()
+        return super()._finalize_training(*args, **kwargs)
+
+
+def _model_state(model: nn.Module) -> dict[str, Any]:
+    """The weights that accelerate saves of `model`, cut as they are: of an adapter, its own alone."""
+    if is_peft_model(model):
+        from peft import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+    return get_model_state_dict(model)
+
+
+def _staged(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `state` on the CPU, which the next step does not change."""
+    return BlockingAsyncStager().stage(state)
