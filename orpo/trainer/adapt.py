@@ -13,6 +13,7 @@ from torch import nn
 
 from orpo.model.attach import attach_orpo_loss, base_model, embeddings
 from orpo.model.encoder_decoder import is_encoder_decoder
+from orpo.model.packed import keep_trainable
 from orpo.packages import require
 from orpo.trainer.config import ORPOConfig
 from orpo.trainer.zero3 import refuse_model
@@ -49,6 +50,8 @@ def adapt(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
     if args.disable_dropout:
         disable_dropout(model)
     warn_of_emulation(model, args)
+    # Before attaching, which runs the model without a gradient.
+    keep_trainable(model)
     attach_orpo_loss(model)
     return model
 
