@@ -43,5 +43,5 @@ def test_gradients_are_the_same_after_an_evaluation():
 def test_a_layer_that_is_packed_already_is_refused():
     layer = make_layer()
     layer.weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(ValueError, match="has its 4-bit weight packed .* load it anew for training"):
+    with pytest.raises(ValueError, match=r"has its 4-bit weight packed .* load it anew for training"):
         keep_trainable(torch.nn.Sequential(layer))
