@@ -9,8 +9,8 @@ from packaging.version import Version
 from torch import nn
 
 from orpo.model.attach import attach_orpo_loss, base_model
-from orpo.model.gathered import is_cut
 from orpo.model.encoder_decoder import is_encoder_decoder
+from orpo.model.gathered import is_cut
 from orpo.ranks import fsdp_plugin, prepare_ranks
 
 
