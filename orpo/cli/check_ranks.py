@@ -24,6 +24,7 @@ from orpo.runs.lock import blind_ranks
 from orpo.trainer.compared_step import compare_step
 from orpo.trainer.config import ORPOConfig
 from orpo.trainer.start import check_start, find_tokenizer
+from orpo.trainer.zero3 import is_zero_3
 
 # Rows of which the pairs of a few steps are made, since some may be left out: at least, and in batches of all ranks.
 LEAST_ROWS, BATCHES = 64, 12
@@ -56,6 +57,11 @@ def check_ranks(model_args: ModelArguments, data_args: DataArguments, args: ORPO
     state = PartialState()
     report, ranks = _Report(state), state.num_processes
     args.model_init_kwargs = {**model_args.init_kwargs(), **(args.model_init_kwargs or {})}
+    if is_zero_3(args):
+        raise ValueError(
+            "check_ranks compares a step with that of one process, which has no whole model under ZeRO-3: check the "
+            "ranks with --print-config zero2 or fsdp2"
+        )
     evaluates = check_settings(model_args, data_args, args)
     if state.is_main_process:
         alone = "one process, which has no ranks to agree with" if ranks == 1 else f"{ranks} ranks"

@@ -10,6 +10,7 @@ from torch import nn
 
 from orpo.model.attach import attach_orpo_loss, base_model
 from orpo.model.encoder_decoder import is_encoder_decoder
+from orpo.model.gathered import is_cut
 from orpo.ranks import fsdp_plugin, prepare_ranks
 
 
@@ -77,6 +78,11 @@ def _attach(model: nn.Module) -> None:
         raise ValueError(
             "the model is an encoder-decoder, whose labels stand elsewhere than those of a causal model: call "
             "unpatch(), or train it with orpo.ORPOTrainer"
+        )
+    if any(map(is_cut, model.parameters())):
+        raise ValueError(
+            "ZeRO-3 has cut the weights up while loading, which is not tried in other programs' trainers: use ZeRO-2, "
+            "or orpo-train"
         )
     attach_orpo_loss(model)
 

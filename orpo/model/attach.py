@@ -35,6 +35,7 @@ from orpo.model.encoder_decoder import (
     is_encoder_decoder,
     without_bias,
 )
+from orpo.model.gathered import gathering, whole_shape
 from orpo.model.head import head_operands, head_weight, trained_copy
 from orpo.ranks import from_rank_0
 
@@ -159,15 +160,9 @@ def attach_orpo_loss(model: nn.Module) -> FusedHead:
         model: a language model of transformers, causal or with an encoder, or a PEFT model around one.
 
     Raises:
-        ValueError: the model is spread over devices, split by ZeRO-3, or has a head or an encoder that the fused loss
-            does not work with.
+        ValueError: the model is spread over devices, or has a head or an encoder that the fused loss does not work
+            with.
     """
-    # Asked first: the empty weight of such a head would be taken for a quantized one.
-    if any(hasattr(parameter, "ds_id") and parameter.numel() == 0 for parameter in model.parameters()):
-        raise ValueError(
-            "ZeRO-3 has cut the weights up while loading, and the loss cannot be attached to them: use ZeRO-2 "
-            "(orpo-train --print-config zero2) or FSDP2 (orpo-train --print-config fsdp2)"
-        )
     base = base_model(model)
     check_encoder_decoder(base)
     if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
@@ -203,7 +198,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 def embeddings(model: nn.Module) -> int:
     """How many tokens the model, or the one inside a PEFT model, has embeddings for."""
-    return base_model(model).get_input_embeddings().weight.shape[0]
+    return whole_shape(base_model(model).get_input_embeddings().weight)[0]
 
 
 # The patched forwards reach their state through self: with a closure, a deep copy of the model would run the original.
@@ -269,7 +264,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def tiny_inputs(model: nn.Module, sequences: int, length: int) -> dict[str, Tensor]:
     """A few token ids, the same on every rank and in every run."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = embeddings(model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (sequences, length), generator=generator).to(model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -294,7 +289,7 @@ def _read_transform(model: nn.Module, fused: FusedHead) -> LogitTransform:
     # A call of the model, not of its forward: sharded weights are gathered by hooks around the call.
     # The grid replaces what the body computes, so that attention and precision do not matter here.
     attention = eager_where_flash_cannot_run(model), flash_precision(model, torch.bfloat16)
-    with evaluating(model), attention[0], attention[1], without_bias(model):
+    with evaluating(model), attention[0], attention[1], without_bias(model), gathering(model):
         outputs = model(**tiny_inputs(model, 1, grid.shape[1]), orpo=grid)
     logits = outputs["logits"].float().flatten()
     if logits.shape != grid.flatten().shape:

@@ -31,7 +31,9 @@ def head_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
         _check_lora(head)
         return head_weight(head.base_layer)
     weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+    # Where ZeRO-3 has cut the weight up, it looks empty until the head is called.
+    shape = getattr(weight, "ds_shape", getattr(weight, "shape", ()))
+    if not isinstance(weight, Tensor) or len(shape) != 2 or not weight.is_floating_point():
         found = f"{weight.dtype}, {tuple(weight.shape)}" if isinstance(weight, Tensor) else "none"
         raise ValueError(
             f"the output embeddings are a {type(head).__name__} without a floating-point (V, D) weight ({found}); "

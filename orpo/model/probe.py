@@ -27,9 +27,10 @@ from orpo.layouts.prefix_mask import (
     layer_windows,
     uses_flash,
 )
-from orpo.model.attach import LossCall, base_model, evaluating, tiny_inputs
+from orpo.model.attach import LossCall, base_model, embeddings, evaluating, tiny_inputs
 from orpo.model.encoder_decoder import is_encoder_decoder
 from orpo.model.few_layers import few_layers
+from orpo.model.gathered import gathering
 from orpo.model.head import head_weight, trained_copy
 
 Layout = Callable[[list[Any]], dict[str, Any]]
@@ -108,10 +109,10 @@ def _mismatch(model: nn.Module, layout: Layout, padded: Layout, max_length: int 
     most = getattr(config, "max_position_embeddings", None)
     if span and most is not None and span + _PROMPT + _ANSWER + 1 > most:
         return f"a window of {span} tokens cannot be tried with a model of {most} positions"
-    examples = _examples(base.get_input_embeddings().weight.shape[0], span)
+    examples = _examples(embeddings(base), span)
     # Few tokens go through all layers, many through one of each kind.
     cut = few_layers(base) if span else nullcontext()
-    with evaluating(base), torch.no_grad(), flash_precision(base), cut:
+    with evaluating(base), torch.no_grad(), flash_precision(base), cut, gathering(base):
         expected, tolerance = _answer_logps(model, padded, examples, own_logits=span == 0)
         try:
             found, _ = _answer_logps(model, layout, examples)
@@ -215,7 +216,7 @@ def check_fused_logps(model: nn.Module, settings: LossSettings | None = None) ->
     # One-token answers: each mean log-probability is that of one token.
     rows = Rows(sequence * length + length - 2, ids[:, -1], sequence, yes, sequence < pairs, pairs)
     # flash_precision first: it refuses float32 weights, on which FlashAttention would fail in training.
-    with evaluating(base), flash_precision(base), eager_where_flash_cannot_run(base):
+    with evaluating(base), flash_precision(base), eager_where_flash_cannot_run(base), gathering(base):
         logits = model(**inputs).logits[:, -2].float()
         out = model(**inputs, orpo=LossCall(rows, settings or LossSettings()))
         mixed = matmul_eps(base, ids.device.type)

@@ -214,8 +214,9 @@ class CheckpointingTrainer(Trainer):
             def check() -> None:
                 check_weights(self.model, self.state.global_step)
 
-            # Without FSDP all ranks have the same weights, and may be asked to save alone: no waiting for others.
-            check() if plugin is None else self._on_all_ranks(check)
+            # Uncut weights are the same on all ranks, which may be asked to save alone: no waiting for others.
+            cut = plugin is not None or any(hasattr(parameter, "ds_tensor") for parameter in self.model.parameters())
+            self._on_all_ranks(check) if cut else check()
         if plugin is None or _internal_call or plugin.state_dict_type == StateDictType.FULL_STATE_DICT:
             super().save_model(output_dir, _internal_call)
             return

@@ -29,7 +29,7 @@ def is_finite(tensor: Tensor) -> bool:
 def check_weights(model: nn.Module, step: int) -> None:
     """Refuses to let `model` be saved where a step has spoilt it.
 
-    Of a weight that FSDP has cut up, this process's part is looked at.
+    Of a weight that FSDP or ZeRO-3 has cut up, this process's part is looked at.
 
     Raises:
         NonFiniteError: a trained weight is NaN or infinite after optimizer step `step`.
@@ -37,12 +37,22 @@ def check_weights(model: nn.Module, step: int) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part = parameter.detach()
-        if not is_finite(part.to_local() if hasattr(part, "to_local") else part):
+        if not is_finite(_own_part(parameter)):
             raise NonFiniteError(
                 f"after step {step} the weights are not finite ({name}), and the model is not saved: "
                 "try a lower learning_rate, a longer warmup_steps, or max_grad_norm"
             )
+
+
+def _own_part(parameter: nn.Parameter) -> Tensor:
+    part = parameter.detach()
+    if hasattr(part, "to_local"):
+        return part.to_local()
+    if parameter.numel() or not hasattr(parameter, "ds_tensor"):
+        return part
+    # ZeRO-3 makes parts of one size, of which the last ranks' end in memory that nobody has written.
+    begin = parameter.ds_tensor.ds_numel * torch.distributed.get_rank(parameter.ds_process_group)
+    return parameter.ds_tensor.detach().flatten()[: max(parameter.ds_numel - begin, 0)]
 
 
 def check_evaluation(metrics: Mapping[str, float], step: int) -> None:

@@ -13,8 +13,10 @@ from torch import nn
 
 from orpo.model.attach import attach_orpo_loss, base_model, embeddings
 from orpo.model.encoder_decoder import is_encoder_decoder
+from orpo.model.packed import keep_trainable
 from orpo.packages import require
 from orpo.trainer.config import ORPOConfig
+from orpo.trainer.zero3 import refuse_model
 
 # peft's name for the task of an encoder-decoder.
 SEQ_2_SEQ = "SEQ_2_SEQ_LM"
@@ -40,12 +42,16 @@ def adapt(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
     """`model` as it is trained: with its adapter, without dropout, its head computing the loss.
 
     Raises:
-        ValueError: as :func:`wrap_peft` and :func:`orpo.model.attach.attach_orpo_loss`.
+        ValueError: as :func:`wrap_peft`, :func:`orpo.model.attach.attach_orpo_loss` and
+            :func:`orpo.trainer.zero3.refuse_model`.
     """
+    refuse_model(args, model)
     model = wrap_peft(model, args, peft_config) if peft_config is not None else model
     if args.disable_dropout:
         disable_dropout(model)
     warn_of_emulation(model, args)
+    # Before attaching, which runs the model without a gradient.
+    keep_trainable(model)
     attach_orpo_loss(model)
     return model
 

@@ -16,6 +16,7 @@ from orpo.model.merging import is_merged, merge_adapter
 from orpo.model.probe import refuse_layout
 from orpo.trainer.adapt import SEQ_2_SEQ, adapt, prepare_quantized
 from orpo.trainer.config import ORPOConfig
+from orpo.trainer.zero3 import is_zero_3, refuse_settings
 
 # Folder in output_dir for a merged model, which a new adapter names as its base.
 MERGED = "base"
@@ -34,6 +35,7 @@ def check_model_argument(model: Any, args: ORPOConfig, peft_config: Any) -> tupl
         ImportError, ValueError: as :func:`check_start`; ``model_init_kwargs`` is given beside a loaded model; the
             layout, or the task of `peft_config`, does not fit an encoder-decoder.
     """
+    refuse_settings(args, peft_config, makes_model=model is None)
     if isinstance(model, str):
         name, encoder_decoder = check_start(model, args)
     elif args.model_init_kwargs:
@@ -86,6 +88,10 @@ def check_start(name: str, args: ORPOConfig) -> tuple[str, bool]:
     folder = adapter_folder(name, **options)
     if folder is None:
         return name, check_model(name, **options)[0] is AutoModelForSeq2SeqLM
+    if is_zero_3(args):
+        raise ValueError(
+            f"{name} is an adapter, and ZeRO-3 with an adapter is not supported: merge it first, or use FSDP2"
+        )
     config = read_config(folder)
     with naming_base_of(folder):
         auto, _ = check_model(config.base_model_name_or_path, **{**options, "revision": config.revision})

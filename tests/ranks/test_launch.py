@@ -24,6 +24,7 @@ KINDS = {
     "fsdp2-sharded": DistributedType.FSDP,
     "hsdp": DistributedType.FSDP,
     "zero2": DistributedType.DEEPSPEED,
+    "zero3": DistributedType.DEEPSPEED,
 }
 SCRIPTS = ("slurm", "torchrun")
 
@@ -60,10 +61,13 @@ def test_fsdp_settings_are_accelerates(name):
     assert ("sharded" in name) == (settings["fsdp_state_dict_type"] == "SHARDED_STATE_DICT")
 
 
-def test_zero_settings_are_accelerates():
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_settings_are_accelerates(stage):
     known = {option.lstrip("-") for action in launch_command_parser()._actions for option in action.option_strings}
-    settings = yaml.safe_load(launch_config("zero2"))["deepspeed_config"]
-    assert settings.keys() <= known and settings["zero_stage"] == 2
+    settings = yaml.safe_load(launch_config(f"zero{stage}"))["deepspeed_config"]
+    assert settings.keys() <= known and settings["zero_stage"] == stage
+    # Without them every rank would hold the whole model, and the trainer would refuse to save parts of it.
+    assert settings["zero3_init_flag"] == settings["zero3_save_16bit_model"] == (stage == 3)
 
 
 def test_the_command_prints_it():
@@ -74,7 +78,7 @@ def test_the_command_prints_it():
 def test_an_unknown_name_is_answered_with_the_names(capsys):
     with pytest.raises(SystemExit):
         parse(["--print_config", "fsdp3"])
-    assert "ddp, fsdp2, fsdp2-sharded, hsdp, slurm, torchrun, zero2" in capsys.readouterr().err
+    assert "ddp, fsdp2, fsdp2-sharded, hsdp, slurm, torchrun, zero2, zero3" in capsys.readouterr().err
 
 
 def executable(folder, name, text):
