@@ -24,6 +24,7 @@ from orpo.runs.lock import blind_ranks
 from orpo.trainer.compared_step import compare_step
 from orpo.trainer.config import ORPOConfig
 from orpo.trainer.start import check_start, find_tokenizer
+from orpo.trainer.tensor_parallel import refuse_part
 
 # Rows of which the pairs of a few steps are made, since some may be left out: at least, and in batches of all ranks.
 LEAST_ROWS, BATCHES = 64, 12
@@ -57,6 +58,7 @@ def check_ranks(model_args: ModelArguments, data_args: DataArguments, args: ORPO
     report, ranks = _Report(state), state.num_processes
     args.model_init_kwargs = {**model_args.init_kwargs(), **(args.model_init_kwargs or {})}
     evaluates = check_settings(model_args, data_args, args)
+    refuse_part(args, "and --check_ranks compares with a model that one process holds")
     if state.is_main_process:
         alone = "one process, which has no ranks to agree with" if ranks == 1 else f"{ranks} ranks"
         print(f"check_ranks: {alone}, on {state.device.type}", flush=True)

@@ -16,7 +16,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
-from orpo.ranks import from_rank_0, fsdp_plugin
+from orpo.ranks import from_rank_0, fsdp_plugin, parts_of_a_matmul
 from orpo.runs.disk import DiskSpace, readable
 from orpo.runs.find_checkpoint import (
     checkpoint_folders,
@@ -209,8 +209,9 @@ class CheckpointingTrainer(Trainer):
             def check() -> None:
                 check_weights(self.model, self.state.global_step)
 
-            # Without FSDP all ranks have the same weights, and may be asked to save alone: no waiting for others.
-            check() if plugin is None else self._on_all_ranks(check)
+            # Where all ranks have the same weights, one may be asked to save alone: no waiting for others.
+            whole = plugin is None and parts_of_a_matmul(self.accelerator.parallelism_config) == 1
+            check() if whole else self._on_all_ranks(check)
         if plugin is None or _internal_call or plugin.state_dict_type == StateDictType.FULL_STATE_DICT:
             super().save_model(output_dir, _internal_call)
             return

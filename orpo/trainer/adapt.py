@@ -15,6 +15,7 @@ from orpo.model.attach import attach_orpo_loss, base_model, embeddings
 from orpo.model.encoder_decoder import is_encoder_decoder
 from orpo.packages import require
 from orpo.trainer.config import ORPOConfig
+from orpo.trainer.tensor_parallel import check_cut
 
 # peft's name for the task of an encoder-decoder.
 SEQ_2_SEQ = "SEQ_2_SEQ_LM"
@@ -40,8 +41,10 @@ def adapt(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
     """`model` as it is trained: with its adapter, without dropout, its head computing the loss.
 
     Raises:
-        ValueError: as :func:`wrap_peft` and :func:`orpo.model.attach.attach_orpo_loss`.
+        ValueError: as :func:`wrap_peft`, :func:`orpo.trainer.tensor_parallel.check_cut` and
+            :func:`orpo.model.attach.attach_orpo_loss`.
     """
+    check_cut(model, args)
     model = wrap_peft(model, args, peft_config) if peft_config is not None else model
     if args.disable_dropout:
         disable_dropout(model)
