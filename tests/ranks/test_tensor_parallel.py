@@ -86,17 +86,21 @@ def test_norms_of_single_heads_equal_one_process(tmp_path, folder_of):
         assert_same_run(one, seen, tmp_path / "two")
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulation": 2, "layout": "padded", **ADAM}], ids=["", "accumulation"])
-def test_fsdp2_over_two_equals_one_process(options, tmp_path, folder_of):
-    options = {"model": folder_of(), **options}
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [(400, {}), (403, {"accumulation": 2, "layout": "padded", **ADAM})],
+    ids=["", "accumulation, a vocabulary that 2 does not divide"],
+)
+def test_fsdp2_over_two_equals_one_process(rows, options, tmp_path, folder_of):
+    options = {"model": folder_of(vocab_size=rows), **options}
     steps = options.pop("accumulation", 1)
     one = returned(train, 1, tmp_path / "one", {**options, "accumulation": 2 * steps})[0]
     cut = {**options, "accumulation": steps, "tp": 2, "shards": 2}
     ends = launch(train, 4, tmp_path / "four", cut, limit=240)
     assert not any(error for *_, error in ends), ends[0][-1]
     several = [value for _, value, *_ in ends]
-    for seen in several:
-        assert seen["sharded"] >= 3 and seen["head"] == {(200, 32)}
+    for rank, seen in enumerate(several):
+        assert seen["sharded"] >= 3 and seen["head"] == {((rows + 1 - rank % 2) // 2, 32)}
         assert seen["pairs a step"] == one["pairs a step"]
         assert_same_run(one, seen, tmp_path / "four")
     # Ranks 0 and 1 share matmuls, and so do 2 and 3; together the two groups have each pair once.
