@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from accelerate import Accelerator, ParallelismConfig, PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, recursively_apply
 from torch import nn
 
 
@@ -21,6 +22,7 @@ def prepare_ranks(accelerator: Accelerator, model: nn.Module) -> None:
             or its adapter.
     """
     refuse_parallel(accelerator.parallelism_config)
+    gather_rows_once(accelerator)
     if accelerator.num_processes > 1 and not accelerator.even_batches:
         raise ValueError(
             f"accelerator_config: even_batches is False, and {accelerator.num_processes} ranks may have different "
@@ -47,20 +49,58 @@ def prepare_ranks(accelerator: Accelerator, model: nn.Module) -> None:
     keep_outputs_exact(accelerator)
 
 
+def launched_with(parallel: ParallelismConfig | None) -> ParallelismConfig | None:
+    """`parallel`; for None what ``accelerate launch`` asks for, where that cuts matmuls."""
+    if parallel is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        # Other sizes are for accelerate alone, which finds them itself.
+        return asked if (asked := ParallelismConfig()).tp_size > 1 else None
+    return parallel
+
+
 def refuse_parallel(parallel: ParallelismConfig | None) -> None:
-    """Refuses ranks that share a sequence or a matmul.
+    """Refuses ranks that share a sequence, and copies of a model of which each is cut in matmuls.
 
     Raises:
-        ValueError: ``tp_size``, ``cp_size`` or ``sp_size`` is more than 1.
+        ValueError: ``cp_size`` or ``sp_size`` is more than 1, or ``tp_size`` and ``dp_replicate_size`` are.
     """
-    for name in ("tp_size", "cp_size", "sp_size"):
+    for name in ("cp_size", "sp_size"):
         if parallel is not None and getattr(parallel, name) > 1:
-            cut = "the head: orpo_loss(tp_group=)" if name == "tp_size" else "sequences: orpo_loss(cp_group=)"
-            loop = f" (a loop of your own may cut {cut})"
+            loop = " (a loop of your own may cut sequences: orpo_loss(cp_group=))"
             raise ValueError(
-                f"parallelism_config: {name} is {getattr(parallel, name)}, and each rank has whole sequences and whole "
-                f"matmuls here{loop}: leave it 1, and cut the model by FSDP (dp_shard_size, dp_replicate_size)"
+                f"parallelism_config: {name} is {getattr(parallel, name)}, and each rank has whole sequences "
+                f"here{loop}: leave it 1, and cut the model by FSDP (dp_shard_size, dp_replicate_size) or its matmuls "
+                "(tp_size)"
             )
+    if parts_of_a_matmul(parallel) > 1 and parallel.dp_replicate_size > 1:
+        raise ValueError(
+            f"parallelism_config: tp_size is {parallel.tp_size} and dp_replicate_size {parallel.dp_replicate_size}, "
+            "and copies of a model that is cut in matmuls are not trained here: leave dp_replicate_size 1, and set "
+            "dp_shard_size"
+        )
+
+
+def parts_of_a_matmul(parallel: ParallelismConfig | None) -> int:
+    """Over how many ranks each matmul is cut: they read the same rows."""
+    return 1 if parallel is None else parallel.tp_size
+
+
+def data_ranks(parallel: ParallelismConfig | None, ranks: int) -> int:
+    """How many of `ranks` read rows of their own: by them gradients are averaged, and the pairs of a step counted."""
+    return ranks // parts_of_a_matmul(parallel)
+
+
+def gather_rows_once(accelerator: Accelerator) -> None:
+    """Lets ``accelerator.gather`` take the rows of ranks that share a matmul once; it would count them for each."""
+    parts, gather = parts_of_a_matmul(accelerator.parallelism_config), accelerator.gather
+    if parts == 1:
+        return
+
+    def once(rows: torch.Tensor) -> torch.Tensor:
+        # A number of each rank is gathered as a row. Ranks of one group are neighbours.
+        own = max(rows.shape[0] // accelerator.num_processes, 1)
+        return rows.unflatten(0, (-1, parts, own))[:, 0].flatten(0, 1)
+
+    accelerator.gather = lambda tensor: recursively_apply(once, gather(tensor))
 
 
 def read_by_each_rank(config: Any, ranks: int) -> None:
@@ -122,6 +162,10 @@ def describe_ranks(accelerator: Accelerator) -> str | None:
         how = f"ZeRO-{deepspeed.zero_stage}"
         cut = ["optimizer states", "gradients", "weights"][: deepspeed.zero_stage]
         holds = f"{part} of {' and '.join(cut)}" + (", and the rest whole" if len(cut) < 3 else "")
+    elif (parts := parts_of_a_matmul(accelerator.parallelism_config)) > 1:
+        shards = ranks // parts
+        how = "tensor parallel" if shards == 1 else f"FSDP2 over {shards} x tensor parallel over {parts}"
+        holds = f"{part} of the matmuls' weights"
     else:
         how, holds = "DDP", "the whole model"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

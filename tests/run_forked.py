@@ -19,6 +19,7 @@ PRELOAD = [
     "run_shards",
     "run_slices",
     "run_streams",
+    "run_tensor_parallel",
     "run_check_ranks",
     "run_async_saves",
     "peft",

@@ -24,6 +24,7 @@ from orpo.runs.lock import blind_ranks
 from orpo.trainer.compared_step import compare_step
 from orpo.trainer.config import ORPOConfig
 from orpo.trainer.start import check_start, find_tokenizer
+from orpo.trainer.tensor_parallel import refuse_part
 from orpo.trainer.zero3 import is_zero_3
 
 # Rows of which the pairs of a few steps are made, since some may be left out: at least, and in batches of all ranks.
@@ -63,6 +64,7 @@ def check_ranks(model_args: ModelArguments, data_args: DataArguments, args: ORPO
             "ranks with --print-config zero2 or fsdp2"
         )
     evaluates = check_settings(model_args, data_args, args)
+    refuse_part(args, "and --check_ranks compares with a model that one process holds")
     if state.is_main_process:
         alone = "one process, which has no ranks to agree with" if ranks == 1 else f"{ranks} ranks"
         print(f"check_ranks: {alone}, on {state.device.type}", flush=True)

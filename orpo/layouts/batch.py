@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from orpo_kernels.rows import Rows
 from torch import Tensor
 
+from orpo.ranks import data_ranks
 from orpo.tokens.pretokenized import NOT_COUNTED
 
 NLL_SPANS = ("prompt_and_chosen", "chosen")
@@ -166,7 +167,8 @@ def pair_batch(inputs: Mapping[str, Any]) -> PairBatch:
 def without_repeats(batch: PairBatch, accelerator: Accelerator) -> PairBatch:
     """`batch` without the pairs that accelerate repeats to give all ranks equally many in the last batch."""
     loader = accelerator.gradient_state
-    if accelerator.num_processes == 1 or not loader.end_of_dataloader or loader.remainder <= 0:
+    ranks = data_ranks(accelerator.parallelism_config, accelerator.num_processes)
+    if ranks == 1 or not loader.end_of_dataloader or loader.remainder <= 0:
         return batch
-    own = loader.remainder - accelerator.process_index * batch.rows.pairs
+    own = loader.remainder - accelerator.process_index * ranks // accelerator.num_processes * batch.rows.pairs
     return batch.first(min(max(own, 0), batch.rows.pairs))

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from orpo import __version__
 from orpo.data.prepared import summary_of
+from orpo.ranks import data_ranks
 from orpo.report.markdown import code, table, text
 
 # Settings that describe a run to others. Paths, secrets and settings of one machine are left out.
@@ -210,7 +211,8 @@ def describe_settings(trainer: Any, adapters: dict[str, Any]) -> tuple[str, dict
             if name == "lora_dropout" and args.disable_dropout:
                 value = 0.0
             changed[f"adapter: {name}"] = ", ".join(sorted(value)) if isinstance(value, set) else value
-    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    ranks = data_ranks(args.parallelism_config, args.world_size)
+    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
     head = f"{pairs} pairs an optimizer step on {args.world_size} process{'es' if args.world_size > 1 else ''}"
     steps = f"; {trainer.state.global_step} steps were taken" if trainer.state.global_step else ""
     return f"{head}, learning rate {args.learning_rate:g}{steps}", changed

@@ -16,7 +16,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
-from orpo.ranks import from_rank_0, fsdp_plugin
+from orpo.ranks import from_rank_0, fsdp_plugin, parts_of_a_matmul
 from orpo.runs.disk import DiskSpace, readable
 from orpo.runs.find_checkpoint import (
     checkpoint_folders,
@@ -214,8 +214,9 @@ class CheckpointingTrainer(Trainer):
             def check() -> None:
                 check_weights(self.model, self.state.global_step)
 
-            # Uncut weights are the same on all ranks, which may be asked to save alone: no waiting for others.
-            cut = plugin is not None or any(hasattr(parameter, "ds_tensor") for parameter in self.model.parameters())
+            # Where all ranks have the same weights, one may be asked to save alone: no waiting for others.
+            cut = plugin is not None or parts_of_a_matmul(self.accelerator.parallelism_config) > 1
+            cut = cut or any(hasattr(parameter, "ds_tensor") for parameter in self.model.parameters())
             self._on_all_ranks(check) if cut else check()
         if plugin is None or _internal_call or plugin.state_dict_type == StateDictType.FULL_STATE_DICT:
             super().save_model(output_dir, _internal_call)

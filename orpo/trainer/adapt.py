@@ -16,6 +16,7 @@ from orpo.model.encoder_decoder import is_encoder_decoder
 from orpo.model.packed import keep_trainable
 from orpo.packages import require
 from orpo.trainer.config import ORPOConfig
+from orpo.trainer.tensor_parallel import check_cut
 from orpo.trainer.zero3 import refuse_model
 
 # peft's name for the task of an encoder-decoder.
@@ -42,9 +43,10 @@ def adapt(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
     """`model` as it is trained: with its adapter, without dropout, its head computing the loss.
 
     Raises:
-        ValueError: as :func:`wrap_peft`, :func:`orpo.model.attach.attach_orpo_loss` and
-            :func:`orpo.trainer.zero3.refuse_model`.
+        ValueError: as :func:`wrap_peft`, :func:`orpo.trainer.tensor_parallel.check_cut`,
+            :func:`orpo.trainer.zero3.refuse_model` and :func:`orpo.model.attach.attach_orpo_loss`.
     """
+    check_cut(model, args)
     refuse_model(args, model)
     model = wrap_peft(model, args, peft_config) if peft_config is not None else model
     if args.disable_dropout:

@@ -16,11 +16,12 @@ from orpo.data.forms.turns import SCORE_TURNS
 from orpo.layouts.batch import NLL_SPANS, NLLSpan
 from orpo.layouts.layout import LAYOUTS
 from orpo.packages import require
-from orpo.ranks import read_by_each_rank, refuse_parallel
+from orpo.ranks import read_by_each_rank
 from orpo.tokens.limits import Limits
 from orpo.trainer.diagnose import refuse_cut_gradients
 from orpo.trainer.ranges import check_ranges, name_nothing
 from orpo.trainer.redact import RedactedArguments
+from orpo.trainer.tensor_parallel import check_parallel
 
 # Trackers that the tests try. transformers knows more, and checks those itself.
 TRACKERS = frozenset({"tensorboard", "trackio", "wandb"})
@@ -170,7 +171,7 @@ class ORPOConfig(RedactedArguments, TrainingArguments):
         name_nothing(self)
         self._resolve_preset()
         self._check()
-        refuse_parallel(self.parallelism_config)
+        check_parallel(self)
         if self.activation_checkpointing is None:
             # Set both names: with the older one alone, transformers warns of a setting that the user did not make.
             self.activation_checkpointing = self.gradient_checkpointing is not False

@@ -14,8 +14,10 @@ from orpo.model.encoder_decoder import is_encoder_decoder
 from orpo.model.load import check_model, find_dtype, load_model, load_tokenizer
 from orpo.model.merging import is_merged, merge_adapter
 from orpo.model.probe import refuse_layout
+from orpo.ranks import data_ranks
 from orpo.trainer.adapt import SEQ_2_SEQ, adapt, prepare_quantized
 from orpo.trainer.config import ORPOConfig
+from orpo.trainer.tensor_parallel import load_options, refuse_part
 from orpo.trainer.zero3 import is_zero_3, refuse_settings
 
 # Folder in output_dir for a merged model, which a new adapter names as its base.
@@ -35,6 +37,8 @@ def check_model_argument(model: Any, args: ORPOConfig, peft_config: Any) -> tupl
         ImportError, ValueError: as :func:`check_start`; ``model_init_kwargs`` is given beside a loaded model; the
             layout, or the task of `peft_config`, does not fit an encoder-decoder.
     """
+    if peft_config is not None:
+        refuse_part(args, "and peft_config is given")
     refuse_settings(args, peft_config, makes_model=model is None)
     if isinstance(model, str):
         name, encoder_decoder = check_start(model, args)
@@ -116,7 +120,8 @@ def load_start(name: str, args: ORPOConfig, peft_config: Any) -> nn.Module:
     options = _options(args)
     folder = adapter_folder(name, **options)
     if folder is None:
-        return load_model(name, **options)
+        return load_model(name, **options, **load_options(args))
+    refuse_part(args, f"and {name} is an adapter")
     base = read_config(folder).base_model_name_or_path
     report = print if args.should_log else lambda _: None
     if peft_config is None:
@@ -141,7 +146,8 @@ def describe_training(model: nn.Module, args: ORPOConfig, steps: int) -> str:
     """One line: how many parameters are trained, how fast, and on how many pairs a step, over `steps` steps."""
     counts = [(_numbers(p), p.requires_grad) for p in model.parameters()]
     trained, whole = sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
-    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    ranks = data_ranks(args.parallelism_config, args.world_size)
+    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
     return (
         f"trains {trained:,} of {whole:,} parameters ({100 * trained / max(whole, 1):.3g} %): {steps:,} steps of "
         f"{pairs:,} pairs, learning rate {args.learning_rate:g} ({args.lr_scheduler_type.value})"

@@ -26,7 +26,7 @@ from orpo.layouts.layout import PaddedLayout
 from orpo.model.attach import LossCall, base_model, embeddings
 from orpo.model.encoder_decoder import is_encoder_decoder
 from orpo.model.probe import check_fused_logps, choose_layout
-from orpo.ranks import agreed, prepare_ranks, refuse_other_streams
+from orpo.ranks import agreed, data_ranks, prepare_ranks, refuse_other_streams
 from orpo.runs.async_saves import AsyncSavingTrainer
 from orpo.runs.non_finite import NonFiniteGuard
 from orpo.runs.resuming import ResumingTrainer
@@ -41,6 +41,7 @@ from orpo.trainer.positions import check_positions
 from orpo.trainer.reports import ReportingTrainer
 from orpo.trainer.sanity import RunawayLoss, refuse_frozen, refuse_no_gradient, refuse_no_step
 from orpo.trainer.start import check_model_argument, find_tokenizer, start_model
+from orpo.trainer.tensor_parallel import refuse_part
 
 
 class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, AsyncSavingTrainer):
@@ -176,6 +177,15 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, AsyncSav
         self._forget()
         return super()._inner_training_loop(*args, **kwargs)
 
+    @property
+    def _data_ranks(self) -> int:
+        return data_ranks(self.accelerator.parallelism_config, self.accelerator.num_processes)
+
+    def _choose_checkpoint(self, wanted: str | bool | None) -> str | None:
+        if (checkpoint := super()._choose_checkpoint(wanted)) is not None:
+            refuse_part(self.args, f"and {checkpoint} is a checkpoint, from which such a run does not go on")
+        return checkpoint
+
     def _forget(self) -> None:
         self._guard = NonFiniteGuard(self.args.process_index)
         self._train_means, self._runaway = WeightedMeans(), RunawayLoss(self.args)
@@ -190,6 +200,8 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, AsyncSav
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
         """``Trainer``'s, but several ranks share a stream by example, not by file."""
         ranks, trains = self.accelerator.num_processes, kwargs.get("is_training", False)
+        if isinstance(dataset, datasets.IterableDataset):
+            refuse_part(self.args, "and a data set is a stream")
         if isinstance(dataset, datasets.IterableDataset) and (trains or ranks > 1):
             dataset = WholeBatches(dataset, batch_size, ranks)
             self._train_stream = dataset if trains else self._train_stream
@@ -210,7 +222,8 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, AsyncSav
             return None
         counts = torch.tensor([pair_batch(sample).counts for sample in batch_samples]).sum(0)
         if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts.to(device))
+            # Ranks that share a matmul have counted the same rows.
+            counts = self.accelerator.reduce(counts.to(device)) * self._data_ranks // self.accelerator.num_processes
         return Counts(*counts.tolist())
 
     def compute_loss(
@@ -221,7 +234,7 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, AsyncSav
         num_items_in_batch: Counts | None = None,
     ) -> Any:
         """One micro-batch's share of the optimizer step's loss."""
-        batch, ranks = pair_batch(inputs), self.accelerator.num_processes
+        batch, ranks = pair_batch(inputs), self._data_ranks
         if num_items_in_batch is None:
             parts = self.current_gradient_accumulation_steps * ranks
             num_items_in_batch = Counts(*(count * parts for count in batch.counts))

@@ -23,6 +23,7 @@ KINDS = {
     "fsdp2": DistributedType.FSDP,
     "fsdp2-sharded": DistributedType.FSDP,
     "hsdp": DistributedType.FSDP,
+    "tp": DistributedType.MULTI_GPU,
     "zero2": DistributedType.DEEPSPEED,
     "zero3": DistributedType.DEEPSPEED,
 }
@@ -43,10 +44,13 @@ def test_accelerate_reads_it(name, tmp_path):
     assert config.num_processes == (16 if name == "hsdp" else 2)
 
 
-def test_copies_times_parts_are_all_processes():
-    config = yaml.safe_load(launch_config("hsdp"))
+@pytest.mark.parametrize("name", ["hsdp", "tp"])
+def test_copies_times_parts_are_all_processes(name):
+    config = yaml.safe_load(launch_config(name))
     sizes = config["parallelism_config"]
-    assert math.prod(sizes.values()) == config["num_processes"] and config["num_machines"] == 2
+    assert math.prod(sizes.values()) == config["num_processes"] and config["num_machines"] == (
+        2 if name == "hsdp" else 1
+    )
     parsed = launch_command_parser().parse_args(["--use_fsdp", "script.py"])
     # Not set by the file, it is refused; accelerate hands on the sizes under these names.
     assert all(hasattr(parsed, name) for name in sizes)
@@ -78,7 +82,7 @@ def test_the_command_prints_it():
 def test_an_unknown_name_is_answered_with_the_names(capsys):
     with pytest.raises(SystemExit):
         parse(["--print_config", "fsdp3"])
-    assert "ddp, fsdp2, fsdp2-sharded, hsdp, slurm, torchrun, zero2, zero3" in capsys.readouterr().err
+    assert "ddp, fsdp2, fsdp2-sharded, hsdp, slurm, torchrun, tp, zero2, zero3" in capsys.readouterr().err
 
 
 def executable(folder, name, text):
