@@ -36,7 +36,7 @@ def refuse_settings(args: Any, peft_config: Any, makes_model: bool) -> None:
     if peft_config is not None:
         raise ValueError(f"ZeRO-3 with an adapter (use_peft, peft_config) is not supported: {_REMEDY}")
     if (args.model_init_kwargs or {}).get("quantization_config") is not None:
-        raise ValueError("ZeRO-3 with a quantized model (load_in_4bit, load_in_8bit) is not supported: {_REMEDY}")
+        raise ValueError(f"ZeRO-3 with a quantized model (load_in_4bit, load_in_8bit) is not supported: {_REMEDY}")
     if makes_model:
         raise ValueError("ZeRO-3 with model_init is not supported: give the model's name as model")
     if args.diagnose:

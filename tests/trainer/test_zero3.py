@@ -41,8 +41,9 @@ REFUSED = [
 @pytest.mark.parametrize(("args", "options", "said"), REFUSED)
 def test_settings_are_refused_under_zero_3_alone(args, options, said):
     given = {"peft_config": None, "makes_model": False, **options}
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=said) as refusal:
         refuse_settings(args, **given)
+    assert "{" not in str(refusal.value)
     args.deepspeed_plugin.zero_stage = 2
     refuse_settings(args, **given)
     args.deepspeed_plugin = None
