@@ -8,9 +8,11 @@ groups there are.
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import nn
 from transformers.distributed import DistributedConfig
 
@@ -31,6 +33,11 @@ def check_parallel(args: Any) -> None:
     refuse_parallel(args.parallelism_config)
     if (ranks := parts_of_a_matmul(args.parallelism_config)) == 1:
         return
+    if (shards := args.parallelism_config.dp_shard_size) > 1 and Version(version("transformers")) < Version("5.24"):
+        raise ValueError(
+            f"parallelism_config: tp_size is {ranks} and dp_shard_size {shards}, and with transformers "
+            f"{version('transformers')} the two train otherwise than one process: pip install 'transformers>=5.24'"
+        )
     for name, other, why in (
         (
             "fsdp",

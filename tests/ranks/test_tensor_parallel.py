@@ -1,11 +1,13 @@
 """orpo.trainer.tensor_parallel: a run whose matmuls are cut over ranks is that of one process."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import ParallelismConfig
+from packaging.version import Version
 from run_forked import launch, returned
 from run_tensor_parallel import command, resume, train
 from tiny import ROWS, make_model, make_tokenizer
@@ -17,6 +19,8 @@ from orpo.ranks import data_ranks
 STRICT = {"rtol": 1e-5, "atol": 1e-6}
 # With its usual epsilon the first steps go by the sign of a gradient, however small.
 ADAM = {"optim": "adamw_torch", "learning_rate": 1e-3, "adam_epsilon": 1e-4}
+# Of older ones the trainer refuses it.
+NEEDS_5_24 = pytest.mark.skipif(Version(version("transformers")) < Version("5.24"), reason="needs transformers 5.24")
 TWO = {"parallelism_config": ParallelismConfig(tp_size=2), "save_strategy": "no", "use_cpu": True}
 
 
@@ -86,6 +90,7 @@ def test_norms_of_single_heads_equal_one_process(tmp_path, folder_of):
         assert_same_run(one, seen, tmp_path / "two")
 
 
+@NEEDS_5_24
 @pytest.mark.parametrize(
     ("rows", "options"),
     [(400, {}), (403, {"accumulation": 2, "layout": "padded", **ADAM})],
@@ -143,6 +148,12 @@ def test_copies_of_a_model_that_is_cut_are_refused():
         ORPOConfig(**{**TWO, "parallelism_config": copies})
 
 
+def test_fsdp2_beside_it_is_refused_with_older_transformers(monkeypatch):
+    monkeypatch.setattr("orpo.trainer.tensor_parallel.version", lambda package: "5.23.1")
+    with pytest.raises(ValueError, match=r"tp_size is 2 and dp_shard_size 2, and with transformers 5\.23\.1"):
+        ORPOConfig(**{**TWO, "parallelism_config": ParallelismConfig(tp_size=2, dp_shard_size=2)})
+
+
 @pytest.mark.parametrize(
     ("ranks", "model", "options", "message"),
     [
@@ -152,7 +163,10 @@ def test_copies_of_a_model_that_is_cut_are_refused():
         (2, ("llama", {}), {"stream": True}, "and a data set is a stream"),
         (2, ("llama", {}), {"tp": 4}, "tp_size 4 x dp_shard_size 1 is 4, and there are 2 ranks"),
         (2, ("qwen3", {"head_dim": 8}), {"accumulation": 2}, "wrongly with gradient_accumulation_steps 2"),
-        (4, ("llama", {"tie_word_embeddings": True}), {"shards": 2}, "the head is tied to the embeddings"),
+        pytest.param(
+            *(4, ("llama", {"tie_word_embeddings": True}), {"shards": 2}, "the head is tied to the embeddings"),
+            marks=NEEDS_5_24,
+        ),
     ],
     ids=["a loaded model", "an adapter", "one head", "a stream", "ranks", "summed gradients", "a tied head cut twice"],
 )
