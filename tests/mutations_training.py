@@ -173,22 +173,32 @@ TRAINING = [
             "test_training_goes_on_up_to_the_next_save_while_one_is_written",
         ),
         (
-            "async saves: two at once",
-            "        self.finish_save()\n        super()._save_checkpoint(model, trial)",
-            "        super()._save_checkpoint(model, trial)",
-            "test_training_goes_on_up_to_the_next_save_while_one_is_written",
-        ),
-        (
             "async saves: an error is kept by its rank",
             "self._exchange(_words(error, dist.get_rank()))",
             "self._exchange()",
             "test_an_error_of_the_writing_ends_the_run_on_all_ranks",
         ),
+    ),
+    *within(
+        "runs/checkpoints.py",
+        "ranks/test_async_saves.py",
+        (
+            "async saves: two at once",
+            "            self._beside.finish()\n        folder, name",
+            "            pass\n        folder, name",
+            "test_training_goes_on_up_to_the_next_save_while_one_is_written",
+        ),
         (
             "async saves: the end does not wait",
-            "        self.finish_save()\n        return super()._finalize_training(",
-            "        return super()._finalize_training(",
+            "            self._beside.finish()\n        limit, self.args",
+            "            pass\n        limit, self.args",
             "test_an_error_of_the_last_save_is_not_lost",
+        ),
+        (
+            "async saves: an error of training leaves the save to itself",
+            "self._beside.finish_after(error)",
+            "pass",
+            "test_an_error_of_training_waits_for_the_save_in_flight",
         ),
     ),
     *within(

@@ -7,7 +7,6 @@ import shutil
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from transformers import TrainerCallback
 from transformers.trainer import SCHEDULER_NAME
 
 from orpo.ranks import fsdp_plugin
-from orpo.runs.checkpoints import INCOMPLETE, CheckpointingTrainer, failure_note
+from orpo.runs.find_checkpoint import INCOMPLETE, failure_note
 
 
 class AsyncSaveError(RuntimeError):
@@ -132,104 +131,81 @@ def _words(error: BaseException, rank: int) -> str | None:
     return f"{type(error).__name__}: {error}"
 
 
-class FinishSave(TrainerCallback):
-    """After each step, ends the save in flight where all ranks have written.
-
-    Args:
-        trainer: an :class:`AsyncSavingTrainer`.
-    """
-
-    def __init__(self, trainer: AsyncSavingTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Raises AsyncSaveError on all ranks after the same step: one that went on would wait for the others."""
-        save, accelerator = self.trainer.save_in_flight, self.trainer.accelerator
-        if save is None:
-            return
-        writing = accelerator.reduce(torch.tensor(float(not save.is_done()), device=accelerator.device))
-        if not writing:
-            self.trainer.finish_save()
-
-
-class AsyncSavingTrainer(CheckpointingTrainer):
-    """Under ``async_save`` a save copies this rank's shards to the CPU, and a thread writes them.
+class SavesBesideTraining(TrainerCallback):
+    """A save copies this rank's shards to the CPU, and a thread writes them.
 
     Once all ranks have, a thread of rank 0 writes the record, moves the folder and removes older checkpoints. One save
-    is in flight at most. The next one, the end of training and an error of training wait for it.
+    is in flight at most. All ranks call each method at the same place.
+
+    Args:
+        trainer: an :class:`orpo.runs.checkpoints.CheckpointingTrainer`.
+
+    Raises:
+        ValueError: as :func:`refuse_async_save`.
     """
 
-    save_in_flight: BackgroundSave | None = None
-    _staged: dict[str, Any] | None = None
+    def __init__(self, trainer: Any) -> None:
+        refuse_async_save(trainer)
+        self.trainer = trainer
+        # A rank may wait long for another's disk; one that died is known by its closed connection.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        self.in_flight: BackgroundSave | None = None
+        self._staged: dict[str, Any] = {}
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.args.async_save:
-            refuse_async_save(self)
-            # A rank may wait long for another's disk; one that died is known by its closed connection.
-            self._save_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-            self.add_callback(FinishSave(self))
-
-    def finish_save(self) -> None:
-        """Waits for the save in flight, if there is one. All ranks call it at the same place.
-
-        Raises:
-            AsyncSaveError: it failed.
-        """
-        save, self.save_in_flight = self.save_in_flight, None
-        if save is not None:
-            save.finish()
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Two at once would need the memory of two, and the older could remove what the newer has just written.
-        self.finish_save()
-        super()._save_checkpoint(model, trial)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """``Trainer``'s, but weights and optimizer are only copied to the CPU."""
-        if not self.args.async_save:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
+    def stage(self, output_dir: str) -> None:
+        """Copies weights and optimizer to the CPU, and writes the scheduler, which is small, to `output_dir`."""
+        model, optimizer = self.trainer.model, self.trainer.optimizer
         self._staged = {
-            f"{FSDP_MODEL_NAME}_0": _staged({"model": _model_state(self.model)}),
-            f"{OPTIMIZER_NAME}_0": _staged({"optimizer": get_optimizer_state_dict(self.model, self.optimizer)}),
+            f"{FSDP_MODEL_NAME}_0": _staged({"model": _model_state(model)}),
+            f"{OPTIMIZER_NAME}_0": _staged({"optimizer": get_optimizer_state_dict(model, optimizer)}),
         }
         # Rank 0 may still be emptying the folder, into which each rank writes its random states next.
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+        self.trainer.accelerator.wait_for_everyone()
+        if self.trainer.args.should_save:
+            torch.save(self.trainer.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
-    def _complete(self, folder: Path, name: str, wait: Callable[[], None]) -> None:
-        if not self.args.async_save:
-            super()._complete(folder, name, wait)
-            return
-        states, self._staged = self._staged, None
-        complete, part, group = partial(super()._complete, folder, name), folder / INCOMPLETE / name, self._save_group
+    def start(self, folder: Path, name: str, complete: Callable[[Callable[[], None]], None]) -> None:
+        """Begins to write what is staged to ``folder/_incomplete/name``, which `complete` makes a checkpoint then.
 
-        def write(wait_in_thread: Callable[[], None]) -> None:
+        `complete` gets a function that waits for all ranks' threads.
+        """
+        states, self._staged = self._staged, {}
+        part, group = folder / INCOMPLETE / name, self._group
+
+        def write(wait: Callable[[], None]) -> None:
             for place, state in states.items():
                 # It makes the folder itself: an error outside of it would find the other ranks in its exchanges.
                 writer = dist_cp.FileSystemWriter(part / place)
                 dist_cp.save(state, storage_writer=writer, planner=dist_cp.DefaultSavePlanner(), process_group=group)
-            complete(wait_in_thread)
+            complete(wait)
 
-        self.save_in_flight = BackgroundSave(name, folder, group, write)
+        self.in_flight = BackgroundSave(name, folder, group, write)
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """``Trainer``'s; an error that ends it waits for the save in flight, which may be whole yet."""
+    def finish(self) -> None:
+        """Waits for the save in flight, if there is one.
+
+        Raises:
+            AsyncSaveError: it failed.
+        """
+        save, self.in_flight = self.in_flight, None
+        if save is not None:
+            save.finish()
+
+    def finish_after(self, error: BaseException) -> None:
+        """The same where `error` has ended training, which gets what is said of the save as a note."""
         try:
-            return super()._inner_training_loop(*args, **kwargs)
-        except BaseException as error:
-            try:
-                self.finish_save()
-            except AsyncSaveError as failed:
-                error.add_note("\n".join([f"besides, {failed}", *getattr(failed, "__notes__", ())]))
-            raise
+            self.finish()
+        except AsyncSaveError as failed:
+            error.add_note("\n".join([f"besides, {failed}", *getattr(failed, "__notes__", ())]))
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """``Trainer``'s, which may load the best checkpoint: the last one may be that."""
-        self.finish_save()
-        return super()._finalize_training(*args, **kwargs)
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Raises AsyncSaveError on all ranks after the same step: one that went on would wait for the others."""
+        if self.in_flight is None:
+            return
+        accelerator = self.trainer.accelerator
+        writing = accelerator.reduce(torch.tensor(float(not self.in_flight.is_done()), device=accelerator.device))
+        if not writing:
+            self.finish()
 
 
 def _model_state(model: nn.Module) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from orpo.ranks import from_rank_0, fsdp_plugin, parts_of_a_matmul
-from orpo.runs.disk import DiskSpace, readable
+from orpo.runs.async_saves import SavesBesideTraining
+from orpo.runs.disk import DiskSpace
 from orpo.runs.find_checkpoint import (
+    INCOMPLETE,
     checkpoint_folders,
     complete_checkpoints,
+    failure_note,
     find_checkpoint,
     find_fault,
     last_number,
@@ -30,9 +34,6 @@ from orpo.runs.lock import check_lock, run_lock, warn_of_own_disks
 from orpo.runs.non_finite import NonFiniteError, NonFiniteGuard, check_evaluation, check_weights
 from orpo.runs.record import RECORD, compare_runs, describe_run, write_record
 from orpo.runs.signals import SaveOnSigterm
-
-# Begins with an underscore, since Trainer leaves such names out of what it uploads to the hub.
-INCOMPLETE = "_incomplete"
 
 
 class CheckpointingTrainer(Trainer):
@@ -47,6 +48,7 @@ class CheckpointingTrainer(Trainer):
 
     _guard: NonFiniteGuard
     _saving = False
+    _beside: SavesBesideTraining | None = None
     # Whether a signal ended the last `train` before its end (orpo.runs.signals).
     interrupted = False
 
@@ -55,6 +57,9 @@ class CheckpointingTrainer(Trainer):
         self.add_callback(DiskSpace())
         if (callback := self.pop_callback(JITCheckpointCallback)) is not None:
             self.add_callback(SaveOnSigterm(self, callback))
+        if self.args.async_save:
+            self._beside = SavesBesideTraining(self)
+            self.add_callback(self._beside)
 
     def _train_in_folder(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """``Trainer.train``, with ``output_dir`` locked, resumed from what :func:`find_checkpoint` finds.
@@ -66,9 +71,7 @@ class CheckpointingTrainer(Trainer):
         """
         if kwargs.get("trial") is not None:
             # In a hyperparameter search, Trainer makes the trial's model itself, and chooses what to resume from.
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-            self._guard.flush()
-            return output
+            return self._train_and_save(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.model is None and self.model_init is not None:
             # A search leaves no model, and Trainer would make the next one too late for what follows.
             self.model = self.call_model_init()
@@ -81,12 +84,21 @@ class CheckpointingTrainer(Trainer):
             # Rank 0 decides: over a network ranks may see other folders, and one that starts anew would hang the rest.
             checkpoint = from_rank_0(self.accelerator, lambda: self._choose_checkpoint(resume_from_checkpoint))
             try:
-                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
-                self._guard.flush()
+                return self._train_and_save(resume_from_checkpoint=checkpoint, **kwargs)
             except NonFiniteError as error:
                 if note := way_back(Path(self.args.output_dir)):
                     error.add_note(note)
                 raise
+
+    def _train_and_save(self, **kwargs: Any) -> Any:
+        """``Trainer.train``; an error that ends it waits for the save in flight, which may be whole yet."""
+        try:
+            output = super().train(**kwargs)
+            self._guard.flush()
+        except BaseException as error:
+            if self._beside is not None:
+                self._beside.finish_after(error)
+            raise
         return output
 
     def _choose_checkpoint(self, wanted: str | bool | None) -> str | None:
@@ -104,6 +116,11 @@ class CheckpointingTrainer(Trainer):
             if complete := complete_checkpoints(folder):
                 report(f"starts anew; {folder} holds checkpoints of an earlier run, the newest {complete[-1].name}")
             return None
+        if (ranks := parts_of_a_matmul(self.accelerator.parallelism_config)) > 1:
+            raise ValueError(
+                f"parallelism_config: tp_size is {ranks}, and {checkpoint} is a checkpoint, from which such a run does "
+                "not go on: leave tp_size 1 (ddp, fsdp2)"
+            )
         report(f"resumes from {checkpoint}{note}")
         return str(checkpoint)
 
@@ -135,6 +152,9 @@ class CheckpointingTrainer(Trainer):
         return os.path.join(folder, INCOMPLETE) if self._saving else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._beside is not None:
+            # Two at once would need the memory of two, and the older could remove what the newer has just written.
+            self._beside.finish()
         folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         part, final = folder / INCOMPLETE / name, folder / name
         self._on_all_ranks(self._check_before_checkpoint)
@@ -149,7 +169,10 @@ class CheckpointingTrainer(Trainer):
                 self.state.best_model_checkpoint = str(final)
                 if self.args.should_save:
                     self.state.save_to_json(str(part / TRAINER_STATE_NAME))
-            self._complete(folder, name, self.accelerator.wait_for_everyone)
+            if self._beside is None:
+                self._complete(folder, name, self.accelerator.wait_for_everyone)
+            else:
+                self._beside.start(folder, name, partial(self._complete, folder, name))
         except BaseException as error:
             shutil.rmtree(part, ignore_errors=True)
             error.add_note(failure_note(name, folder))
@@ -158,6 +181,13 @@ class CheckpointingTrainer(Trainer):
             self._saving = False
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(final))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """``Trainer``'s; a save beside training only copies weights and optimizer to the CPU."""
+        if self._beside is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+        else:
+            self._beside.stage(output_dir)
 
     def _complete(self, folder: Path, name: str, wait: Callable[[], None]) -> None:
         """Makes ``folder/_incomplete/name``, where this rank has written its part, a checkpoint; `wait` for others."""
@@ -183,6 +213,9 @@ class CheckpointingTrainer(Trainer):
 
         Without it, another start would not see that the run is at its end.
         """
+        if self._beside is not None:
+            # It may be of the best checkpoint, which is loaded now.
+            self._beside.finish()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             return super()._finalize_training(*args, **kwargs)
@@ -270,10 +303,3 @@ def _move(part: Path, final: Path) -> None:
             raise
     shutil.rmtree(replaced, ignore_errors=True)
     _remove_if_empty(part.parent)
-
-
-def failure_note(name: str, folder: Path) -> str:
-    complete = complete_checkpoints(folder)
-    left = f"{complete[-1]} is whole, and the run resumes from it" if complete else "there is none before it"
-    free = f"{readable(shutil.disk_usage(folder).free)} free" if folder.is_dir() else "the folder is gone"
-    return f"{name} could not be saved in {folder} ({free}); {left}"

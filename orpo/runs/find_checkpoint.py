@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,12 @@ import transformers
 from transformers import TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
+from orpo.runs.disk import readable
 from orpo.runs.manifest import find_bad_weights, find_cut_file, find_damage
 from orpo.runs.record import read_record
 
+# Begins with an underscore, since Trainer leaves such names out of what it uploads to the hub.
+INCOMPLETE = "_incomplete"
 # Trainer's own sign, in the folder of a checkpoint that it saves on SIGTERM.
 JIT_SIGN = "checkpoint-is-incomplete.txt"
 NOT_ENDED = "was not written to its end"
@@ -147,3 +151,11 @@ def way_back(folder: Path) -> str:
         return ""
     text = f"{newest} is whole, and the next start resumes from it"
     return text if older[-1] is None else f"{text}; --resume_from_checkpoint {older[-1]} goes further back"
+
+
+def failure_note(name: str, folder: Path) -> str:
+    """Beside the error of a save: how full the disk is, and what is left."""
+    complete = complete_checkpoints(folder)
+    left = f"{complete[-1]} is whole, and the run resumes from it" if complete else "there is none before it"
+    free = f"{readable(shutil.disk_usage(folder).free)} free" if folder.is_dir() else "the folder is gone"
+    return f"{name} could not be saved in {folder} ({free}); {left}"

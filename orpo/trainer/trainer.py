@@ -27,7 +27,7 @@ from orpo.model.attach import LossCall, base_model, embeddings
 from orpo.model.encoder_decoder import is_encoder_decoder
 from orpo.model.probe import check_fused_logps, choose_layout
 from orpo.ranks import agreed, data_ranks, prepare_ranks, refuse_other_streams
-from orpo.runs.async_saves import AsyncSavingTrainer
+from orpo.runs.checkpoints import CheckpointingTrainer
 from orpo.runs.non_finite import NonFiniteGuard
 from orpo.runs.resuming import ResumingTrainer
 from orpo.trainer.adapt import adapt, pad_token_id, router_coefficient
@@ -44,7 +44,7 @@ from orpo.trainer.start import check_model_argument, find_tokenizer, start_model
 from orpo.trainer.tensor_parallel import refuse_part
 
 
-class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, AsyncSavingTrainer):
+class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, CheckpointingTrainer):
     """Trains a language model on preference pairs with ORPO, in the call shape of TRL's trainer.
 
     Args:
@@ -180,11 +180,6 @@ class ORPOTrainer(ReportingTrainer, EvaluatingTrainer, ResumingTrainer, AsyncSav
     @property
     def _data_ranks(self) -> int:
         return data_ranks(self.accelerator.parallelism_config, self.accelerator.num_processes)
-
-    def _choose_checkpoint(self, wanted: str | bool | None) -> str | None:
-        if (checkpoint := super()._choose_checkpoint(wanted)) is not None:
-            refuse_part(self.args, f"and {checkpoint} is a checkpoint, from which such a run does not go on")
-        return checkpoint
 
     def _forget(self) -> None:
         self._guard = NonFiniteGuard(self.args.process_index)
