@@ -24,7 +24,7 @@ def started(ranks, *command):
     # Without the first DeepSpeed looks for a GPU, without the second it compiles.
     own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_SKIP_CUDA_CHECK": "1"}
     command = [*launcher, *map(str, command)]
-    return subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=600)
 
 
 def launched(ranks, *command):
